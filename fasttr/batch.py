@@ -1,0 +1,99 @@
+"""The one shape of fasttr: a prompt with m completions, and a pack of such trees.
+
+A preference pair is m = 2, a row of plain completions m = 1, a rollout group m = k. Nothing below the loss knows
+"chosen" and "rejected": pairs are index vectors into the N completions of a pack.
+
+Legend: T packed tokens, S gathered key rows, R scored rows, N completions, G groups, P pairs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Tree(NamedTuple):
+    """One tokenised row: a prompt and its completions."""
+
+    row: int  # position in the data set after dropping; the key of every cached log-prob
+    prompt_ids: np.ndarray  # (prompt_len,) int32, may be empty
+    completions: tuple[np.ndarray, ...]  # m arrays (completion_len,) int32, each at least one token
+    weight: float = 1.0  # multiplies the row's loss; the normalizer stays the row count
+
+
+class TreeSource(Protocol):
+    """Random access to tokenised rows. Lengths are known for all rows without reading any."""
+
+    prompt_lengths: np.ndarray  # (n,) int32
+    completion_lengths: np.ndarray  # (n, m) int32
+    fingerprint: str  # changes when any token, order or option that made them changes
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int) -> Tree: ...
+
+
+class RowGather(NamedTuple):
+    """A gather of rows with its inverse, so that the backward sums in a fixed order without atomics.
+
+    `index[j]` is the source row of output row j. Level k of the inverse pairs each source row that is read more than
+    k times with its k-th reader; source rows within a level are unique. `index is None` means the identity.
+    """
+
+    index: Tensor | None  # (S,) int64
+    levels: tuple[tuple[Tensor, Tensor], ...]  # ((source rows, output rows), ...), int64
+
+    def to(self, device: torch.device) -> RowGather:
+        if self.index is None:
+            return self
+        levels = tuple((a.to(device, non_blocking=True), b.to(device, non_blocking=True)) for a, b in self.levels)
+        return RowGather(self.index.to(device, non_blocking=True), levels)
+
+
+class AttentionLayout(NamedTuple):
+    """Which keys each packed query row sees: segments of queries against segments of gathered keys, causal and
+    aligned at their ends. Offsets are explicit; nothing is inferred from position ids."""
+
+    cu_q: Tensor  # (segments + 1,) int32
+    cu_k: Tensor  # (segments + 1,) int32
+    q_lengths: tuple[int, ...]
+    k_lengths: tuple[int, ...]
+    keys: RowGather  # packed rows -> key rows
+
+    def to(self, device: torch.device) -> AttentionLayout:
+        return self._replace(
+            cu_q=self.cu_q.to(device, non_blocking=True),
+            cu_k=self.cu_k.to(device, non_blocking=True),
+            keys=self.keys.to(device),
+        )
+
+
+class PackedBatch(NamedTuple):
+    """Trees laid out in one row of T tokens, with everything that scoring them needs."""
+
+    input_ids: Tensor  # (T,) int64
+    position_ids: Tensor  # (T,) int64; completions continue from the prompt's length
+    attention: AttentionLayout
+    scored: RowGather  # packed rows -> the R rows whose next token is scored
+    target: Tensor  # (R,) int64
+    cu_completions: Tensor  # (N + 1,) int64 on the host: offsets into the R scored rows
+    cu_groups: Tensor  # (G + 1,) int64 on the host: offsets into the N completions
+    token_counts: Tensor  # (N,) int64: completion tokens, the unscored first one of an empty prompt included
+    weights: Tensor  # (G,) fp32
+    rows: tuple[int, ...]  # (G,) data-set rows, in the order of the groups
+    num_tokens: int  # tokens as an unshared layout would count them: the prompt once per completion
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """Move what the model reads; the offsets stay on the host."""
+        return self._replace(
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            attention=self.attention.to(device),
+            scored=self.scored.to(device),
+            target=self.target.to(device, non_blocking=True),
+            token_counts=self.token_counts.to(device, non_blocking=True),
+            weights=self.weights.to(device, non_blocking=True),
+        )

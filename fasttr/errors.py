@@ -1,0 +1,5 @@
+"""The one exception that a user is meant to read: a single line with what was got, what is wanted and how to mend it."""
+
+
+class FasttrError(ValueError):
+    """A mistake in the input or the set-up. The command line prints it as one line and exits with status 2."""
