@@ -1,0 +1,219 @@
+"""Where rows come from: a file, a folder or the hub, through `datasets`, with errors of one line.
+
+Only JSON, JSON lines, Parquet, CSV and Arrow are read; no loading script, no pickle, no media. A data set's own files
+cannot name a path that is then opened: a folder's files must lie inside it, and features that are opened by path
+(images, audio) are refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fasttr.errors import FasttrError
+
+FILE_KINDS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
+BUILDERS = ("json", "parquet", "csv", "arrow")
+
+
+def read_rows(name: str, *, config: str | None = None, split: str = "train", cache_dir: str | None = None) -> Any:
+    """One split as a memory-mapped `datasets.Dataset`, cached by `datasets` between runs.
+
+    `name` is a file (one split, train), a folder (splits inferred from file names) or a hub id. FasttrError when there
+    is nothing there, it is empty, broken (naming the line), of another kind, or has no such split.
+    """
+    import datasets
+
+    path = Path(name).expanduser()
+    where: dict[str, Any] = {"path": str(path), "name": config}
+    if path.is_file():
+        if config is not None:
+            raise FasttrError(f"{name} is a file and has no configurations: leave out {config!r}")
+        where = {"path": _kind_of_file(path), "data_files": {"train": str(path.resolve())}}
+    elif path.is_dir():
+        _check_folder(path)
+        where["path"] = str(path.resolve())
+    elif _looks_like_path(name):
+        raise FasttrError(f"{name} does not exist: give a {', '.join(FILE_KINDS)} file (.gz too), a folder or a hub id")
+    with _quiet():
+        try:
+            builder = datasets.load_dataset_builder(**where, cache_dir=cache_dir)
+            _check_builder(name, path, builder)
+            builder.download_and_prepare()
+            splits = sorted(builder.info.splits or {})
+            base = re.match(r"\w+(\.\w+)*", split)
+            if base is None or base.group() not in splits:
+                raise FasttrError(f"{name} has no split {split!r}: it has {', '.join(map(repr, splits))}")
+            rows = builder.as_dataset(split=split)
+        except FasttrError:
+            raise
+        except Exception as error:  # datasets, the hub and every file reader raise their own kinds
+            raise _explain(name, path, config, error) from error
+    if len(rows) == 0:
+        raise FasttrError(f"{name} (split {split}) holds no rows: wanted at least one")
+    return rows
+
+
+def check_features(name: str, features: Any, columns: tuple[str, ...]) -> None:
+    """Raise FasttrError for a column whose values are decoded from files (images, audio, video)."""
+    for column in columns:
+        opened = _opened_by_path(features[column])
+        if opened is not None:
+            raise FasttrError(f"{name}: column {column!r} is of type {opened}: fasttr trains on text alone")
+
+
+def _opened_by_path(feature: Any) -> str | None:
+    kind = type(feature).__name__
+    if isinstance(feature, dict):
+        inner = list(feature.values())
+    elif isinstance(feature, list | tuple):
+        inner = list(feature)
+    elif kind in ("List", "LargeList", "Sequence"):
+        inner = [feature.feature]
+    else:
+        return None if kind in ("Value", "ClassLabel", "Json") else kind
+    return next((found for found in map(_opened_by_path, inner) if found is not None), None)
+
+
+def _kind_of_file(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    kind = FILE_KINDS.get(suffixes[-1] if suffixes else "")
+    if kind is None:
+        raise FasttrError(f"{path} is of an unknown kind: wanted {', '.join(FILE_KINDS)}, or one of them with .gz")
+    with _open(path) as file:
+        try:
+            head = file.read(1)
+        except (OSError, EOFError) as error:
+            raise FasttrError(f"{path} cannot be read: {_first_line(error)}") from error
+    if not head:
+        raise FasttrError(f"{path} is empty: wanted at least one row")
+    return kind
+
+
+def _check_folder(path: Path) -> None:
+    if not any(path.iterdir()):
+        raise FasttrError(f"{path} is an empty folder: wanted {', '.join(FILE_KINDS)} files")
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        raise FasttrError(f"{path} was written by save_to_disk: write it with to_parquet or to_json instead")
+
+
+def _check_builder(name: str, path: Path, builder: Any) -> None:
+    kind = type(builder).__module__.rsplit(".", 1)[-1]
+    if kind not in BUILDERS or not type(builder).__module__.startswith("datasets.packaged_modules."):
+        raise FasttrError(f"{name} holds {kind} data: wanted JSON, JSON lines, Parquet, CSV or Arrow files")
+    if not path.is_dir():
+        return
+    folder = str(path.resolve())
+    for files in (builder.config.data_files or {}).values():
+        for file in files:
+            # Not resolved further: the hub's own cache is a folder of links to its blobs.
+            if os.path.commonpath([folder, os.path.normpath(os.path.join(folder, file))]) != folder:
+                raise FasttrError(f"{name} names a file outside its folder ({file}): move the file into it")
+
+
+def _explain(name: str, path: Path, config: str | None, error: Exception) -> FasttrError:
+    import datasets
+
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)  # type: ignore[arg-type]
+    message = _first_line(error)
+    if any("scripts are no longer supported" in str(cause) for cause in causes):
+        return FasttrError(f"{name} is a loading script, which is never run: convert it to JSON lines or Parquet")
+    if "BuilderConfig" in message or "Config name is missing" in message:
+        return FasttrError(f"{name}: dataset_config {config!r} is not one of its configurations: {message}")
+    if path.exists():
+        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+        for file in files:
+            if FILE_KINDS.get(Path(file.name.removesuffix(".gz")).suffix.lower()) == "json":
+                fault = find_broken_line(file)
+                if fault is not None:
+                    return FasttrError(fault)
+        told = causes[1] if isinstance(error, datasets.exceptions.DatasetsError) and causes[1:] else error
+        return FasttrError(f"{name} cannot be read: {_first_line(told)}")
+    return FasttrError(
+        f"{name!r} is no file or folder here, and as a data set of the hub it could not be read "
+        f"({type(error).__name__}: {message}): check the name, the network and the access token"
+    )
+
+
+def find_broken_line(path: Path) -> str | None:
+    """One line on the first place where a JSON or JSON-lines file (gz too) is broken or changes type, else None."""
+    types: dict[str, tuple[str, int]] = {}
+    try:
+        with _open(path) as file:
+            if file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
+                file.seek(0)
+                json.loads(file.read().decode("utf-8-sig"))
+                return None
+            file.seek(0)
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                try:
+                    row = json.loads(text)
+                except json.JSONDecodeError as error:
+                    return f"{path}: broken JSON at line {number}: {error.msg} (column {error.colno})"
+                if not isinstance(row, dict):
+                    return f"{path}: line {number} is not a JSON object; wanted one object a line"
+                for key, value in row.items():
+                    if value is None:
+                        continue
+                    kind = _kind_of_value(value)
+                    before, first = types.setdefault(key, (kind, number))
+                    if kind != before:
+                        return f"{path}: {key!r} is {before} at line {first} and {kind} at line {number}; make them one"
+    except json.JSONDecodeError as error:
+        return f"{path}: broken JSON at line {error.lineno}: {error.msg} (column {error.colno})"
+    except UnicodeDecodeError as error:
+        return f"{path}: not UTF-8 text: {error}"
+    except (OSError, EOFError) as error:
+        return f"{path} cannot be read: {_first_line(error)}"
+    return None
+
+
+def _kind_of_value(value: Any) -> str:
+    if isinstance(value, str):
+        return "text"
+    return "a list" if isinstance(value, list) else "a mapping" if isinstance(value, dict) else "a number"
+
+
+def _open(path: Path) -> Any:
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb")
+
+
+def _looks_like_path(name: str) -> bool:
+    suffix = Path(name.removesuffix(".gz")).suffix.lower()
+    return name.startswith((".", "~", os.sep)) or name.count("/") > 1 or suffix in FILE_KINDS or "://" in name
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the progress bars and logged errors of `datasets`: the bars are not ours, the errors are raised again."""
+    import datasets
+
+    had_bars = not datasets.are_progress_bars_disabled()
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if had_bars:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if had_bars:
+            datasets.enable_progress_bars()
