@@ -169,8 +169,9 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_mistakes_are_one_line_and_leave_nothing_behind(case, text_file, tmp_path):
     changes, message = BAD[case]
+    arguments = {"arch": "llama", **TINY, "tokenizer_data": text_file, "output_dir": tmp_path / "m"} | changes
     with pytest.raises(FasttrError, match=message) as caught:
-        scratch.init_model(**({"arch": "llama", **TINY, "tokenizer_data": text_file} | changes), output_dir=tmp_path / "m")
+        scratch.init_model(**arguments)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
