@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fasttr.errors import FasttrError
 from fasttr.rows import RowFormat, Skipped, Status, read_batch, read_ids_batch, read_labels, read_weights
 from fasttr.tokens import Encoded, Example, cut, encode, vocabulary_size
 
@@ -43,6 +44,7 @@ class Encoder:
         return Features(columns)
 
     def __call__(self, batch: Mapping[str, list[Any]], rows: Sequence[int]) -> dict[str, list[Any]]:
+        batch = _decoded(batch, rows, self.row_format.columns)
         weights = read_weights(batch, rows, self.weight_column)
         columns: dict[str, list[Any]] = {name: [] for name in self.features()}
         for encoded, weight in zip(self._encode(batch, rows), weights, strict=True):
@@ -85,9 +87,20 @@ class Encoder:
             return row.status, None
         if self.max_length is not None and len(row.prompt_ids) >= self.max_length:
             return Status.PROMPT_TOO_LONG, row
-        if self.sides == 2 and np.array_equal(row.completions[0], row.completions[1]):
-            return Status.IDENTICAL_SIDES, row
-        row = row._replace(completions=row.completions[: self.sides])
+        row = cut(row._replace(completions=row.completions[: self.sides]), self.max_length)
         if any(len(ids) == 0 for ids in row.completions):
             return Status.EMPTY_COMPLETION, row
-        return Status.KEPT, cut(row, self.max_length)
+        if self.sides == 2 and np.array_equal(row.completions[0], row.completions[1]):
+            return Status.IDENTICAL_SIDES, row
+        return Status.KEPT, row
+
+
+def _decoded(batch: Mapping[str, list[Any]], rows: Sequence[int], names: Sequence[str]) -> dict[str, list[Any]]:
+    """The columns as Python values; JSON and Parquet readers let text through that is not UTF-8."""
+    columns = {}
+    for name in names:
+        try:
+            columns[name] = batch[name]
+        except UnicodeDecodeError as error:
+            raise FasttrError(f"{name!r} in rows {rows[0]} to {rows[-1]} is not UTF-8 text: {error}") from error
+    return columns

@@ -126,14 +126,13 @@ def find_format(
 
 def read_batch(batch: Mapping[str, list[Any]], rows: Sequence[int], row_format: RowFormat) -> list[Example | Skipped]:
     """Examples of text or messages for a batch of rows; `rows` are their positions. RowError on a wrong type."""
-    columns = {name: batch[name] for name in row_format.columns}
     examples: list[Example | Skipped] = []
     for i, row in enumerate(rows):
-        sides = tuple(columns[name][i] for name in row_format.completions)
+        sides = tuple(batch[name][i] for name in row_format.completions)
         if row_format.name == "hh_rlhf":
             examples.append(_split_transcripts(row, sides))
             continue
-        prompt = columns["prompt"][i] if row_format.has_prompt else None
+        prompt = batch["prompt"][i] if row_format.has_prompt else None
         if row_format.has_prompt and prompt is None:
             raise RowError(row, "prompt is null; wanted text or a list of messages")
         are_messages = [_is_messages(row, name, side) for name, side in zip(row_format.completions, sides, strict=True)]
@@ -149,8 +148,8 @@ def read_batch(batch: Mapping[str, list[Any]], rows: Sequence[int], row_format: 
             raise RowError(row, "the prompt has no messages (do chosen and rejected begin with the same turn?)")
         tools = kwargs = None
         if are_messages[0]:
-            tools = _tools(row, columns["tools"][i]) if "tools" in columns else None
-            kwargs = columns["chat_template_kwargs"][i] if "chat_template_kwargs" in columns else None
+            tools = _tools(row, batch["tools"][i]) if "tools" in batch else None
+            kwargs = batch["chat_template_kwargs"][i] if "chat_template_kwargs" in batch else None
             if kwargs is not None and not isinstance(kwargs, Mapping):
                 raise RowError(row, f"chat_template_kwargs is {_kind(kwargs)}; wanted a mapping")
         examples.append(Example(row, prompt, sides, tools, kwargs or {}))
