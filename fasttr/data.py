@@ -158,12 +158,15 @@ def load_trees(tokenizer: Any, config: DataConfig) -> TreeSet:
 def encode_rows(tokenizer: Any, rows: Any, config: DataConfig) -> TreeSet:
     """`load_trees` for a `datasets.Dataset` that is already here (a mixture, a split of one's own)."""
     require_eos(tokenizer)
-    row_format = find_format(
-        rows.column_names,
-        dataset_format=config.dataset_format,
-        weight_column=config.weight_column,
-        sides=config.sides,
-    )
+    try:
+        row_format = find_format(
+            rows.column_names,
+            dataset_format=config.dataset_format,
+            weight_column=config.weight_column,
+            sides=config.sides,
+        )
+    except FasttrError as error:
+        raise FasttrError(f"{config.name} ({config.split}): {error}") from None
     check_features(config.name, rows.features, row_format.columns)
     options = {
         "version": ENCODING_VERSION,

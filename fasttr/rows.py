@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fasttr.errors import FasttrError
-from fasttr.tokens import Encoded, Example, Messages
+from fasttr.tokens import Encoded, Example, Messages, RowError
 
 HH_TURN = "\n\nAssistant:"
 DATASET_FORMATS = ("hh_rlhf",)
@@ -63,17 +63,6 @@ class RowFormat:
         return self.name.endswith("_ids")
 
 
-class RowError(FasttrError):
-    """A row that no rule covers, named by its position."""
-
-    def __init__(self, row: int, message: str) -> None:
-        super().__init__(f"row {row}: {message}")
-        self.parts = (row, message)
-
-    def __reduce__(self) -> tuple[Any, ...]:  # it crosses from a tokenising process to this one
-        return RowError, self.parts
-
-
 class Skipped(NamedTuple):
     """A row that is dropped before it is tokenised."""
 
@@ -118,6 +107,11 @@ def find_format(
     if got.issuperset(("prompt", "completion")) and (label or sides == 1):
         used = ("prompt", "completion", *label, *template, *extra)
         return RowFormat("unpaired", used, ("completion",), has_label=bool(label))
+    if got.issuperset(("prompt", "completion")) or got.issuperset(("prompt_ids", "completion_ids")):
+        raise FasttrError(
+            f"the data set has the columns {_quoted(columns)}, and a completion alone needs a 'label' (true or false) "
+            "too: add it, or give 'chosen' and 'rejected'"
+        )
     raise FasttrError(
         f"the data set has the columns {_quoted(columns)}; wanted 'chosen', 'rejected' (and 'prompt' unless they share "
         "it), or 'prompt', 'completion', 'label', or the same as token ids: rename or add columns"

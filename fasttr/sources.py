@@ -109,14 +109,15 @@ def _check_builder(name: str, path: Path, builder: Any) -> None:
     kind = type(builder).__module__.rsplit(".", 1)[-1]
     if kind not in BUILDERS or not type(builder).__module__.startswith("datasets.packaged_modules."):
         raise FasttrError(f"{name} holds {kind} data: wanted JSON, JSON lines, Parquet, CSV or Arrow files")
-    if not path.is_dir():
+    if path.is_file():
         return
     folder = str(path.resolve())
     for files in (builder.config.data_files or {}).values():
-        for file in files:
+        for file in map(str, files):
             # Not resolved further: the hub's own cache is a folder of links to its blobs.
-            if os.path.commonpath([folder, os.path.normpath(os.path.join(folder, file))]) != folder:
-                raise FasttrError(f"{name} names a file outside its folder ({file}): move the file into it")
+            inside = os.path.commonpath([folder, os.path.normpath(os.path.join(folder, file))]) == folder
+            if not (inside if path.is_dir() else file.startswith("hf://datasets/")):
+                raise FasttrError(f"{name} names a file outside of it ({file}), which is not followed: move it inside")
 
 
 def _explain(name: str, path: Path, config: str | None, error: Exception) -> FasttrError:
@@ -126,10 +127,13 @@ def _explain(name: str, path: Path, config: str | None, error: Exception) -> Fas
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
         causes.append(cause)  # type: ignore[arg-type]
     message = _first_line(error)
+    if "corresponds to no data" in message:
+        return FasttrError(f"{name} holds no rows: wanted at least one")
     if any("scripts are no longer supported" in str(cause) for cause in causes):
         return FasttrError(f"{name} is a loading script, which is never run: convert it to JSON lines or Parquet")
     if "BuilderConfig" in message or "Config name is missing" in message:
-        return FasttrError(f"{name}: dataset_config {config!r} is not one of its configurations: {message}")
+        told = " ".join(str(error).split())[:300]
+        return FasttrError(f"{name}: dataset_config {config!r} is not one of its configurations: {told}")
     if path.exists():
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
         for file in files:
@@ -137,8 +141,8 @@ def _explain(name: str, path: Path, config: str | None, error: Exception) -> Fas
                 fault = find_broken_line(file)
                 if fault is not None:
                     return FasttrError(fault)
-        told = causes[1] if isinstance(error, datasets.exceptions.DatasetsError) and causes[1:] else error
-        return FasttrError(f"{name} cannot be read: {_first_line(told)}")
+        cause = causes[1] if isinstance(error, datasets.exceptions.DatasetsError) and causes[1:] else error
+        return FasttrError(f"{name} cannot be read: {_first_line(cause)}")
     return FasttrError(
         f"{name!r} is no file or folder here, and as a data set of the hub it could not be read "
         f"({type(error).__name__}: {message}): check the name, the network and the access token"

@@ -33,6 +33,17 @@ RESERVED_TEMPLATE_KEYS = frozenset({
 })  # fmt: skip
 
 
+class RowError(FasttrError):
+    """A row that no rule covers, named by its position."""
+
+    def __init__(self, row: int, message: str) -> None:
+        super().__init__(f"row {row} (counted from 0): {message}")
+        self.parts = (row, message)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # it crosses from a tokenising process to this one
+        return RowError, self.parts
+
+
 class Example(NamedTuple):
     """One row as text, or as messages: the prompt and its m completions are all of one kind."""
 
@@ -186,9 +197,9 @@ def _encode_chats(tokenizer: Any, examples: Sequence[Example]) -> list[np.ndarra
             for messages in example.completions:
                 outputs.append(tokenizer.apply_chat_template(_whole(example, messages), **options))
         except Exception as error:  # a template is a program: it raises whatever it likes
-            raise FasttrError(
-                f"row {example.row}: the chat template of {_name(tokenizer)} refuses the messages: "
-                f"{type(error).__name__}: {_one_line(error)}"
+            told = f"{type(error).__name__}: {_one_line(error)}"
+            raise RowError(
+                example.row, f"the chat template of {_name(tokenizer)} refuses the messages: {told}"
             ) from error
     if own_way:
         return [np.asarray(output["input_ids"], dtype=np.int32) for output in outputs]
@@ -204,10 +215,8 @@ def _whole(example: Example, messages: str | Messages) -> Messages:
 def _checked_template_kwargs(example: Example) -> Mapping[str, Any]:
     reserved = sorted(RESERVED_TEMPLATE_KEYS.intersection(example.template_kwargs))
     if reserved:
-        raise FasttrError(
-            f"row {example.row}: chat_template_kwargs holds {', '.join(reserved)}, which is no variable of a template: "
-            "remove it from the data"
-        )
+        told = f"chat_template_kwargs holds {', '.join(reserved)}, which is no variable of a template"
+        raise RowError(example.row, f"{told}: remove it from the data")
     return example.template_kwargs
 
 

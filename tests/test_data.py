@@ -150,9 +150,9 @@ def test_tokenised_rows(load, tokenizer):
     assert (trees.report.truncated, trees.report.kept) == (1, 1)
     trees = load([{"prompt_ids": [], "completion_ids": [3], "label": False}])
     assert trees.labels.tolist() == [False]
-    with pytest.raises(FasttrError, match=r"row 0: rejected_ids holds ids outside \[0, \d+\)"):
+    with pytest.raises(FasttrError, match=r"row 0 .*: rejected_ids holds ids outside \[0, \d+\)"):
         load([{**row, "rejected_ids": [99999]}])
-    with pytest.raises(FasttrError, match="row 0: prompt_ids is null; wanted a list of token ids"):
+    with pytest.raises(FasttrError, match=r"row 0 .*: prompt_ids is null; wanted a list of token ids"):
         load([{**row, "prompt_ids": None}, row])
 
 
@@ -290,21 +290,24 @@ CHAT = {"prompt": [say("user", "a")], "chosen": [say("assistant", "b")], "reject
 IMAGE = {"type": "image", "text": None}
 
 ROW_ERRORS = {
-    "null": ([PAIR, {**PAIR, "chosen": None}], "row 1: chosen is null; wanted text or a list of messages"),
-    "null prompt": ([PAIR, {**PAIR, "prompt": None}], "row 1: prompt is null"),
-    "number": ([{**PAIR, "chosen": 3}], "row 0: chosen is 3; wanted text"),
-    "no role": ([{**CHAT, "prompt": [{"content": "a"}]}], "row 0: prompt is a list of dict; wanted"),
-    "no messages": ([CHAT, {**CHAT, "prompt": []}], "row 1: prompt is an empty list"),
-    "no common turn": ([{k: CHAT[k] for k in ("chosen", "rejected")}], "row 0: the prompt has no messages"),
-    "text completion": ([{**CHAT, "chosen": "b", "rejected": "c"}], "row 0: prompt is a list of messages but"),
-    "two types": ([{**CHAT, "rejected": "c"}], "row 0: chosen and rejected are of different types"),
-    "image": ([{**CHAT, "prompt": [say("user", [IMAGE])]}], "row 0: prompt holds content that is not text"),
+    "null": ([PAIR, {**PAIR, "chosen": None}], r"row 1 .*: chosen is null; wanted text or a list of messages"),
+    "null prompt": ([PAIR, {**PAIR, "prompt": None}], r"row 1 .*: prompt is null"),
+    "number": ([{**PAIR, "chosen": 3}], r"row 0 .*: chosen is 3; wanted text"),
+    "no role": ([{**CHAT, "prompt": [{"content": "a"}]}], r"row 0 .*: prompt is a list of dict; wanted"),
+    "no messages": ([CHAT, {**CHAT, "prompt": []}], r"row 1 .*: prompt is an empty list"),
+    "no common turn": ([{k: CHAT[k] for k in ("chosen", "rejected")}], r"row 0 .*: the prompt has no messages"),
+    "text completion": ([{**CHAT, "chosen": "b", "rejected": "c"}], r"row 0 .*: prompt is a list of messages but"),
+    "two types": ([{**CHAT, "rejected": "c"}], r"row 0 .*: chosen and rejected are of different types"),
+    "image": ([{**CHAT, "prompt": [say("user", [IMAGE])]}], r"row 0 .*: prompt holds content that is not text"),
     "images": ([{**PAIR, "images": []}], "has a column 'images': fasttr trains on text alone"),
     "columns": ([{"prompt": "a", "better": "b"}], "has the columns 'prompt', 'better'; wanted 'chosen', 'rejected'"),
-    "label column": ([{"prompt": "a", "completion": "b"}], "wanted 'chosen', 'rejected'"),
-    "label": ([{"prompt": "a", "completion": "b", "label": "yes"}], "row 0: label is 'yes'; wanted true or false"),
-    "tools": ([{**CHAT, "tools": "[{"}], "row 0: tools is text that is not JSON"),
-    "template": ([{**CHAT, "chat_template_kwargs": {"truncation": True}}], "row 0: chat_template_kwargs holds trunc"),
+    "label column": ([{"prompt": "a", "completion": "b"}], "a completion alone needs a 'label'"),
+    "label": ([{"prompt": "a", "completion": "b", "label": "yes"}], r"row 0 .*: label is 'yes'; wanted true or false"),
+    "tools": ([{**CHAT, "tools": "[{"}], r"row 0 .*: tools is text that is not JSON"),
+    "template": (
+        [{**CHAT, "chat_template_kwargs": {"truncation": True}}],
+        r"row 0 .*: chat_template_kwargs holds trunc",
+    ),
     "all dropped": ([{**PAIR, "chosen": "x", "rejected": "x"}], r"none of 1 rows can be trained on \(1: chosen is ide"),
 }
 
@@ -321,15 +324,15 @@ def test_a_wrong_row_is_one_line(load, case):
 def test_options_that_do_not_fit_the_data(load):
     with pytest.raises(FasttrError, match="weight_column 'w' is not among the columns 'prompt', 'chosen', 'rejected'"):
         load([PAIR], weight_column="w")
-    with pytest.raises(FasttrError, match="row 0: w is text; wanted a number"):
+    with pytest.raises(FasttrError, match=r"row 0 .*: w is text; wanted a number"):
         load([{**PAIR, "w": "much"}], weight_column="w")
     with pytest.raises(FasttrError, match="hh_rlhf reads the columns 'chosen', 'rejected'"):
         load([{"prompt": "a", "completion": "b", "label": True}], dataset_format="hh_rlhf")
-    with pytest.raises(FasttrError, match="row 0: chosen is a list of dict; dataset_format hh_rlhf wants"):
+    with pytest.raises(FasttrError, match=r"row 0 .*: chosen is a list of dict; dataset_format hh_rlhf wants"):
         load([CHAT], dataset_format="hh_rlhf")
     half = [PAIR, {**PAIR, "chosen": "x", "rejected": "x"}]
     assert len(load(half, max_dropped_fraction=0.5)) == 1
-    with pytest.raises(FasttrError, match="1 of 2 rows dropped .*above max_dropped_fraction 0.4"):
+    with pytest.raises(FasttrError, match=r"1 of 2 rows dropped .*above max_dropped_fraction 0.4"):
         load(half, max_dropped_fraction=0.4)
 
 
@@ -341,7 +344,7 @@ def test_boundary_mismatches_can_be_fatal(tokenizer):
         trees = encode_rows(tokenizer, rows, DataConfig("rows", max_boundary_mismatch=1.0))
         assert trees.report.boundary_mismatches == 2
         assert r"boundary: in 2 (100.0%)" in str(trees.report)
-        with pytest.raises(FasttrError, match="in 2 of 2 rows the prompt's tokens .*above max_boundary_mismatch 0.5"):
+        with pytest.raises(FasttrError, match=r"in 2 of 2 rows the prompt's tokens .*above max_boundary_mismatch 0.5"):
             encode_rows(tokenizer, rows, DataConfig("rows", max_boundary_mismatch=0.5))
     finally:
         tokenizer.chat_template = template
@@ -375,12 +378,15 @@ FILE_ERRORS = {
     "zipped.jsonl.gz": (GOOD * 5 + b"{]\n", "broken JSON at line 6"),
     "blank.jsonl": (GOOD + b"\n\n" + b"nonsense\n", "broken JSON at line 4"),
     "array.json": (b"[\n" + GOOD.strip() + b",\n{]\n", "broken JSON at line 3"),
-    "types.jsonl": (GOOD * 2 + b'{"prompt": ["a"], "chosen": "b", "rejected": "c"}\n', "."),
+    "types.jsonl": (
+        GOOD * 2 + b'{"prompt": ["a"], "chosen": "b", "rejected": "c"}\n',
+        "row 2 .*: prompt is a list of str",
+    ),
     "scalar.jsonl": (b"3\n4\n", "line 1 is not a JSON object"),
     "bytes.jsonl": (GOOD + b'{"prompt": "\xff"}\n', "not UTF-8 text"),
     "empty.jsonl": (b"", "is empty"),
     "empty.jsonl.gz": (b"", "is empty"),
-    "only_blank.jsonl": (b"\n\n", "."),
+    "only_blank.jsonl": (b"\n\n", "holds no rows"),
     "table.xlsx": (b"PK", "is of an unknown kind: wanted .json, .jsonl"),
     "fake.parquet": (b"not parquet", "cannot be read"),
 }
@@ -409,7 +415,7 @@ def test_broken_gzip_is_one_line(load, tmp_path):
 def test_places_that_hold_no_data(load, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     for name in ("missing.jsonl", "./missing", "/missing/folder", "a/b/c", "https://example.org/a.jsonl"):
-        with pytest.raises(FasttrError, match="does not exist: give a .json"):
+        with pytest.raises(FasttrError, match="does not exist: give a"):
             load(name)
     with pytest.raises(FasttrError, match=r"'nobody/nothing' is no file or folder here, and as a data set of the hub"):
         load("nobody/nothing")

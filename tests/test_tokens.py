@@ -313,12 +313,12 @@ def test_refusals_are_one_line():
     tokenizer = make_tokenizer()
     chat = Example(7, [say("user", "a")], ([say("assistant", "b")],))
     tokenizer.chat_template = "{{ raise_exception('roles must\nalternate') }}"
-    with pytest.raises(FasttrError, match=r"^row 7: the chat template of .* refuses .*roles must alternate$"):
+    with pytest.raises(FasttrError, match=r"^row 7 .*: the chat template of .* refuses .*roles must alternate$"):
         encode(tokenizer, [chat])
     tokenizer.chat_template = None
     with pytest.raises(FasttrError, match="has no chat template: use an instruction-tuned model's tokenizer"):
         encode(tokenizer, [chat])
-    with pytest.raises(FasttrError, match="row 7: chat_template_kwargs holds truncation"):
+    with pytest.raises(FasttrError, match=r"row 7 .*: chat_template_kwargs holds truncation"):
         encode(make_tokenizer(), [chat._replace(template_kwargs={"truncation": True})])
     tokenizer.eos_token = None
     with pytest.raises(FasttrError, match="has no EOS token"):
