@@ -39,18 +39,18 @@ class TreeSource(Protocol):
 class RowGather(NamedTuple):
     """A gather of rows with its inverse, so that the backward sums in a fixed order without atomics.
 
-    `index[j]` is the source row of output row j. Level k of the inverse pairs each source row that is read more than
-    k times with its k-th reader; source rows within a level are unique. `index is None` means the identity.
+    `sources[j]` is the source row of output row j. Level k of the inverse pairs each source row that is read more than
+    k times with its k-th reader; source rows within a level are unique. `sources is None` means the identity.
     """
 
-    index: Tensor | None  # (S,) int64
+    sources: Tensor | None  # (S,) int64
     levels: tuple[tuple[Tensor, Tensor], ...]  # ((source rows, output rows), ...), int64
 
     def to(self, device: torch.device) -> RowGather:
-        if self.index is None:
+        if self.sources is None:
             return self
         levels = tuple((a.to(device, non_blocking=True), b.to(device, non_blocking=True)) for a, b in self.levels)
-        return RowGather(self.index.to(device, non_blocking=True), levels)
+        return RowGather(self.sources.to(device, non_blocking=True), levels)
 
 
 class AttentionLayout(NamedTuple):

@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read: a single line with what was got, what is wanted and how to mend it."""
+"""The one exception that a user is meant to read: one line with what was got, what is wanted and how to mend it."""
 
 
 class FasttrError(ValueError):

@@ -1,0 +1,85 @@
+"""Where log-probs are made: hidden states of a pack through transformers' own model, then the fused head.
+
+The loss is computed inside this module's forward, so that data-parallel hooks see it. Policy and reference go through
+the same op with the same packs: where they are equal, the log-ratio is exactly 0.
+
+Legend: T packed tokens, R scored rows, N completions, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from fasttr_kernels import PreferenceLoss, linear_preference_loss
+from torch import Tensor, nn
+
+from fasttr.attention import gather_rows
+from fasttr.batch import PackedBatch
+
+LossFn = Callable[[Tensor, Tensor | None, slice], Tensor]
+
+
+class HeadSpec(NamedTuple):
+    """What lies between the last hidden state and the logits: softcap(logit_scale * (W h + b))."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+class PackedModel(nn.Module):
+    """A causal language model that scores packed trees.
+
+    Args:
+        model: a transformers causal LM whose attention is `fasttr_packed`.
+        head: its head beyond weight and bias.
+        attention_backend: `varlen`, `flash` or `segments`.
+        bf16: compute under bfloat16 autocast; log-probs and the loss stay fp32.
+    """
+
+    model: Any
+
+    def __init__(self, model: nn.Module, head: HeadSpec, attention_backend: str, bf16: bool):
+        super().__init__()
+        self.model = model
+        self.head = head
+        self.attention_backend = attention_backend
+        self.bf16 = bf16
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def hidden_states(self, batch: PackedBatch) -> Tensor:
+        """Final hidden states of a pack, (T, D)."""
+        return self.model.base_model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            use_cache=False,
+            fasttr_layout=batch.attention,
+            fasttr_backend=self.attention_backend,
+        ).last_hidden_state[0]
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        loss_fn: LossFn | None = None,
+        ref_logp: Tensor | None = None,  # (N,) fp32
+        normalizer: float = 1.0,
+        stats: bool = False,
+    ) -> PreferenceLoss:
+        """Score a pack that is on this module's device; with `loss_fn` also its share of the step's loss."""
+        output = self.model.get_output_embeddings()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            hidden_RD = gather_rows(self.hidden_states(batch), batch.scored)
+            return linear_preference_loss(
+                hidden_RD, output.weight, batch.target, batch.cu_completions, batch.cu_groups, loss_fn,
+                ref_logp=ref_logp, normalizer=normalizer, bias=output.bias, logit_scale=self.head.logit_scale,
+                softcap=self.head.softcap, stats=stats,
+            )  # fmt: skip
+
+    @torch.no_grad()
+    def score(self, batch: PackedBatch) -> Tensor:
+        """Summed log-probs of the completions of a pack, (N,) fp32 nats, without gradients."""
+        return self(batch.to(self.device)).logp

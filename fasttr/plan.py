@@ -1,0 +1,79 @@
+"""Which rows make which optimizer step, which trees share a pack, and where the reference moves: all known before
+training, a pure function of the row lengths and the configuration, so that resuming is exact."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from fasttr.batch import PackedBatch, TreeSource
+from fasttr.packing import first_fit_decreasing, pack
+
+
+@lru_cache(maxsize=2)
+def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
+    """TRL's order: a permutation from a CPU generator seeded with seed + epoch."""
+    generator = torch.Generator().manual_seed(seed + epoch)
+    return torch.randperm(rows, generator=generator).numpy()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Optimizer steps over a data set.
+
+    An epoch's remainder is a shorter last step, normalised by its own row count. `max_steps` above 0 wins over
+    `num_train_epochs`, which may be a fraction.
+    """
+
+    source: TreeSource = field(repr=False)
+    train_batch_size: int
+    num_train_epochs: float
+    max_steps: int
+    seed: int
+    max_tokens_per_batch: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.source) / self.train_batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        return self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * self.steps_per_epoch)
+
+    def rows(self, step: int) -> np.ndarray:
+        """Data-set rows of optimizer step `step` (counted from 0), in TRL's order."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = epoch_order(len(self.source), self.seed, epoch)
+        return order[within * self.train_batch_size : (within + 1) * self.train_batch_size]
+
+    def packs(self, step: int) -> list[PackedBatch]:
+        """The packs of one step. Their number and content follow from the lengths alone."""
+        return pack_rows(self.source, self.rows(step), self.max_tokens_per_batch)
+
+    def windows(self, every: int | None, start: int = 0) -> Iterator[range]:
+        """Steps [0, every), [every, 2 every), ... from the window that holds `start`; one window without moves."""
+        total = self.total_steps
+        length = every or max(total, 1)
+        for first in range(start - start % length, total, length):
+            yield range(first, min(first + length, total))
+
+    def tokens(self, rows: np.ndarray) -> int:
+        """Packed tokens of some rows: each prompt once."""
+        return int(tree_sizes(self.source, rows).sum())
+
+
+def tree_sizes(source: TreeSource, rows: np.ndarray | Sequence[int]) -> np.ndarray:
+    """Packed tokens per tree: the prompt once and every completion."""
+    return source.prompt_lengths[rows].astype(np.int64) + source.completion_lengths[rows].sum(axis=1, dtype=np.int64)
+
+
+def pack_rows(source: TreeSource, rows: np.ndarray | Sequence[int], budget: int) -> list[PackedBatch]:
+    """Pack some rows, first-fit decreasing under `budget` tokens a pack."""
+    rows = np.asarray(rows)
+    bins = first_fit_decreasing(tree_sizes(source, rows).tolist(), budget)
+    return [pack([source[int(rows[i])] for i in members]) for members in bins]
