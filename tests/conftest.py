@@ -1,8 +1,69 @@
-"""Without a GPU the Triton kernels of the tests run in Triton's interpreter, chosen before they are decorated."""
+"""Without a GPU the Triton kernels of the tests run in Triton's interpreter, chosen before they are decorated.
+Nothing is fetched, and what `datasets` caches goes into a folder that is thrown away."""
 
+import json
 import os
+import random
+import tempfile
+from pathlib import Path
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
+_cache = tempfile.TemporaryDirectory(prefix="fasttr-tests-")
+os.environ["HF_DATASETS_CACHE"] = _cache.name
+
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi", "omicron", "pi", "rho", "sigma", "tau"]
+
+
+def write_pairs(path: Path, rows: int, seed: int, weights: bool = False) -> Path:
+    """Plain preference rows of unequal lengths, one-word completions among them."""
+    rng = random.Random(seed)
+
+    def text(low: int, high: int) -> str:
+        return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
+
+    with path.open("w") as file:
+        for i in range(rows):
+            row = {"prompt": text(1, 12) + "?", "chosen": " " + text(1, 9), "rejected": " " + text(10, 14) + str(i)}
+            if weights:
+                row["weight"] = rng.choice([0.25, 1.0, 2.0])
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory) -> Path:
+    """A folder with a tiny model, a perturbed copy of it (`reference`), and files of pairs."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fasttr.scratch import init_model
+    from tests.tiny import perturb
+
+    folder = tmp_path_factory.mktemp("workspace")
+    write_pairs(folder / "train.jsonl", 24, seed=0)
+    write_pairs(folder / "test.jsonl", 10, seed=1)
+    write_pairs(folder / "weighted.jsonl", 8, seed=2, weights=True)
+    init_model(
+        "llama", hidden_size=32, num_layers=2, num_heads=4, vocab_size=300, tokenizer_data=folder / "train.jsonl",
+        output_dir=folder / "model",
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    # Weights large enough that rows differ: at 0.02 every log-prob is near log V.
+    perturb(model, 0.2, seed=5)
+    model.save_pretrained(folder / "model")
+    perturb(model, 0.02, seed=6)
+    model.save_pretrained(folder / "reference")
+    AutoTokenizer.from_pretrained(folder / "model").save_pretrained(folder / "reference")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _restore_determinism():
+    """`full_determinism` is global to the process."""
+    yield
+    torch.use_deterministic_algorithms(False)
