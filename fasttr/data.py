@@ -44,6 +44,8 @@ class DataConfig:
     cache_dir: str | None = None  # None: the cache of `datasets`
 
     def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise FasttrError("the name of the data set is empty: give a file, a folder or a hub id")
         if self.dataset_format is not None and self.dataset_format not in DATASET_FORMATS:
             raise FasttrError(
                 f"dataset_format {self.dataset_format!r} is unknown: use {', '.join(DATASET_FORMATS)}, or leave it out"
@@ -196,6 +198,11 @@ def encode_rows(tokenizer: Any, rows: Any, config: DataConfig) -> TreeSet:
         )
     except FasttrError as error:
         raise FasttrError(f"{config.name} ({config.split}): {error}") from error
+    except OSError as error:
+        raise FasttrError(
+            f"{config.name} ({config.split}): the tokens cannot be written to the cache ({error}): "
+            "free space there, or name another cache_dir"
+        ) from error
     report = _report(encoded, config)
     _check(report, config)
     return TreeSet(encoded, report, options)

@@ -236,10 +236,13 @@ def _is_messages(row: int, name: str, value: Any) -> bool:
     """False for text, True for a non-empty list of messages; RowError otherwise."""
     if isinstance(value, str):
         return False
-    if not isinstance(value, list) or not all(isinstance(m, Mapping) and m.get("role") is not None for m in value):
+    if not isinstance(value, list):
         raise RowError(row, f"{name} is {_kind(value)}; wanted text or a list of messages with 'role' and 'content'")
     if not value:
         raise RowError(row, f"{name} is an empty list; wanted at least one message")
+    for item in value:
+        if not isinstance(item, Mapping) or item.get("role") is None:
+            raise RowError(row, f"{name} is a list with {item!r:.60}; wanted messages with 'role' and 'content'")
     for message in value:
         content = message.get("content")
         parts = content if isinstance(content, list) else []

@@ -293,7 +293,10 @@ ROW_ERRORS = {
     "null": ([PAIR, {**PAIR, "chosen": None}], r"row 1 .*: chosen is null; wanted text or a list of messages"),
     "null prompt": ([PAIR, {**PAIR, "prompt": None}], r"row 1 .*: prompt is null"),
     "number": ([{**PAIR, "chosen": 3}], r"row 0 .*: chosen is 3; wanted text"),
-    "no role": ([{**CHAT, "prompt": [{"content": "a"}]}], r"row 0 .*: prompt is a list of dict; wanted"),
+    "no role": (
+        [{**CHAT, "prompt": [{"content": "a"}]}],
+        r"row 0 .*: prompt is a list with {'content': 'a'}; wanted messages",
+    ),
     "no messages": ([CHAT, {**CHAT, "prompt": []}], r"row 1 .*: prompt is an empty list"),
     "no common turn": ([{k: CHAT[k] for k in ("chosen", "rejected")}], r"row 0 .*: the prompt has no messages"),
     "text completion": ([{**CHAT, "chosen": "b", "rejected": "c"}], r"row 0 .*: prompt is a list of messages but"),
@@ -353,6 +356,7 @@ def test_boundary_mismatches_can_be_fatal(tokenizer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"name": " "}, "the name of the data set is empty"),
         ({"max_length": 1}, "max_length is 1; wanted at least 2"),
         ({"sides": 3}, "sides is 3"),
         ({"num_proc": 0}, "num_proc is 0"),
@@ -363,7 +367,7 @@ def test_boundary_mismatches_can_be_fatal(tokenizer):
 )
 def test_values_out_of_range(options, message):
     with pytest.raises(FasttrError, match=message):
-        DataConfig("data.jsonl", **options)
+        DataConfig(**{"name": "data.jsonl", **options})
 
 
 def broken_file(path, content):
@@ -380,7 +384,7 @@ FILE_ERRORS = {
     "array.json": (b"[\n" + GOOD.strip() + b",\n{]\n", "broken JSON at line 3"),
     "types.jsonl": (
         GOOD * 2 + b'{"prompt": ["a"], "chosen": "b", "rejected": "c"}\n',
-        "row 2 .*: prompt is a list of str",
+        "row 2 .*: prompt is a list with 'a'; wanted",
     ),
     "scalar.jsonl": (b"3\n4\n", "line 1 is not a JSON object"),
     "bytes.jsonl": (GOOD + b'{"prompt": "\xff"}\n', "not UTF-8 text"),
@@ -450,6 +454,15 @@ def test_no_code_and_no_path_of_a_data_set_is_followed(load, tmp_path):
     datasets.Dataset.from_dict(row, features=features).to_parquet(str(tmp_path / "image.parquet"))
     with pytest.raises(FasttrError, match="column 'chosen' is of type Image"):
         load(tmp_path / "image.parquet")
+
+
+def test_a_full_disk_is_one_line(load, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("datasets.Dataset.map", full)
+    with pytest.raises(FasttrError, match=r"cannot be written to the cache .*No space left.*: free space"):
+        load([PAIR])
 
 
 def test_a_tokenizer_without_eos(tokenizer):

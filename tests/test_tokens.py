@@ -187,6 +187,20 @@ def test_random_text_rows_equal_trl():
     assert trees.report.boundary_mismatches > 5
 
 
+@pytest.mark.filterwarnings("ignore:This sequence already has </s>")
+def test_a_tokenizer_in_python_that_ends_every_text_equals_trl():
+    from transformers import ByT5Tokenizer
+
+    tokenizer = ByT5Tokenizer()
+    assert not tokenizer.is_fast
+    rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in TEXT_ROWS.values()]
+    # The EOS added to a prompt parts from the whole text, except where the text itself goes on with one.
+    assert_equal_to_trl(tokenizer, rows, mismatches=len(rows) - 1)
+    tokenizer.chat_template = TEMPLATES["ends_with_a_header"]
+    assert_equal_to_trl(tokenizer, [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in CONVERSATIONS])
+    assert tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(ByT5Tokenizer())
+
+
 def test_implicit_text_prompts_equal_trl():
     rows = [
         {"chosen": "the sky is blue", "rejected": "the sky is black"},
