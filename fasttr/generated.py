@@ -11,8 +11,8 @@ With m the characters of the completion that are among the three, L all its char
 so the best answer is n letters of the three, and gold reward is lost by stopping early, by other letters and, ever
 faster, by going past n. Labels are Bradley-Terry: P(a preferred to b) = 1 / (1 + exp(-(gold(a) - gold(b)) / noise)).
 
-Completions come from a known base distribution that a language model can be fitted to: L uniform on n-6..n+1, each
-letter one of the three with probability 1/2 (then any of the three alike), else any of the other nine alike. Within
+Completions come from a known base distribution that a language model can be fitted to: L uniform on n-7..n+1, each
+letter one of the three with probability 2/3 (then any of the three alike), else any of the other nine alike. Within
 it more is nearly always better, for x is at most 1/8: a policy that carries this beyond the data writes past n and
 loses what it won. That is the room for over-optimisation.
 
@@ -35,8 +35,8 @@ import numpy as np
 LETTERS = "abcdefghijkl"
 ASKED = 3  # letters that a prompt names
 LENGTHS = range(8, 17)  # n
-SPREAD = range(-6, 2)  # L - n under the base distribution
-ON_TARGET = 0.5  # share of the asked letters under the base distribution
+SPREAD = range(-7, 2)  # L - n under the base distribution
+ON_TARGET = 2 / 3  # share of the asked letters under the base distribution
 LOWEST = -2.0
 OVERSHOOT = 2.0  # the factor of x^2
 NOISE = 0.1  # temperature of the labels, in units of gold reward
