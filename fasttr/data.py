@@ -186,15 +186,19 @@ def encode_rows(tokenizer: Any, rows: Any, config: DataConfig) -> TreeSet:
         weight_column=config.weight_column,
     )
     try:
-        encoded = rows.select_columns(list(row_format.columns)).map(
-            encoder,
-            batched=True,
-            with_indices=True,
-            remove_columns=list(row_format.columns),
-            features=encoder.features(),
-            num_proc=config.num_proc,
-            new_fingerprint=hashlib.blake2b(key.encode(), digest_size=16).hexdigest(),
-            desc=f"Tokenizing {config.split}",
+        encoded = (
+            rows.with_format(None)
+            .select_columns(list(row_format.columns))
+            .map(
+                encoder,
+                batched=True,
+                with_indices=True,
+                remove_columns=list(row_format.columns),
+                features=encoder.features(),
+                num_proc=config.num_proc,
+                new_fingerprint=hashlib.blake2b(key.encode(), digest_size=16).hexdigest(),
+                desc=f"Tokenizing {config.split}",
+            )
         )
     except FasttrError as error:
         raise FasttrError(f"{config.name} ({config.split}): {error}") from error

@@ -8,6 +8,7 @@ cannot name a path that is then opened: a folder's files must lie inside it, and
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import json
 import os
@@ -88,11 +89,11 @@ def _kind_of_file(path: Path) -> str:
     kind = FILE_KINDS.get(suffixes[-1] if suffixes else "")
     if kind is None:
         raise FasttrError(f"{path} is of an unknown kind: wanted {', '.join(FILE_KINDS)}, or one of them with .gz")
-    with _open(path) as file:
-        try:
+    try:
+        with _open(path) as file:
             head = file.read(1)
-        except (OSError, EOFError) as error:
-            raise FasttrError(f"{path} cannot be read: {_first_line(error)}") from error
+    except (OSError, EOFError) as error:
+        raise FasttrError(f"{path} cannot be read: {_first_line(error)}") from error
     if not head:
         raise FasttrError(f"{path} is empty: wanted at least one row")
     return kind
@@ -129,6 +130,9 @@ def _explain(name: str, path: Path, config: str | None, error: Exception) -> Fas
     message = _first_line(error)
     if "corresponds to no data" in message:
         return FasttrError(f"{name} holds no rows: wanted at least one")
+    refused = next((c for c in causes if isinstance(c, OSError) and c.errno in (errno.ENOSPC, errno.EACCES)), None)
+    if refused is not None:
+        return FasttrError(f"{name}: {refused}: free space, or grant access, there or where the cache is")
     if any("scripts are no longer supported" in str(cause) for cause in causes):
         return FasttrError(f"{name} is a loading script, which is never run: convert it to JSON lines or Parquet")
     if "BuilderConfig" in message or "Config name is missing" in message:

@@ -164,6 +164,13 @@ def test_one_side_keeps_chosen_with_the_boundary_of_both(load, tokenizer):
     assert len(load([{"prompt": "a", "completion": "b"}], sides=1)) == 1
 
 
+def test_a_formatted_data_set_of_ones_own_is_read_as_plain_rows(tokenizer):
+    rows = datasets.Dataset.from_list([PAIR, OTHER, {**OTHER, "chosen": " new"}])
+    mine = datasets.concatenate_datasets([rows.select([2]), rows.select([0])]).with_format("torch")
+    trees = encode_rows(tokenizer, mine, DataConfig("mine"))
+    assert [tokenizer.decode(tree.completions[0]) for tree in trees] == [" new</s>", " blue</s>"]
+
+
 def test_weights_and_labels(load):
     weights = [2, 0.5, None, float("inf"), 1e300]
     rows = [{**PAIR, "w": weight} for weight in weights]
@@ -384,7 +391,7 @@ FILE_ERRORS = {
     "array.json": (b"[\n" + GOOD.strip() + b",\n{]\n", "broken JSON at line 3"),
     "types.jsonl": (
         GOOD * 2 + b'{"prompt": ["a"], "chosen": "b", "rejected": "c"}\n',
-        "row 2 .*: prompt is a list with 'a'; wanted",
+        "row 2 .*: prompt is a list with 'a'; wanted|'prompt' is text at line 1 and a list at line 3",
     ),
     "scalar.jsonl": (b"3\n4\n", "line 1 is not a JSON object"),
     "bytes.jsonl": (GOOD + b'{"prompt": "\xff"}\n', "not UTF-8 text"),
@@ -460,6 +467,10 @@ def test_a_full_disk_is_one_line(load, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr("datasets.DatasetBuilder.download_and_prepare", full)
+    with pytest.raises(FasttrError, match=r"No space left.*: free space"):
+        load([PAIR])
+    monkeypatch.undo()
     monkeypatch.setattr("datasets.Dataset.map", full)
     with pytest.raises(FasttrError, match=r"cannot be written to the cache .*No space left.*: free space"):
         load([PAIR])
