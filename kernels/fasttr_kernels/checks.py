@@ -59,6 +59,14 @@ def head_options(logit_scale: float, softcap: float | None) -> None:
         raise fail("softcap", softcap, "a number above 0, or None", "None leaves the logits as they are")
 
 
+def target_range(target: Tensor, vocab: int) -> None:
+    """Ids outside the vocabulary, where looking costs no wait for a device."""
+    if target.device.type == "cpu" and target.numel():
+        low, high = (int(x) for x in target.aminmax())
+        if low < 0 or high >= vocab:
+            raise fail("target", f"ids {low}..{high}", f"0..{vocab - 1}", "pass scored rows alone")
+
+
 def offsets(name: str, offset: Tensor, last: int, of: str) -> list[int]:
     """Host offsets as a list, checked to cover 0..last without going back."""
     if not isinstance(offset, Tensor) or offset.dim() != 1 or offset.numel() < 1:

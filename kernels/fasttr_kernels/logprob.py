@@ -1,84 +1,147 @@
-"""Per-token log-probs of a linear head without its logits.
+"""Per-token log-probs of a linear head without its logits: the general op, for any upstream gradient.
 
 Legend: T rows, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, cast
 
 import torch
 from torch import Tensor
 
-from fasttr_kernels import checks, products
-from fasttr_kernels import rows as torch_rows
-from fasttr_kernels.preference import accumulate, default_chunk_rows
-from fasttr_kernels.rows import Head
+from fasttr_kernels import checks, chunks, products
+from fasttr_kernels.rows import Head, RowScores
+
+P = ParamSpec("P")
 
 
 class Logprob(NamedTuple):
-    """What `linear_logprob` returns. Nats."""
+    """What `linear_logprob` returns, in nats, fp32 (fp64 for fp64 inputs)."""
 
     logp: Tensor  # (T,)
     lse: Tensor  # (T,)
     entropy: Tensor | None  # (T,) no gradient
-    correct: Tensor | None  # (T,) bool: the target is the argmax
+    correct: Tensor | None  # (T,) bool: the target is the argmax, the first one where logits tie
 
 
-class _Logprob(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int,
-                logit_scale: float, softcap: float | None, stats: bool, compute: torch.dtype) -> Any:  # fmt: skip
-        head = Head(weight.to(compute), None if bias is None else bias.to(products.wide(compute)), logit_scale, softcap)
-        rows_TD, ignored_T = hidden.to(compute), target == ignore_index
-        step = default_chunk_rows(weight.shape[0], hidden.device)
-        work = torch_rows.Workspace(min(step, max(1, len(target))), head, stats, False)
-        parts = []
-        for start in range(0, len(target), step):
-            piece = slice(start, start + step)
-            seen = target[piece].masked_fill(ignored_T[piece], 0)
-            parts.append(torch_rows.score(rows_TD[piece], head, seen, work, stats))
-        dtype = products.wide(compute)
-        empty = hidden.new_empty(0, dtype=dtype)
-        logp, top, total = (torch.cat([empty, *x]) for x in list(zip(*parts, strict=True))[:3] or [()] * 3)
-        logp = logp.masked_fill(ignored_T, 0.0)
-        lse = top + total.log()
-        entropy = torch.cat([empty, *(p.entropy for p in parts if p.entropy is not None)]) if stats else None
-        correct = (
-            torch.cat([ignored_T[:0], *(p.correct for p in parts if p.correct is not None)]) & ~ignored_T
-            if stats
-            else None
-        )
-        ctx.save_for_backward(hidden, weight, bias, target)
-        ctx.args = (ignore_index, logit_scale, softcap, compute, step)
-        ctx.mark_non_differentiable(*(x for x in (entropy, correct) if x is not None))
-        return logp, lse, entropy, correct
+def _without_autocast(op: Callable[P, tuple[Tensor, ...]]) -> Callable[P, tuple[Tensor, ...]]:
+    @functools.wraps(op)
+    def run(*args: P.args, **kwargs: P.kwargs) -> tuple[Tensor, ...]:
+        with torch.autocast(cast(Tensor, args[0]).device.type, enabled=False):
+            return op(*args, **kwargs)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_logp: Tensor, d_lse: Tensor, *_: Any) -> Any:
-        hidden, weight, bias, target = ctx.saved_tensors
-        ignore_index, logit_scale, softcap, compute, step = ctx.args
-        head = Head(weight.to(compute), None if bias is None else bias.to(products.wide(compute)), logit_scale, softcap)
-        rows_TD, ignored_T = hidden.to(compute), target == ignore_index
-        dtype = products.wide(compute)
-        want = ctx.needs_input_grad[:3]
-        d_hidden = torch.zeros_like(hidden) if want[0] else None
-        d_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if want[1] else None
-        d_bias = torch.zeros(weight.shape[0], dtype=dtype, device=weight.device) if want[2] else None
-        d_logp = d_logp.to(dtype).masked_fill(ignored_T, 0.0)
-        on_softmax = d_logp - d_lse.to(dtype)
-        work = torch_rows.Workspace(min(step, max(1, len(target))), head, False, True)
-        for start in range(0, len(target), step):
-            piece = slice(start, start + step)
-            seen = target[piece].masked_fill(ignored_T[piece], 0)
-            scores = torch_rows.score(rows_TD[piece], head, seen, work, False)
-            dz, factor = torch_rows.logit_grad(scores, head, seen, d_logp[piece], on_softmax[piece], work)
-            accumulate(dz, factor, rows_TD[piece], head.weight, None if d_hidden is None else d_hidden[piece],
-                       d_weight, d_bias, True)  # fmt: skip
-        return (d_hidden, None if d_weight is None else d_weight.to(weight.dtype),
-                None if d_bias is None or bias is None else d_bias.to(bias.dtype),
-                None, None, None, None, None, None)  # fmt: skip
+    return run
+
+
+@_without_autocast
+def _forward(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, ignore_index: int, logit_scale: float,
+    softcap: float | None, stats: bool, compute: torch.dtype,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(logp, lse, top, total, entropy, correct), the last two empty without statistics."""
+    head = Head.of(weight, bias, logit_scale, softcap, compute)
+    rows, T = chunks.select(hidden.device), hidden.shape[0]
+    step = chunks.default_rows(weight.shape[0], hidden.device)
+    out = _outputs(hidden, stats, compute)
+    logp, lse, top, total, entropy, correct = out
+    ignored, seen = _targets(target, ignore_index)
+    work = rows.Workspace(min(step, T), head, stats, False)
+    for piece in chunks.pieces(0, T, step):
+        scores = rows.score(hidden[piece].to(compute), head, seen[piece], work, stats)
+        logp[piece], top[piece], total[piece] = scores.logp, scores.top, scores.total
+        if stats:
+            entropy[piece], correct[piece] = scores.entropy, scores.correct
+    torch.add(top, total.log(), out=lse)
+    logp.masked_fill_(ignored, 0.0)
+    if stats:
+        correct.logical_and_(~ignored)
+    return out
+
+
+def _outputs(hidden: Tensor, stats: bool, compute: torch.dtype) -> tuple[Tensor, ...]:
+    T = hidden.shape[0]
+    shapes = (T, T, T, T, T if stats else 0)
+    dtype = products.wide(compute)
+    return (*(hidden.new_empty(n, dtype=dtype) for n in shapes), hidden.new_empty(shapes[-1], dtype=torch.bool))
+
+
+def _targets(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    ignored = target == ignore_index
+    return ignored, target.long().masked_fill(ignored, 0)
+
+
+@_without_autocast
+def _backward(
+    d_logp: Tensor, d_lse: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, logp: Tensor,
+    top: Tensor, total: Tensor, ignore_index: int, logit_scale: float, softcap: float | None, compute: torch.dtype,
+    want: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(dX, dW, db), each empty where not wanted: dZ = d_logp (onehot - p) + d_lse p, chunk by chunk."""
+    head = Head.of(weight, bias, logit_scale, softcap, compute)
+    rows, T = chunks.select(hidden.device), hidden.shape[0]
+    step = chunks.default_rows(weight.shape[0], hidden.device)
+    ignored, seen = _targets(target, ignore_index)
+    d_logp = d_logp.to(top.dtype).masked_fill(ignored, 0.0)
+    on_softmax = d_logp - d_lse
+    hidden_c = hidden.to(compute)
+    grads = chunks.Grads(hidden_c, head, tuple(want), hidden.dtype)
+    work = rows.Workspace(min(step, T), head, False, True)
+    for piece in chunks.pieces(0, T, step):
+        scores = RowScores(logp[piece], top[piece], total[piece], None, None, None)
+        rows.refill(hidden_c[piece], head, scores, work)
+        dz, factor = rows.logit_grad(scores, head, seen[piece], d_logp[piece], on_softmax[piece], work)
+        grads.add(dz, factor, hidden_c[piece], head.weight, piece)
+    like = (hidden, weight, weight if bias is None else bias)
+    return tuple(x.new_empty(0) if g is None else g.to(x.dtype) for g, x in zip(grads.done(), like, strict=True))
+
+
+_HEAD = "Tensor hidden, Tensor weight, Tensor target, Tensor? bias"
+_OPTIONS = "int ignore_index, float logit_scale, float? softcap"
+_SIX, _THREE = (f"({', '.join(['Tensor'] * n)})" for n in (6, 3))
+# Custom ops, so that torch.compile takes them whole, with the autograd below.
+_forward_op = torch.library.custom_op(
+    "fasttr::linear_logprob", _forward, mutates_args=(),
+    schema=f"({_HEAD}, {_OPTIONS}, bool stats, ScalarType compute) -> {_SIX}",
+)  # fmt: skip
+_backward_op = torch.library.custom_op(
+    "fasttr::linear_logprob_backward", _backward, mutates_args=(),
+    schema=f"(Tensor d_logp, Tensor d_lse, {_HEAD}, Tensor logp, Tensor top, Tensor total, {_OPTIONS}, "
+           f"ScalarType compute, bool[] want) -> {_THREE}",
+)  # fmt: skip
+
+
+@_forward_op.register_fake
+def _(hidden, weight, target, bias, ignore_index, logit_scale, softcap, stats, compute):
+    return _outputs(hidden, stats, compute)
+
+
+@_backward_op.register_fake
+def _(d_logp, d_lse, hidden, weight, target, bias, logp, top, total, ignore_index, logit_scale, softcap, compute, want):
+    like = (hidden, weight, weight if bias is None else bias)
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    return tuple(x.new_empty(s if w else (0,)) for x, s, w in zip(like, shapes, want, strict=True))
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    hidden, weight, target, bias, ignore_index, logit_scale, softcap, _, compute = inputs
+    logp, _, top, total, entropy, correct = output
+    ctx.save_for_backward(hidden, weight, target, bias, logp, top, total)
+    ctx.options = (ignore_index, logit_scale, softcap, compute)
+    ctx.mark_non_differentiable(top, total, entropy, correct)
+
+
+def _autograd(ctx: Any, d_logp: Tensor, d_lse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    wants = ctx.needs_input_grad
+    want = [wants[0], wants[1], wants[3]]
+    d_hidden, d_weight, d_bias = _backward_op(d_logp, d_lse, *ctx.saved_tensors, *ctx.options, want)
+    keep = [g if w else None for g, w in zip((d_hidden, d_weight, d_bias), want, strict=True)]
+    return keep[0], keep[1], None, keep[2], None, None, None, None, None
+
+
+_forward_op.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def linear_logprob(
@@ -92,9 +155,46 @@ def linear_logprob(
     softcap: float | None = None,
     stats: bool = False,
 ) -> Logprob:
-    """Per-token log-prob and log-sum-exp of a linear head, differentiable in hidden, weight, bias."""
+    """Log-prob of each row's target under a linear head, and the log-sum-exp, without the (T, V) logits.
+
+    Equals `linear_logprob_ref`: z = softcap tanh(logit_scale (hidden weight^T + bias) / softcap), lse = logsumexp(z),
+    logp = z_target - lse. Differentiable in hidden, weight and bias for any gradient of logp and lse; the backward
+    makes the logits again (four products in all; `linear_preference_loss` needs three). A frozen side skips
+    its product.
+
+    Args:
+        hidden, weight: bf16, fp32 or fp64, of one dtype; under `torch.autocast` the products are made in its dtype.
+        target: vocabulary ids, or `ignore_index`: such a row has logp 0, no gradient through it, and is not correct.
+            Any other id outside 0..V-1 gives NaN.
+        stats: entropy and argmax hits, from the same sweep, without gradient.
+
+    Memory: logits of one chunk (about 2 GiB on a GPU, 32 MiB on a CPU, as fp32), and dW in fp32 during the backward.
+    Precision: logits and sums in fp32 (fp64 for fp64), whatever the inputs. Deterministic: no atomics.
+    torch.compile traces it without a graph break. Not twice differentiable.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, fp16.
+    """
     compute = checks.head(hidden, weight, target, bias)
     checks.head_options(logit_scale, softcap)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return Logprob(*_Logprob.apply(hidden, weight, bias, target.long(), ignore_index, float(logit_scale), softcap,
-                                       stats, compute))  # fmt: skip
+    logp, lse, _, _, entropy, correct = _forward_op(
+        hidden, weight, target, bias, ignore_index, float(logit_scale), softcap, stats, compute
+    )
+    return Logprob(logp, lse, entropy if stats else None, correct if stats else None)
+
+
+def linear_logprob_ref(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *, ignore_index: int = -100,
+    logit_scale: float = 1.0, softcap: float | None = None, stats: bool = False,
+) -> Logprob:  # fmt: skip
+    """The specification, in plain torch with the whole logits, in the dtype of the arguments."""
+    z = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    logprobs = z.log_softmax(-1)
+    ignored = target == ignore_index
+    logp = logprobs.gather(1, target.long().masked_fill(ignored, 0)[:, None])[:, 0].masked_fill(ignored, 0.0)
+    out = Logprob(logp, z.logsumexp(-1), None, None)
+    if not stats:
+        return out
+    entropy = -torch.xlogy(logprobs.exp(), logprobs.exp()).sum(-1)
+    return out._replace(entropy=entropy.detach(), correct=(z.argmax(-1) == target) & ~ignored)

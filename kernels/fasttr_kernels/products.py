@@ -64,16 +64,9 @@ def hidden_grad(dz_CV: Tensor, weight_VD: Tensor, out_CD: Tensor) -> None:
     out_CD.copy_(wide_CD)
 
 
-def weight_grad(dz_CV: Tensor, hidden_CD: Tensor, out_VD: Tensor, accumulate: bool) -> None:
-    """out (+)= dz^T hidden; `out` is fp32 or wider."""
-    if dz_CV.dtype != out_VD.dtype:
-        if accumulate:
-            torch.addmm(out_VD, dz_CV.t(), hidden_CD, out_dtype=out_VD.dtype, out=out_VD)
-        else:
-            torch.mm(dz_CV.t(), hidden_CD, out_dtype=out_VD.dtype, out=out_VD)
-        return
-    rows_CD = hidden_CD.to(dz_CV.dtype)
-    if accumulate:
-        out_VD.addmm_(dz_CV.t(), rows_CD)
+def weight_grad(dz_CV: Tensor, hidden_CD: Tensor, out_VD: Tensor, beta: float) -> None:
+    """out = beta out + dz^T hidden; `out` is fp32 or wider. With beta 0 what it held, NaN too, is ignored."""
+    if dz_CV.dtype == out_VD.dtype:
+        out_VD.addmm_(dz_CV.t(), hidden_CD.to(dz_CV.dtype), beta=beta)
     else:
-        torch.mm(dz_CV.t(), rows_CD, out=out_VD)
+        torch.addmm(out_VD, dz_CV.t(), hidden_CD, beta=beta, out_dtype=out_VD.dtype, out=out_VD)

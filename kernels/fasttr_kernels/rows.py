@@ -16,7 +16,7 @@ from torch import Tensor
 from fasttr_kernels import products
 
 # Elements of a block of rows: it stays in a core's cache between the elementwise steps.
-BLOCK_ELEMENTS = 1 << 18
+BLOCK_ELEMENTS = 1 << 17
 
 
 class Head(NamedTuple):
@@ -26,6 +26,13 @@ class Head(NamedTuple):
     bias: Tensor | None  # (V,)
     logit_scale: float
     softcap: float | None
+
+    @classmethod
+    def of(
+        cls, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None, compute: torch.dtype
+    ) -> Head:
+        bias = None if bias is None else bias.detach().to(products.wide(compute)).contiguous()
+        return cls(weight.detach().to(compute), bias, float(logit_scale), None if softcap is None else float(softcap))
 
 
 class RowScores(NamedTuple):
@@ -63,13 +70,7 @@ def score(hidden_CD: Tensor, head: Head, target_C: Tensor, work: Workspace, stat
     correct_C = known_C.new_empty(rows) if stats else None
     for start in range(0, rows, work.block):
         here = slice(start, min(start + work.block, rows))
-        z = z_CV[here]
-        if head.softcap is not None:
-            z.div_(head.softcap).tanh_()
-            if work.slope.shape[0]:
-                slope = work.slope[here]
-                torch.mul(z, z, out=slope).neg_().add_(1)
-            z.mul_(head.softcap)
+        z = _softcap(z_CV[here], head, work.slope[here])
         top = torch.amax(z, 1, keepdim=True)
         at_target = z.gather(1, target_C1[here])
         at_target_C[here], top_C[here] = at_target[:, 0], top[:, 0]
@@ -99,6 +100,24 @@ def _first_of_the_largest(z: Tensor, at_target: Tensor, top: Tensor, target: Ten
     if maybe.numel():
         right[maybe] = z[maybe].argmax(1) == target[maybe, 0]
     return right
+
+
+def refill(hidden_CD: Tensor, head: Head, scores: RowScores, work: Workspace) -> None:
+    """Put a chunk's e = exp(z - top) back for `logit_grad` after another chunk has used the buffer."""
+    z_CV = work.logits[: hidden_CD.shape[0]]
+    products.logits(hidden_CD, head.weight, z_CV, head.bias, head.logit_scale)
+    for start in range(0, z_CV.shape[0], work.block):
+        here = slice(start, start + work.block)
+        _softcap(z_CV[here], head, work.slope[here]).sub_(scores.top[here, None]).exp_()
+
+
+def _softcap(z: Tensor, head: Head, slope: Tensor) -> Tensor:
+    if head.softcap is not None:
+        z.div_(head.softcap).tanh_()
+        if slope.shape[0]:
+            torch.mul(z, z, out=slope).neg_().add_(1)
+        z.mul_(head.softcap)
+    return z
 
 
 def logit_grad(
