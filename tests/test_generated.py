@@ -29,7 +29,7 @@ def test_gold_reward_is_its_equation_and_bounded(completion, gold):
     assert task.gold_reward(PROMPT, completion) == pytest.approx(gold)
 
 
-@pytest.mark.parametrize("prompt", ["", "write 8 of bdf:", "write 08 of bdz:", "write 08 of bdf: ", "write 08 of bdf:b"])
+@pytest.mark.parametrize("prompt", ["", "write 8 of bdf:", "write 08 of bdz:", f"{PROMPT} ", f"{PROMPT}b"])
 def test_a_prompt_of_another_form_is_refused(prompt):
     with pytest.raises(ValueError, match="not a prompt"):
         task.gold_reward(prompt, "b")
