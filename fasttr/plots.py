@@ -1,0 +1,299 @@
+"""Pictures drawn from metrics.jsonl: of one run (`plot_run`), or of several on the same axes (`plot_comparison`).
+
+What a run did not record is not drawn: a run of SFT has no rewards, one without a gold reward no gold picture.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from bisect import bisect_left
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fasttr.errors import FasttrError
+
+# Okabe and Ito's palette: told apart with every common kind of colour blindness, and by lightness in grey.
+BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
+BLACK = "#000000"
+RUN_COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
+RUN_STYLES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
+INK, FAINT = "#333333", "#BBBBBB"
+MAX_MARKS = 40  # lines for reference updates; above it every k-th is drawn
+OVERVIEW = 6  # panels of comparison.png
+SMOOTH_FROM = 60  # points; a longer training curve is drawn faintly with its moving average on top
+WIDTH, HEIGHT, DPI = 6.4, 3.6, 160
+
+
+class Curve(NamedTuple):
+    key: str
+    label: str
+    colour: str
+    held_out: bool = False  # few points, drawn with markers and dashes
+    stderr: str = ""  # key of its standard error
+
+
+class Panel(NamedTuple):
+    name: str  # of the file
+    title: str
+    unit: str
+    curves: tuple[Curve, ...]
+    level: float | None = None  # a value to compare with, drawn as a thin line
+    level_label: str = ""
+    restarts: bool = True  # at every move of the reference
+
+
+RUN_PANELS = (
+    Panel("loss", "Loss", "loss", (Curve("loss", "train", BLUE), Curve("eval_loss", "held out", ORANGE, True))),
+    Panel(
+        "rewards", "Implicit rewards against the current reference", "reward (nats)",
+        (
+            Curve("rewards/chosen", "chosen", BLUE),
+            Curve("rewards/rejected", "rejected", VERMILION),
+            Curve("rewards/margins", "margin", GREEN),
+            Curve("eval_rewards/margins", "margin, held out", BLACK, True),
+        ),
+        0.0,
+    ),
+    Panel(
+        "accuracies", "Pairs whose chosen completion has the higher reward", "share of pairs",
+        (Curve("rewards/accuracies", "train", BLUE), Curve("eval_rewards/accuracies", "held out", ORANGE, True)),
+        0.5, "chance",
+    ),
+    Panel(
+        "logps", "Log-probability of the completions under the policy", "log-probability (nats)",
+        (
+            Curve("logps/chosen", "chosen", BLUE),
+            Curve("logps/rejected", "rejected", VERMILION),
+            Curve("eval_logps/chosen", "chosen, held out", SKY, True),
+            Curve("eval_logps/rejected", "rejected, held out", ORANGE, True),
+        ),
+        restarts=False,
+    ),
+    Panel(
+        "gold_reward", "Gold reward of fresh samples", "gold reward",
+        (Curve("eval_gold_reward", "mean with standard error", GREEN, True, "eval_gold_reward_stderr"),),
+    ),
+    Panel(
+        "initial_policy", "Log-ratio to the initial policy", "log-ratio (nats)",
+        (
+            Curve("eval_kl_to_initial", "KL of fresh samples", PURPLE, True),
+            Curve("eval_anchor/logratios/chosen", "chosen, held out", BLUE, True),
+            Curve("eval_anchor/logratios/rejected", "rejected, held out", VERMILION, True),
+        ),
+        0.0,
+    ),
+)  # fmt: skip
+
+
+class Compared(NamedTuple):
+    """One panel of a comparison: the first of `keys` that any run has, over steps or over another metric."""
+
+    name: str
+    title: str
+    unit: str
+    keys: tuple[str, ...]
+    over: str = "step"
+    over_unit: str = "optimizer step"
+
+
+COMPARISONS = (
+    Compared("gold_reward", "Gold reward of fresh samples", "gold reward", ("eval_gold_reward",)),
+    Compared(
+        "gold_against_kl", "Gold reward against drift", "gold reward", ("eval_gold_reward",),
+        "eval_kl_to_initial", "KL to the initial policy (nats)",
+    ),
+    Compared("kl_to_initial", "Drift from the initial policy", "KL (nats)", ("eval_kl_to_initial",)),
+    Compared(
+        "anchor_margins", "Held-out margin against the initial policy", "margin (nats)",
+        ("eval_anchor/rewards/margins", "anchor/rewards/margins"),
+    ),
+    Compared("accuracies", "Held-out accuracy", "share of pairs", ("eval_rewards/accuracies",)),
+    Compared("margins", "Margin against the current reference", "margin (nats)", ("rewards/margins",)),
+    Compared("logps_chosen", "Log-probability of the chosen", "log-probability (nats)", ("logps/chosen",)),
+    Compared("loss", "Training loss", "loss", ("loss",)),
+)  # fmt: skip
+
+
+def plot_run(run_dir: str | Path) -> list[Path]:
+    """Write RUN/plots/*.png from RUN/metrics.jsonl and return their paths; see `RUN_PANELS`.
+
+    Thin vertical lines mark where the reference moved. Raises FasttrError when there is nothing to read or to draw.
+    """
+    lines = read_metrics(run_dir)
+    moves = reference_moves(lines)
+    written = []
+    for panel in RUN_PANELS:
+        drawn = [curve for curve in panel.curves if series(lines, curve.key)[0]]
+        if drawn:
+            figure, (ax,) = _figure(1)
+            _draw_panel(ax, panel, drawn, lines, moves)
+            _legend(figure, ax)
+            written.append(_save(figure, Path(run_dir) / "plots" / f"{panel.name}.png"))
+    if not written:
+        raise FasttrError(f"{Path(run_dir) / 'metrics.jsonl'} holds no metric that is drawn; wanted a loss at least")
+    return written
+
+
+def plot_comparison(runs: Mapping[str, str | Path], output_dir: str | Path) -> list[Path]:
+    """Several runs on the same axes: one PNG a metric in `output_dir`, and comparison.png with the first six.
+
+    runs: name shown -> run folder. Marks at the foot of a panel, in the run's colour, are its reference updates.
+    """
+    data = {name: read_metrics(folder) for name, folder in runs.items()}
+    panels = []
+    for panel in COMPARISONS:
+        key = next((k for k in panel.keys if any(series(lines, k, panel.over)[0] for lines in data.values())), None)
+        if key is not None:
+            panels.append((panel, key))
+    if not panels:
+        raise FasttrError(f"none of the runs {', '.join(data)} has a metric to compare; wanted a loss at least")
+    written = []
+    for name, chosen in [("comparison", panels[:OVERVIEW]), *((pair[0].name, [pair]) for pair in panels)]:
+        figure, axes = _figure(len(chosen))
+        for ax, (panel, key) in zip(axes, chosen, strict=True):
+            _draw_compared(ax, panel, key, data)
+        _legend(figure, axes[0])
+        written.append(_save(figure, Path(output_dir) / f"{name}.png"))
+    return written
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The lines of RUN/metrics.jsonl. A last line without its newline, as a live run has, is left out when torn."""
+    path = Path(run_dir) / "metrics.jsonl"
+    if not Path(run_dir).is_dir():
+        raise FasttrError(f"run {run_dir} does not exist; wanted the output_dir of a run")
+    if not path.is_file():
+        raise FasttrError(f"run {run_dir} has no metrics.jsonl; wanted the output_dir of a run that has logged")
+    texts = path.read_text(encoding="utf-8").split("\n")
+    lines = []
+    for number, text in enumerate(texts, 1):
+        try:
+            if not text.strip():
+                continue
+            line = json.loads(text)
+            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+                raise ValueError("wanted a JSON object with an integer step")
+        except ValueError as error:
+            if number == len(texts):
+                break
+            raise FasttrError(f"{path}, line {number}: {error}; mend or remove that line") from error
+        lines.append(line)
+    return lines
+
+
+def series(lines: list[dict[str, Any]], key: str, over: str = "step") -> tuple[list[float], list[float]]:
+    """(x, y) where a line has finite values of both."""
+    pairs = [(line[over], line[key]) for line in lines if _finite(line.get(over)) and _finite(line.get(key))]
+    return [x for x, _ in pairs], [y for _, y in pairs]
+
+
+def reference_moves(lines: list[dict[str, Any]]) -> list[int]:
+    """The steps at which the reference moved."""
+    return sorted({line["step"] for line in lines if line.get("event") == "reference_update"})
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _draw_panel(ax: Any, panel: Panel, curves: list[Curve], lines: list[dict[str, Any]], moves: list[int]) -> None:
+    if panel.level is not None:
+        ax.axhline(panel.level, color=INK, linewidth=0.7, linestyle=(0, (1, 3)), label=panel.level_label or None)
+    for curve in curves:
+        x, y = series(lines, curve.key)
+        if curve.held_out:
+            style: dict[str, Any] = {"linestyle": (0, (4, 1.5)), "marker": "o", "markersize": 4}
+            ax.plot(x, y, color=curve.colour, linewidth=1.5, label=curve.label, **style)
+            _band(ax, lines, curve.key, curve.stderr, "step", curve.colour)
+        else:
+            _smooth(ax, x, y, moves if panel.restarts else [], curve.colour, label=curve.label)
+    every = -(-len(moves) // MAX_MARKS)
+    for i, step in enumerate(moves[every - 1 :: every] if moves else []):
+        label = "reference update" if every == 1 else f"every {every}th reference update"
+        ax.axvline(step, color=FAINT, linewidth=0.7, zorder=0, label=None if i else label)
+    _finish(ax, panel.title, panel.unit, "optimizer step")
+
+
+def _draw_compared(ax: Any, panel: Compared, key: str, data: dict[str, list[dict[str, Any]]]) -> None:
+    feet = []
+    for i, (name, lines) in enumerate(data.items()):
+        x, y = series(lines, key, panel.over)
+        moves = reference_moves(lines) if panel.over == "step" else []
+        colour, style = RUN_COLOURS[i % len(RUN_COLOURS)], RUN_STYLES[i % len(RUN_STYLES)]
+        if key.startswith("eval_"):
+            ax.plot(x, y, color=colour, linestyle=style, linewidth=1.6, marker="o", markersize=3.5, label=name)
+            if key == "eval_gold_reward":
+                _band(ax, lines, key, f"{key}_stderr", panel.over, colour)
+        else:
+            _smooth(ax, x, y, [] if key.startswith("logps") else moves, colour, style, label=name)
+        if moves:
+            feet.append((moves, colour))
+    low, high = ax.get_ylim()
+    for i, (moves, colour) in enumerate(feet, 1):  # below every curve, one row a run
+        foot = low - 0.045 * i * (high - low)
+        shown = moves[(every := -(-len(moves) // MAX_MARKS)) - 1 :: every]
+        ax.plot(shown, [foot] * len(shown), "|", color=colour, markersize=5, markeredgewidth=1.0)
+        ax.set_ylim(foot - 0.03 * (high - low), high)
+    _finish(ax, panel.title, panel.unit, panel.over_unit)
+
+
+def _smooth(
+    ax: Any, x: list[float], y: list[float], moves: list[int], colour: str, style: Any = "-", label: str = ""
+) -> None:
+    if len(x) < SMOOTH_FROM:
+        ax.plot(x, y, color=colour, linestyle=style, linewidth=1.6, label=label)
+        return
+    half = len(y) // 50 + 1
+    # No mean reaches over a move, where the metrics start afresh; with hundreds of moves nothing else would be left.
+    window = [bisect_left(moves, step) if len(moves) <= MAX_MARKS else 0 for step in x]
+    means = []
+    for i, inside in enumerate(window):
+        near = range(max(0, i - half), min(len(y), i + half + 1))
+        values = [y[j] for j in near if window[j] == inside]
+        means.append(sum(values) / len(values))
+    ax.plot(x, y, color=colour, linewidth=0.6, alpha=0.25)
+    ax.plot(x, means, color=colour, linestyle=style, linewidth=1.6, label=label)
+
+
+def _band(ax: Any, lines: list[dict[str, Any]], key: str, stderr: str, over: str, colour: str) -> None:
+    rows = [line for line in lines if all(_finite(line.get(k)) for k in (over, key, stderr))]
+    low, high = ([line[key] + sign * line[stderr] for line in rows] for sign in (-1, 1))
+    ax.fill_between([line[over] for line in rows], low, high, color=colour, alpha=0.2, linewidth=0)
+
+
+def _figure(panels: int) -> tuple[Any, list[Any]]:
+    # Figure alone, without pyplot: no global state, no display; saving it draws with Agg.
+    from matplotlib.figure import Figure
+
+    columns = 1 if panels == 1 else 2
+    rows = -(-panels // columns)
+    scale = 1.0 if panels == 1 else 0.78
+    figure = Figure(figsize=(WIDTH * columns * scale, HEIGHT * rows * scale + 0.3), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for spare in axes[panels:]:
+        spare.remove()
+    return figure, axes[:panels]
+
+
+def _finish(ax: Any, title: str, unit: str, over_unit: str) -> None:
+    ax.set_title(title, fontsize=11, color=INK, loc="left")
+    ax.set_xlabel(over_unit, fontsize=10, color=INK)
+    ax.set_ylabel(unit, fontsize=10, color=INK)
+    ax.tick_params(labelsize=9, color=FAINT, labelcolor=INK)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color(FAINT)
+
+
+def _legend(figure: Any, ax: Any) -> None:
+    handles, labels = ax.get_legend_handles_labels()  # outside, where it hides no curve
+    style: dict[str, Any] = {"frameon": False, "fontsize": 9, "labelcolor": INK}
+    columns = len(labels) if sum(map(len, labels)) + 6 * len(labels) <= 13 * figure.get_figwidth() else 3
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, **style)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI)
+    return path
