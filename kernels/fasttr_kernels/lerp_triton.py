@@ -1,0 +1,142 @@
+"""The reference update in Triton: one launch over a table of pointers for all tensors of a pair of dtypes.
+
+The table is int64: a head row (bits of alpha as fp64, seed), then for each tensor reference, policy, remainder, length
+and the number of its first unit. A unit is the run of elements that one program updates.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fasttr_kernels.lerp import Item
+
+# Long units keep the search for a unit's tensor a small part of its work.
+UNIT = 32768
+BLOCK = 4096
+WARPS = 8
+FIELDS = tl.constexpr(5)
+_TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+@triton.jit
+def _bf16_bits(x):
+    """Nearest-even bf16 of fp32, as int16 bits; written out because Triton's interpreter truncates."""
+    u = x.to(tl.int32, bitcast=True)
+    near = (u + 0x7FFF + ((u >> 16) & 1)) >> 16
+    return tl.where(x != x, (u >> 16) | 0x40, near).to(tl.int16)
+
+
+@triton.jit
+def _noise(seed, offs_8, BLOCK: tl.constexpr):
+    """16 random bits for each of BLOCK elements; a call of Philox serves 8 neighbours, which lie in one thread."""
+    a, b, c, d = tl.randint4x(seed, offs_8)
+    words = tl.join(tl.join(a, b), tl.join(c, d)).reshape((BLOCK // 2,)).to(tl.uint32, bitcast=True)
+    return tl.interleave(words & 0xFFFF, words >> 16).to(tl.int32)
+
+
+@triton.jit
+def _block(
+    ref, pol, rem, offs, mask, counter, alpha, rest, seed,
+    REF: tl.constexpr, SPLIT: tl.constexpr, STOCHASTIC: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    p = tl.load(pol + offs, mask=mask).to(ACC)
+    if SPLIT:
+        high = tl.load(ref + offs, mask=mask).to(tl.int32)
+        low = tl.load(rem + offs, mask=mask).to(tl.int32)
+        r = ((high << 16) + low).to(tl.float32, bitcast=True)
+    else:
+        r = tl.load(ref + offs, mask=mask).to(ACC)
+    step = p - r
+    out = tl.where(alpha < 0.5, r + alpha * step, p - rest * step)
+    out = tl.where(alpha == 1.0, p, out)
+    if SPLIT:
+        u = out.to(tl.int32, bitcast=True)
+        high = (u + 0x8000) >> 16
+        tl.store(ref + offs, high.to(tl.int16), mask=mask)
+        tl.store(rem + offs, (u - (high << 16)).to(tl.int16), mask=mask)
+    elif tl.bfloat16 == REF:
+        near = _bf16_bits(out.to(tl.float32))
+        if STOCHASTIC:
+            x = out.to(tl.float32)
+            noisy = (x.to(tl.int32, bitcast=True) + _noise(seed, counter, BLOCK)) >> 16
+            near = tl.where(tl.abs(x) < float("inf"), noisy.to(tl.int16), near)
+        tl.store(ref.to(tl.pointer_type(tl.int16)) + offs, near, mask=mask)
+    else:
+        tl.store(ref + offs, out.to(REF), mask=mask)
+
+
+@triton.jit
+def _lerp_kernel(
+    Table, n_tensors, n_steps,
+    REF: tl.constexpr, POL: tl.constexpr, SPLIT: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    unit = tl.program_id(0)
+    ACC: tl.constexpr = tl.float64 if tl.float64 == REF or tl.float64 == POL else tl.float32
+    alpha_exact = tl.load(Table).to(tl.float64, bitcast=True)
+    alpha, rest = alpha_exact.to(ACC), (1.0 - alpha_exact).to(ACC)
+    seed = tl.load(Table + 1)
+    first = 0
+    last = n_tensors
+    for _ in range(n_steps):
+        middle = (first + last) // 2
+        right = tl.load(Table + (middle + 1) * FIELDS + 4) <= unit
+        first = tl.where(right, middle, first)
+        last = tl.where(right, last, middle)
+    entry = Table + (first + 1) * FIELDS
+    ref = tl.load(entry).to(tl.pointer_type(tl.int16 if SPLIT else REF))
+    pol = tl.load(entry + 1).to(tl.pointer_type(POL))
+    rem = tl.load(entry + 2).to(tl.pointer_type(tl.int16))
+    if ALIGNED:
+        ref, pol, rem = tl.multiple_of(ref, 16), tl.multiple_of(pol, 16), tl.multiple_of(rem, 16)
+    n = tl.load(entry + 3)
+    base = (unit - tl.load(entry + 4)) * UNIT
+    for start in range(0, UNIT, BLOCK):
+        here = base + start
+        offs = here + tl.arange(0, BLOCK)
+        counter = (unit.to(tl.int64) * UNIT + start) // 8 + tl.arange(0, BLOCK // 8)
+        # Whole blocks go unmasked: a mask of unknown length would narrow every access to one element.
+        if here + BLOCK <= n:
+            _block(ref, pol, rem, offs, None, counter, alpha, rest, seed, REF, SPLIT, STOCHASTIC, ACC, BLOCK)
+        elif here < n:
+            _block(ref, pol, rem, offs, offs < n, counter, alpha, rest, seed, REF, SPLIT, STOCHASTIC, ACC, BLOCK)
+
+
+def _kind(item: Item) -> tuple[torch.device, torch.dtype, torch.dtype, bool, bool]:
+    pointers = [x.data_ptr() for x in item if x is not None]
+    aligned = all(p % 16 == 0 for p in pointers)
+    return item.reference.device, item.reference.dtype, item.policy.dtype, item.remainder is not None, aligned
+
+
+def table(items: list[Item], alpha: float, seed: int) -> tuple[Tensor, int]:
+    """The table of some tensors, on the host, and the number of units."""
+    (bits,) = struct.unpack("<q", struct.pack("<d", alpha))
+    units = [-(-item.reference.numel() // UNIT) for item in items]
+    starts = itertools.accumulate(units, initial=0)
+    rows = [(bits, seed, 0, 0, 0)]
+    for item, start in zip(items, starts, strict=False):
+        low = 0 if item.remainder is None else item.remainder.data_ptr()
+        rows.append((item.reference.data_ptr(), item.policy.data_ptr(), low, item.reference.numel(), start))
+    return torch.tensor(rows, dtype=torch.int64), sum(units)
+
+
+def launch(items: list[Item], alpha: float, stochastic: bool, seed: int) -> None:
+    """One launch for each device, pair of dtypes and alignment among `items`."""
+    kinds: dict[tuple, list[Item]] = {}
+    for item in items:
+        kinds.setdefault(_kind(item), []).append(item)
+    for number, ((device, ref, pol, split, aligned), some) in enumerate(kinds.items()):
+        # Launches would otherwise draw the same bits for the same position.
+        rows, units = table(some, alpha, seed + number)
+        with torch.cuda.device_of(some[0].reference):
+            _lerp_kernel[(units,)](
+                rows.to(device), len(some), len(some).bit_length(),
+                REF=_TYPES[ref], POL=_TYPES[pol], SPLIT=split, STOCHASTIC=stochastic and ref == torch.bfloat16,
+                ALIGNED=aligned, UNIT=UNIT, BLOCK=BLOCK, num_warps=WARPS,
+            )  # fmt: skip
