@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 PACKAGES = ("fasttr", "torch", "triton", "transformers", "datasets", "trl", "liger-kernel", "flash-attn", "numpy")
-TRITON_ROWS = "fasttr_kernels.triton_rows"
+TRITON_ROWS = "fasttr_kernels.rows_triton"
 AMPERE = (8, 0)  # below it neither bf16 nor FlashAttention exists
 
 
