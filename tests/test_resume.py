@@ -50,7 +50,7 @@ def assert_same_run(resumed, uninterrupted):
     assert [timeless(line) for line in lines(resumed)] == [timeless(line) for line in lines(uninterrupted)]
 
 
-# With saves every 2 steps and windows of 4, step 6 is in the middle of the second window, and the 14th pack to be scored
+# With saves every 2 steps and windows of 4, step 6 is in the middle of the second window; the 14th pack to be scored
 # belongs to the first sweep, after the evaluation split.
 @pytest.mark.parametrize(("what", "calls"), [("step", 6), ("score", 14), ("save", 3), ("rename", 3)])
 @pytest.mark.parametrize("ref_update", ["none", "soft", "hard"])

@@ -1,0 +1,71 @@
+"""Losses: known values, and the fused head against the plain one in fp64 for every loss."""
+
+import math
+
+import pytest
+import torch
+from fasttr_kernels import linear_preference_loss
+
+from fasttr.losses import LOSSES, IpoSum, Scored, Sft, Sigmoid, group_loss
+
+
+def scored(logp, ref=None, tokens=None, **more):
+    logp = torch.tensor(logp, dtype=torch.float64)
+    tokens = torch.ones(len(logp), dtype=torch.int64) if tokens is None else torch.tensor(tokens)
+    return Scored(logp, None if ref is None else torch.tensor(ref, dtype=torch.float64), tokens, **more)
+
+
+def test_known_values_by_hand():
+    one = scored([-1.0, -4.0], [-2.0, -3.0], [2, 4])  # u = 1, v = -1
+    assert LOSSES["sigmoid"](beta=0.5)(one).item() == pytest.approx(math.log(1 + math.exp(-1.0)))
+    assert LOSSES["ipo_sum"](beta=0.5)(one).item() == pytest.approx((2 - 1) ** 2)
+    assert LOSSES["ipo"](beta=0.5)(one).item() == pytest.approx((0.5 + 0.25 - 1) ** 2)
+    assert Sft()(scored([-6.0], tokens=[3], per_row=1, mean_chosen_tokens=3.0)).item() == pytest.approx(2.0)
+
+
+def test_an_update_of_the_reference_moves_the_target_margin_of_ipo_by_half_over_beta():
+    """At policy = reference IPO pulls the margin up by 1/(2 beta), wherever the pair stands."""
+    for margin in (0.0, 3.0):
+        logp = torch.tensor([margin, 0.0], dtype=torch.float64, requires_grad=True)
+        loss = IpoSum(beta=0.25)(Scored(logp, logp.detach(), torch.ones(2)))
+        loss.sum().backward()
+        assert logp.grad.tolist() == pytest.approx([-2 / (2 * 0.25), 2 / (2 * 0.25)])
+
+
+def test_a_loss_with_a_reference_refuses_to_go_without():
+    with pytest.raises(ValueError, match="got no ref_logp"):
+        Sigmoid()(scored([-1.0, -2.0]))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_fused_head_equals_the_plain_head_in_fp64(name):
+    """Loss and every gradient, with weights, unequal lengths, a one-token side and several chunks."""
+    loss = LOSSES[name](beta=0.3)
+    m, groups = loss.completions, 4
+    generator = torch.Generator().manual_seed(1)
+    lengths = [3, 1, 4, 6, 2, 5, 7, 1][: groups * m]
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    T, D, V = int(cu[-1]), 6, 11
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    hidden, weight, bias = (random(*s).requires_grad_() for s in ((T, D), (V, D), (V,)))
+    target = torch.randint(V, (T,), generator=generator)
+    ref = random(len(lengths)) - 8 if loss.needs_reference else None
+    fn = group_loss(loss, torch.tensor(lengths), torch.tensor([0.5, 1.0, 2.0, 1.0]), mean_chosen_tokens=2.5)
+
+    token = torch.log_softmax(hidden @ weight.T + bias, -1).gather(1, target[:, None])[:, 0]
+    logp = torch.stack([piece.sum() for piece in token.split(lengths)])
+    plain = fn(logp, ref, slice(0, groups)) / 7
+    want = torch.autograd.grad(plain, (hidden, weight, bias))
+
+    out = linear_preference_loss(
+        hidden, weight, target, cu, torch.arange(0, len(lengths) + 1, m), fn, ref_logp=ref, normalizer=7, bias=bias,
+        chunk_rows=9,
+    )  # fmt: skip
+    got = torch.autograd.grad(out.loss, (hidden, weight, bias))
+    assert abs(float((out.loss - plain).detach())) < 1e-12
+    for mine, theirs in zip(got, want, strict=True):
+        assert (mine - theirs).abs().max() < 1e-12
+        assert theirs.abs().max() > 1e-3
