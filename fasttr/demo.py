@@ -21,13 +21,13 @@ from fasttr.trainer import train
 
 RUNS: dict[str, dict[str, Any]] = {
     "DPO": {"ref_update": "none"},
-    "TR-DPO hard": {"ref_update": "hard", "ref_update_every": 25},
-    "TR-DPO soft": {"ref_update": "soft", "ref_update_alpha": 0.6, "ref_update_every": 25},
+    "TR-DPO hard": {"ref_update": "hard", "ref_update_every": 30},
+    "TR-DPO soft": {"ref_update": "soft", "ref_update_alpha": 0.6, "ref_update_every": 15},
 }
 SAMPLES = 256
 
 
-def demo(output_dir: str = "runs/demo", steps: int = 200, sft_steps: int = 300, seed: int = 0) -> None:
+def demo(output_dir: str = "runs/demo", steps: int = 120, sft_steps: int = 400, seed: int = 0) -> None:
     """Run it all and end in a table and pictures.
 
     Args:
@@ -68,7 +68,7 @@ def demo(output_dir: str = "runs/demo", steps: int = 200, sft_steps: int = 300, 
         train(TrainConfig(
             model_name_or_path=str(out / "sft"), dataset_name=str(out / "train.jsonl"),
             eval_dataset_name=str(out / "test.jsonl"), output_dir=str(folders[name]), max_steps=steps,
-            train_batch_size=32, learning_rate=5e-4, warmup_steps=10, beta=0.1, eval_strategy="steps",
+            train_batch_size=32, learning_rate=5e-5, warmup_steps=10, beta=0.1, eval_strategy="steps",
             eval_steps=every, eval_on_start=True, save_strategy="steps", save_steps=every, **{**common, **changes},
         ))  # fmt: skip
         final[name] = _judge_run(folders[name], out / "sft", asked, start, seed)

@@ -53,17 +53,24 @@ def attention_backend(asked: str | None, device: torch.device, bf16: bool) -> st
 
 def load_config(name: str) -> Any:
     """The transformers config of a folder or hub id, checked for an architecture that is exact when packed."""
-    from transformers import AutoConfig
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, PreTrainedConfig
 
+    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+        raise FasttrError(f"model_name_or_path: there is no folder {name}; wanted a Hugging Face folder or a hub id")
     try:
+        # The type is read before the config is built: an architecture we refuse may not even be known.
+        kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+        if kind not in ARCHITECTURES:
+            raise FasttrError(
+                f"model_name_or_path: got architecture {kind!r}, which has not been shown to share prefixes exactly; "
+                f"wanted one of {', '.join(ARCHITECTURES)}"
+            )
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except FasttrError:
+        raise
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise FasttrError(f"model_name_or_path: cannot read {name!r}: {_first_line(error)}") from error
-    if config.model_type not in ARCHITECTURES:
-        raise FasttrError(
-            f"model_name_or_path: got architecture {config.model_type!r}, which has not been shown to share prefixes "
-            f"exactly; wanted one of {', '.join(ARCHITECTURES)}"
-        )
     unknown = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
     if unknown:
         raise FasttrError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from fasttr.errors import FasttrError
 from fasttr.logps import PackedModel
 from fasttr.losses import Loss
 from fasttr.metrics import SUMS
-from fasttr.model import load_model, load_tokenizer
+from fasttr.model import load_config, load_model, load_tokenizer
 from fasttr.optim import adamw, schedule
 from fasttr.plan import Plan
 from fasttr.reference import MovingReference, ScoreTable
@@ -140,6 +141,7 @@ def start(config: TrainConfig) -> Run:
         )
 
     loss = config.loss
+    load_config(config.model_name_or_path)  # what cannot be trained stops before any data is read
     tokenizer = load_tokenizer(config.model_name_or_path)
     train_trees = _load(config, tokenizer, config.dataset_name, config.dataset_train_split)
     eval_trees = None
@@ -220,7 +222,11 @@ def _resume_folder(config: TrainConfig) -> Path | None:
 
 
 def _load(config: TrainConfig, tokenizer: Any, name: str, split: str) -> TreeSet:
+    from datasets.utils.logging import disable_progress_bar, enable_progress_bar
+
     loss = config.loss
+    hidden = config.disable_tqdm or not sys.stderr.isatty()
+    (disable_progress_bar if hidden else enable_progress_bar)()
     trees = load_trees(
         tokenizer,
         DataConfig(
