@@ -27,7 +27,7 @@ RUNS: dict[str, dict[str, Any]] = {
 SAMPLES = 256
 
 
-def demo(output_dir: str = "runs/demo", steps: int = 120, sft_steps: int = 400, seed: int = 0) -> None:
+def demo(output_dir: str = "runs/demo", steps: int = 240, sft_steps: int = 400, seed: int = 0) -> None:
     """Run it all and end in a table and pictures.
 
     Args:
@@ -49,7 +49,13 @@ def demo(output_dir: str = "runs/demo", steps: int = 120, sft_steps: int = 400, 
     init_model("llama", hidden_size=96, num_layers=2, num_heads=4, vocab_size=260, tokenizer_data=out / "sft.jsonl",
                output_dir=out / "untrained", seed=seed)  # fmt: skip
 
-    common = {"seed": seed, "logging_steps": 10, "gradient_checkpointing": False, "max_length": 128, "use_cpu": True}
+    common: dict[str, Any] = {
+        "seed": seed,
+        "logging_steps": 10,
+        "gradient_checkpointing": False,
+        "max_length": 128,
+        "use_cpu": True,
+    }
     say(f"\n== SFT: {sft_steps} steps on completions of the base distribution")
     train(TrainConfig(
         model_name_or_path=str(out / "untrained"), dataset_name=str(out / "sft.jsonl"), output_dir=str(out / "sft"),
@@ -59,7 +65,7 @@ def demo(output_dir: str = "runs/demo", steps: int = 120, sft_steps: int = 400, 
 
     asked = prompts(SAMPLES, seed + 3, held_out=True)
     start = judge(out / "sft", out / "sft", asked, seed)
-    every = max(steps // 4, 1)
+    every = max(steps // 6, 1)
     folders: dict[str, Path] = {}
     final: dict[str, Judged] = {"SFT": start}
     for name, changes in RUNS.items():
@@ -109,8 +115,8 @@ def _table(final: dict[str, Judged], folders: dict[str, Path]) -> str:
         if name in folders:
             lines = read_metrics(folders[name])
             last = [line for line in lines if "eval_anchor/rewards/accuracies" in line][-1]
-            share, n = last["eval_anchor/rewards/accuracies"], 400
-            accuracy = f"{share:.3f} +- {(share * (1 - share) / n) ** 0.5:.3f}"
+            share, error = (last[f"eval_anchor/rewards/accuracies{end}"] for end in ("", "_stderr"))
+            accuracy = f"{share:.3f} +- {error:.3f}"
             updates = str(max((line.get("ref/updates", 0) for line in lines), default=0))
         rows.append(
             f"| {name} | {found.gold:+.3f} +- {found.gold_stderr:.3f} | {found.kl:.1f} +- {found.kl_stderr:.1f} "

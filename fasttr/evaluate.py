@@ -57,6 +57,8 @@ def evaluate(run: Run) -> dict[str, float]:
             "eval_anchor/rewards/margins": loss.beta * float((chosen - rejected).mean()),
             "eval_anchor/rewards/accuracies": float((chosen > rejected).float().mean()),
         }  # fmt: skip
+        share = line["eval_anchor/rewards/accuracies"]
+        line["eval_anchor/rewards/accuracies_stderr"] = binomial_stderr(share, len(trees))
     return line
 
 
