@@ -18,7 +18,7 @@ from fasttr_kernels.lerp import Item
 
 # Long units keep the search for a unit's tensor a small part of its work.
 UNIT = 32768
-BLOCK = 4096
+BLOCK = 2048
 WARPS = 8
 FIELDS = tl.constexpr(5)
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
