@@ -163,7 +163,8 @@ def linear_preference_loss(
         ValueError: shapes, dtypes, devices, offsets that do not cover the rows, a loss_fn with parameters or that
             does not return a scalar.
     """
-    return _outside_compile()(
+    op = _outside_compile() if torch.compiler.is_compiling() else _linear_preference_loss
+    return op(
         hidden, weight, target, cu_completions, cu_groups, loss_fn, ref_logp, normalizer, bias, logit_scale, softcap,
         chunk_rows, stats,
     )  # fmt: skip
@@ -171,6 +172,7 @@ def linear_preference_loss(
 
 @functools.cache
 def _outside_compile() -> Any:
+    # Made when a compiler asks: as a decorator it would import the compiler with this package.
     return torch.compiler.disable(_linear_preference_loss)
 
 

@@ -107,7 +107,7 @@ def refill(hidden_CD: Tensor, head: Head, scores: RowScores, work: Workspace) ->
     z_CV = work.logits[: hidden_CD.shape[0]]
     products.logits(hidden_CD, head.weight, z_CV, head.bias, head.logit_scale)
     for start in range(0, z_CV.shape[0], work.block):
-        here = slice(start, start + work.block)
+        here = slice(start, min(start + work.block, z_CV.shape[0]))
         _softcap(z_CV[here], head, work.slope[here]).sub_(scores.top[here, None]).exp_()
 
 

@@ -186,7 +186,7 @@ def score_logits(z_CV: Tensor, head: Head, target_C: Tensor, stats: bool) -> Row
     correct = torch.empty(rows, dtype=torch.bool, device=z_CV.device) if stats else None
     with torch.cuda.device_of(z_CV):
         _score_kernel[(rows,)](
-            z_CV, head.bias, target_C, logp, top, total, entropy, correct, mean, vocab, z_CV.stride(0),
+            z_CV, head.bias, target_C.contiguous(), logp, top, total, entropy, correct, mean, vocab, z_CV.stride(0),
             SCALE=head.logit_scale, SOFTCAP=head.softcap,
         )  # fmt: skip
     return RowScores(logp, top, total, entropy, correct, mean)
@@ -206,7 +206,8 @@ def logit_grad(
     vocab = z_CV.shape[1]
     with torch.cuda.device_of(z_CV):
         _logit_grad_kernel[lambda meta: (rows, triton.cdiv(vocab, meta["BLOCK_V"]))](
-            z_CV, head.bias, target_C, scores.top, scores.total, on_target_C.contiguous(), on_softmax_C.contiguous(),
-            dz_CV, vocab, z_CV.stride(0), dz_CV.stride(0), SCALE=head.logit_scale, SOFTCAP=head.softcap,
+            z_CV, head.bias, target_C.contiguous(), scores.top, scores.total, on_target_C.contiguous(),
+            on_softmax_C.contiguous(), dz_CV, vocab, z_CV.stride(0), dz_CV.stride(0),
+            SCALE=head.logit_scale, SOFTCAP=head.softcap,
         )  # fmt: skip
     return dz_CV, None

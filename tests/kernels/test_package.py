@@ -1,0 +1,129 @@
+"""The package as others meet it: imports with torch alone, compiles for GPUs, needs no memory of T x V."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from fasttr_kernels import linear_logprob, linear_preference_loss
+from fasttr_kernels.aot import Built, Case, faults
+from torch.profiler import ProfilerActivity, profile
+
+from tests.kernels.accuracy import DEVICE, dpo
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+STEP = """
+import importlib.abc, sys
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"triton", "fasttr", "transformers", "datasets", "trl"}:
+            raise ImportError(f"{name} is not in this environment")
+sys.meta_path.insert(0, Refuse())
+import torch
+state = torch.get_rng_state()
+import fasttr_kernels as k
+assert torch.equal(state, torch.get_rng_state())
+assert not torch.cuda.is_initialized()
+hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+out = k.linear_preference_loss(hidden, weight, torch.arange(6), torch.tensor([0, 3, 6]), torch.tensor([0, 2]),
+    lambda logp, ref, groups: -torch.nn.functional.logsigmoid(logp[0] - logp[1]), ref_logp=None, normalizer=1)
+out.loss.backward()
+assert "torch._dynamo" not in sys.modules
+k.linear_logprob(hidden, weight, torch.arange(6)).logp.sum().backward()
+k.multi_tensor_lerp_([torch.zeros(3)], [torch.ones(3)], 0.5)
+assert weight.grad.abs().sum() > 0
+assert not {"triton", "fasttr", "transformers"} & set(sys.modules)
+print("fine")
+"""
+
+
+def bare(*command: str) -> subprocess.CompletedProcess:
+    """Another process with this package on its path and nothing else of the project."""
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
+    return subprocess.run([sys.executable, *command], env={**env, "PYTHONPATH": str(KERNELS)}, cwd=KERNELS.anchor,
+                          capture_output=True, text=True)  # fmt: skip
+
+
+def test_imports_and_runs_with_torch_alone() -> None:
+    done = bare("-c", STEP)
+    assert done.stdout == "fine\n", done.stderr
+
+
+def test_every_kernel_compiles_for_every_chip_without_spills_and_with_wide_accesses() -> None:
+    done = bare("-m", "fasttr_kernels.aot")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if " sm_" in line]
+    for chip in ("sm_80", "sm_90", "sm_100"):
+        names = {line.split(chip)[0].strip() for line in lines if f" {chip} " in line}
+        assert {"score", "score stats", "logit_grad bf16", "logit_grad fp32", "lerp bf16 <- fp32 split"} <= names
+        assert len(names) == 19
+
+
+def test_ahead_of_time_check_finds_every_fault() -> None:
+    fine = Built(registers=40, stack=0, spills=0, shared=0, load=16, store=16)
+    case = Case("any", None, {}, (), 8, True, "")
+    assert faults(case, fine, 80) == []
+    for bad in ({"stack": 8}, {"spills": 1}, {"shared": 166913}, {"load": 8}, {"store": 8}):
+        assert len(faults(case, fine._replace(**bad), 80)) == 1
+
+
+def peak_bytes(step) -> int:
+    """Most bytes alive at once above the start, by the device's allocator or by counting the CPU's allocations."""
+    step()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        start = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - start
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    assert profiler.profiler is not None
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        most = max(most, alive)
+    return most
+
+
+def test_peak_memory_has_no_term_in_rows_times_vocabulary() -> None:
+    T, V, D, chunk = 4096, 8000, 32, 256
+    hidden = torch.randn(T, D, device=DEVICE, requires_grad=True)
+    weight = torch.randn(V, D, device=DEVICE, requires_grad=True)
+    target = torch.randint(V, (T,), device=DEVICE)
+    cu = torch.arange(0, T + 1, 64)
+
+    def fused() -> None:
+        hidden.grad = weight.grad = None
+        linear_preference_loss(hidden, weight, target, cu, torch.arange(0, len(cu), 2), dpo, ref_logp=None,
+                               normalizer=32, chunk_rows=chunk, stats=True).loss.backward()  # fmt: skip
+
+    def plain() -> None:
+        hidden.grad = weight.grad = None
+        torch.nn.functional.linear(hidden, weight).log_softmax(-1).gather(1, target[:, None]).sum().backward()
+
+    pitch = -(-V // 64) * 64
+    # The chunk's logits, dX and dW twice (made, and handed on), vectors of T, and 2 MiB for blocks of rows.
+    bound = 4 * (chunk * pitch + 2 * D * (T + V) + 16 * T) + (2 << 20)
+    assert bound < 4 * T * V / 4
+    assert 4 * chunk * V < peak_bytes(fused) <= bound
+    assert peak_bytes(plain) > 2 * 4 * T * V, "the counter sees the logits of the plain path"
+
+
+def test_peak_memory_of_log_probs_is_that_of_one_chunk() -> None:
+    T, V, D = 4096, 8000, 32
+    hidden = torch.randn(T, D, device=DEVICE, requires_grad=True)
+    weight = torch.randn(V, D, device=DEVICE, requires_grad=True)
+    target = torch.randint(V, (T,), device=DEVICE)
+
+    def step() -> None:
+        hidden.grad = weight.grad = None
+        linear_logprob(hidden, weight, target).logp.sum().backward()
+
+    chunk = min(1024, T) if DEVICE.type == "cpu" else T
+    bound = 4 * (chunk * V + 2 * D * (T + V) + 16 * T) + (2 << 20)
+    assert peak_bytes(step) <= bound

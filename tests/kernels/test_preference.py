@@ -1,0 +1,441 @@
+"""linear_preference_loss: equals its specification, for every head, grouping and chunking."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from fasttr_kernels import chunks, linear_preference_loss, products
+from fasttr_kernels.preference import linear_preference_loss_ref
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tests.kernels.accuracy import DEVICE, Problem, assert_as_good_as_torch, dpo
+
+LENGTHS = [5, 1, 4, 3, 8, 6]
+HEADS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "scale": {"options": {"logit_scale": 0.3}},
+    "softcap": {"options": {"softcap": 2.0}, "spread": 3.0},
+    "all of them": {"bias": True, "options": {"logit_scale": 1.7, "softcap": 3.0}},
+    "odd sizes over a block": {"vocab": 5003, "hidden_size": 7, "bias": True},
+    "peaked": {"spread": 40.0},
+}
+
+
+def assert_equal_to_truth(problem: Problem, **kw) -> None:
+    """fp64 against the specification: equal up to the order of summation."""
+    (got, got_grads), (truth, truth_grads) = problem.ours(**kw), problem.truth()
+    for a, b in zip((got.loss, got.logp, got.token_logp, *got_grads), (*truth[:3], *truth_grads), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("head", ["plain", "all of them"])
+def test_gradcheck(rows: str, head: str) -> None:
+    problem = Problem([2, 1, 3, 1], hidden_size=3, vocab=7, dtype=torch.float64, **HEADS[head])
+    assert torch.autograd.gradcheck(lambda *leaves: problem.loss(list(leaves)).loss, problem.leaves())
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_error_at_most_twice_that_of_plain_torch(rows: str, head: str) -> None:
+    problem = Problem(LENGTHS, **HEADS[head])
+    (got, got_grads), (plain, plain_grads), (truth, truth_grads) = (
+        problem.ours(stats=True), problem.plain(stats=True), problem.truth(stats=True)
+    )  # fmt: skip
+    for name in ("loss", "logp", "token_logp", "entropy", "logit_mean"):
+        triple = (getattr(x, name).detach() for x in (got, plain, truth))
+        assert_as_good_as_torch(name, *triple, torch.float32)
+    for name, *triple in zip(("dX", "dW", "db"), got_grads, plain_grads, truth_grads, strict=False):
+        assert_as_good_as_torch(name, *triple, torch.float32)
+    assert torch.equal(got.correct, truth.correct)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_fp64_equals_the_specification(rows: str, head: str) -> None:
+    assert_equal_to_truth(Problem(LENGTHS, dtype=torch.float64, **HEADS[head]))
+
+
+def test_bf16_error_at_most_twice_that_of_plain_torch(rows: str) -> None:
+    if rows == "triton" and DEVICE.type == "cpu":
+        pytest.skip("the interpreter stores fp32 to bf16 by truncation: compiled kernels only")
+    problem = Problem(LENGTHS, vocab=301, hidden_size=64, dtype=torch.bfloat16, bias=True)
+    (got, got_grads), (plain, plain_grads), (truth, truth_grads) = problem.ours(), problem.plain(), problem.truth()
+    assert got.logp.dtype == got.loss.dtype == torch.float32
+    for name in ("loss", "logp", "token_logp"):
+        triple = (getattr(x, name).detach() for x in (got, plain, truth))
+        assert_as_good_as_torch(name, *triple, torch.float32)
+    for name, *triple in zip(("dX", "dW", "db"), got_grads, plain_grads, truth_grads, strict=True):
+        assert triple[0].dtype == torch.bfloat16
+        assert_as_good_as_torch(name, *triple, torch.bfloat16)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 7])
+@pytest.mark.parametrize("chunk_rows", [None, 20, 2])
+def test_any_grouping_and_chunking_gives_the_same_numbers(rows: str, group: int, chunk_rows: int | None) -> None:
+    lengths = [3, 1, 2, 5, 4, 1, 2] * (2 if group == 7 else group)
+    problem = Problem(lengths, group=group, dtype=torch.float64, bias=True, options={"softcap": 4.0})
+    cut = list(chunks.plan(problem.cu_completions.tolist(), problem.cu_groups.tolist(), chunk_rows or 10**6))
+    assert (len(cut) == 1) == (chunk_rows is None or sum(lengths) <= chunk_rows)
+    assert any(len(chunk.pieces) > 1 for chunk in cut) == (chunk_rows == 2)
+    assert_equal_to_truth(problem, chunk_rows=chunk_rows)
+
+
+def test_loss_fn_sees_whole_groups_in_order(rows: str) -> None:
+    problem, seen = Problem([4] * 12, group=3), []
+
+    def loss_fn(logp: Tensor, ref_logp: Tensor | None, groups: slice) -> Tensor:
+        assert ref_logp is not None
+        n = groups.stop - groups.start
+        assert logp.shape == ref_logp.shape == (3 * n,)
+        torch.testing.assert_close(ref_logp, problem.ref_logp[3 * groups.start : 3 * groups.stop].float())
+        seen.append(groups)
+        return logp.sum()
+
+    linear_preference_loss(problem.hidden, problem.weight, *problem.arguments()[:3], loss_fn,
+                           ref_logp=problem.ref_logp, normalizer=1, chunk_rows=24)  # fmt: skip
+    assert seen == [slice(0, 2), slice(2, 4)]
+
+
+@pytest.mark.parametrize("stats", [False, True])
+@pytest.mark.parametrize("chunk_rows", [None, 12, 3])
+def test_scoring_is_bitwise_the_same_with_and_without_gradients(rows: str, stats: bool, chunk_rows: int | None) -> None:
+    problem = Problem(LENGTHS, vocab=301, bias=True)
+    full = problem.loss(chunk_rows=chunk_rows)
+    with torch.no_grad():
+        valued = problem.loss(chunk_rows=chunk_rows, stats=stats)
+    scored = linear_preference_loss(problem.hidden, problem.weight, *problem.arguments()[:3], None, ref_logp=None,
+                                    normalizer=1, bias=problem.bias_V, chunk_rows=chunk_rows, stats=stats)  # fmt: skip
+    assert full.loss.requires_grad
+    assert not valued.loss.requires_grad
+    assert torch.equal(full.loss, valued.loss)
+    assert scored.loss == 0
+    for other in (valued, scored):
+        assert torch.equal(full.logp, other.logp)
+        assert torch.equal(full.token_logp, other.token_logp)
+
+
+def test_repeats_bit_for_bit(rows: str) -> None:
+    problem = Problem(LENGTHS, vocab=301)
+    first, grads = problem.ours(chunk_rows=12)
+    for _ in range(3):
+        again, others = problem.ours(chunk_rows=12)
+        assert torch.equal(first.logp, again.logp)
+        assert all(torch.equal(a, b) for a, b in zip(grads, others, strict=True))
+
+
+def test_policy_equal_to_reference_gives_log_2(rows: str) -> None:
+    problem = Problem(LENGTHS)
+    ref_logp = problem.loss(stats=True).logp
+    out = problem.loss(ref_logp=ref_logp)
+    assert torch.equal(out.logp - ref_logp, torch.zeros_like(ref_logp))
+    torch.testing.assert_close(out.loss.item(), math.log(2), rtol=1e-7, atol=0)
+
+
+def test_flat_head_has_known_statistics(rows: str) -> None:
+    problem = Problem(LENGTHS, vocab=64)
+    with torch.no_grad():
+        problem.weight.zero_()
+        out = problem.loss(stats=True)
+    torch.testing.assert_close(out.token_logp, torch.full_like(out.token_logp, -math.log(64)))
+    torch.testing.assert_close(out.entropy, torch.full_like(out.token_logp, math.log(64)))
+    assert torch.equal(out.logit_mean, torch.zeros_like(out.token_logp))
+    assert torch.equal(out.correct, problem.target == 0), "all logits tie: the first index wins"
+
+
+def test_argmax_hit_takes_the_first_of_tied_logits(rows: str) -> None:
+    weight = torch.tensor([[0.0], [2.0], [1.0], [2.0]], device=DEVICE)
+    hidden, target = torch.ones(4, 1, device=DEVICE), torch.tensor([0, 1, 2, 3], device=DEVICE)
+    one = torch.tensor([0, 4])
+    out = linear_preference_loss(hidden, weight, target, one, torch.tensor([0, 1]), None, ref_logp=None, normalizer=1,
+                                 stats=True)  # fmt: skip
+    assert out.correct is not None
+    assert out.correct.tolist() == [False, True, False, False]
+
+
+def test_constant_added_to_all_logits_changes_nothing(rows: str) -> None:
+    problem = Problem(LENGTHS, dtype=torch.float64, bias=True)
+    before, grads = problem.ours()
+    with torch.no_grad():
+        problem.bias_V += 64.0
+    after, others = problem.ours()
+    torch.testing.assert_close(before.loss, after.loss, rtol=1e-13, atol=0)
+    for a, b in zip(grads, others, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
+def test_extreme_logits(rows: str) -> None:
+    problem = Problem(LENGTHS, bias=True)
+    with torch.no_grad():
+        problem.bias_V[::3] = 1e4
+        problem.bias_V[1::3] = -1e4
+        problem.bias_V[2] = -math.inf
+        problem.target[problem.target == 2] = 5
+    (got, got_grads), (plain, plain_grads), (truth, truth_grads) = (
+        problem.ours(stats=True), problem.plain(stats=True), problem.truth(stats=True)
+    )  # fmt: skip
+    assert truth.token_logp.min() < -1e4
+    for name in ("logp", "token_logp", "entropy"):
+        assert_as_good_as_torch(name, *(getattr(x, name) for x in (got, plain, truth)), torch.float32)
+    for name, *triple in zip(("dX", "dW", "db"), got_grads, plain_grads, truth_grads, strict=True):
+        assert_as_good_as_torch(name, *triple, torch.float32)
+    assert torch.equal(got.correct, truth.correct)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "vocab"), [([1], 1), ([1], 5), ([0, 1], 5), ([0, 0], 5), ([3, 0, 0, 2], 9)], ids=str
+)
+def test_few_rows_and_completions_without_rows(rows: str, lengths: list[int], vocab: int) -> None:
+    problem = Problem(lengths, group=1 if len(lengths) == 1 else 2, vocab=vocab, dtype=torch.float64)
+    out = problem.loss()
+    assert all(out.logp[i] == 0 for i, n in enumerate(lengths) if n == 0)
+    assert_equal_to_truth(problem)
+
+
+def test_nothing_to_score_gives_zeros(rows: str) -> None:
+    problem = Problem([], bias=True)
+    out, grads = problem.ours(stats=True)
+    assert out.loss == 0
+    assert out.logp.shape == out.token_logp.shape == out.entropy.shape == (0,)
+    assert [g.abs().sum().item() for g in grads] == [0.0, 0.0, 0.0]
+    assert [g.shape for g in grads] == [x.shape for x in problem.leaves()]
+
+
+def test_unwritten_memory_never_shows(rows: str, poisoned: None) -> None:
+    for chunk_rows in (None, 12, 3):
+        problem = Problem(LENGTHS, dtype=torch.float64, bias=True, vocab=41)
+        assert_equal_to_truth(problem, chunk_rows=chunk_rows, stats=True)
+
+
+def test_duplicate_targets_add_up(rows: str) -> None:
+    problem = Problem(LENGTHS, dtype=torch.float64)
+    problem.target.fill_(3)
+    assert_equal_to_truth(problem)
+
+
+def test_tied_weight_gets_both_gradients(rows: str) -> None:
+    problem = Problem(LENGTHS, dtype=torch.float64)
+    ids = torch.arange(sum(LENGTHS), device=DEVICE) % problem.vocab
+
+    def tied(op) -> Tensor:
+        weight = problem.weight.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(problem.loss([weight[ids].tanh(), weight], op).loss, weight)
+        return grad
+
+    torch.testing.assert_close(tied(linear_preference_loss), tied(linear_preference_loss_ref), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_frozen_side_costs_no_product(rows: str, frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(LENGTHS, dtype=torch.float64)
+    _, (d_hidden, d_weight) = problem.truth()
+    made = []
+    for name in ("hidden_grad", "weight_grad"):
+        original = getattr(products, name)
+        monkeypatch.setattr(products, name, lambda *a, f=original, n=name: (made.append(n), f(*a))[1])
+    getattr(problem, frozen).requires_grad_(False)
+    free = "weight" if frozen == "hidden" else "hidden"
+    (grad,) = torch.autograd.grad(problem.loss().loss, getattr(problem, free))
+    torch.testing.assert_close(grad, d_weight if free == "weight" else d_hidden, rtol=1e-12, atol=1e-14)
+    assert made == [f"{free}_grad"]
+
+
+def test_scores_only_make_one_product_a_chunk(rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, made = Problem(LENGTHS), []
+    for name in ("logits", "hidden_grad", "weight_grad"):
+        original = getattr(products, name)
+        monkeypatch.setattr(products, name, lambda *a, f=original, n=name: (made.append(n), f(*a))[1])
+    with torch.no_grad():
+        problem.loss()
+    assert made == ["logits"]
+    made.clear()
+    problem.loss()
+    assert made == ["logits", "hidden_grad", "weight_grad"], "three passes"
+
+
+def test_gradient_of_the_result_scales_the_gradients_and_can_come_twice(rows: str) -> None:
+    problem = Problem(LENGTHS, dtype=torch.float64, bias=True)
+    _, truth = problem.truth()
+    loss = problem.loss().loss
+    for by in (1.0, 3.0, 1.0):
+        grads = torch.autograd.grad(loss * by, problem.leaves(), retain_graph=True)
+        for a, b in zip(grads, truth, strict=True):
+            torch.testing.assert_close(a, by * b, rtol=1e-12, atol=1e-14)
+
+
+def test_accumulating_backward_leaves_the_sum_in_grad(rows: str) -> None:
+    problem = Problem(LENGTHS, dtype=torch.float64)
+    _, truth = problem.truth()
+    for _ in range(3):
+        problem.loss().loss.backward()
+    torch.testing.assert_close(problem.weight.grad, 3 * truth[1], rtol=1e-12, atol=1e-14)
+
+
+def test_checkpoint_around_the_op_does_not_multiply_calls_of_loss_fn(rows: str) -> None:
+    problem, calls = Problem(LENGTHS, dtype=torch.float64), []
+
+    def counted(logp: Tensor, ref_logp: Tensor | None, groups: slice) -> Tensor:
+        calls.append(groups)
+        return dpo(logp, ref_logp, groups)
+
+    def step(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_preference_loss(hidden, weight, *problem.arguments()[:3], counted, ref_logp=problem.ref_logp,
+                                      normalizer=problem.groups).loss  # fmt: skip
+
+    loss = checkpoint(step, problem.hidden, problem.weight, use_reentrant=False)
+    grads = torch.autograd.grad(loss, problem.leaves())
+    for a, b in zip(grads, problem.truth()[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    assert len(calls) == 2, "once in the forward, once in the recomputation"
+
+
+def test_autocast_makes_bf16_products_and_gradients_of_the_inputs_dtype(rows: str) -> None:
+    if rows == "triton" and DEVICE.type == "cpu":
+        pytest.skip("the interpreter stores fp32 to bf16 by truncation: compiled kernels only")
+    problem = Problem(LENGTHS, vocab=301, hidden_size=64, bias=True)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        (got, got_grads) = problem.ours()
+        plain = problem.loss(None, linear_preference_loss_ref)
+    plain_grads = torch.autograd.grad(plain.loss, problem.leaves())
+    truth, truth_grads = problem.truth()
+    assert got.logp.dtype == torch.float32
+    assert_as_good_as_torch("logp", got.logp, plain.logp, truth.logp, torch.float32)
+    for name, *triple in zip(("dX", "dW", "db"), got_grads, plain_grads, truth_grads, strict=True):
+        assert triple[0].dtype == torch.float32
+        assert_as_good_as_torch(name, *triple, torch.float32)
+    assert (got.logp - problem.loss().logp).abs().max() > 0, "autocast had an effect"
+
+
+def test_strided_inputs_give_the_same_numbers(rows: str) -> None:
+    problem = Problem(LENGTHS, dtype=torch.float64)
+    truth, truth_grads = problem.truth()
+    wide = torch.randn(sum(LENGTHS), 32, device=DEVICE, dtype=torch.float64)
+    wide[:, ::2] = problem.hidden.detach()
+    hidden = wide[:, ::2].detach().requires_grad_()
+    weight = problem.weight.detach().t().contiguous().t().requires_grad_()
+    target = torch.stack([problem.target, problem.target], 1)[:, 0]
+    assert not any(x.is_contiguous() for x in (hidden, weight, target))
+    out = linear_preference_loss(hidden, weight, target, *problem.arguments()[1:], ref_logp=problem.ref_logp,
+                                 normalizer=problem.groups)  # fmt: skip
+    torch.testing.assert_close(out.logp, truth.logp, rtol=1e-13, atol=0)
+    for a, b in zip(torch.autograd.grad(out.loss, (hidden, weight)), truth_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_real_vocabulary(rows: str) -> None:
+    problem = Problem([2, 1], vocab=151936, hidden_size=4)
+    (got, got_grads), (plain, plain_grads), (truth, truth_grads) = problem.ours(), problem.plain(), problem.truth()
+    assert_as_good_as_torch("logp", got.logp, plain.logp, truth.logp, torch.float32)
+    for name, *triple in zip(("dX", "dW"), got_grads, plain_grads, truth_grads, strict=True):
+        assert_as_good_as_torch(name, *triple, torch.float32)
+
+
+def test_compiler_breaks_the_graph_once() -> None:
+    problem = Problem(LENGTHS, dtype=torch.float64)
+    rest = problem.arguments()
+
+    def step(hidden: Tensor, weight: Tensor) -> Tensor:
+        out = linear_preference_loss(hidden * 2, weight, *rest, ref_logp=problem.ref_logp, normalizer=2)
+        return out.loss * 3
+
+    found = torch._dynamo.explain(step)(*problem.leaves())
+    assert found.graph_break_count == 1
+    assert found.graph_count == 2, "what is before it and what is after it"
+    compiled = torch.compile(step, backend="aot_eager")
+    eager, after = (torch.autograd.grad(f(*problem.leaves()), problem.leaves()) for f in (step, compiled))
+    for a, b in zip(eager, after, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="streams are a GPU's")
+def test_side_stream_gives_the_same_bits() -> None:
+    problem = Problem(LENGTHS, vocab=5003)
+    first, grads = problem.ours()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        again, others = problem.ours()
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(first.logp, again.logp)
+    assert all(torch.equal(a, b) for a, b in zip(grads, others, strict=True))
+
+
+class _Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = nn.Parameter(torch.ones((), device=DEVICE))
+
+    def forward(self, logp: Tensor, ref_logp: Tensor | None, groups: slice) -> Tensor:
+        return (self.by * logp).sum()
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "wanted"),
+    [
+        (_Scaled(), "without parameters"),
+        (_Scaled().forward, "a function of logp and ref_logp"),
+        (lambda logp, ref, groups: logp, "scalar"),
+        (lambda logp, ref, groups: 1.0, "scalar"),
+        (lambda logp, ref, groups: logp.sum().long(), "scalar"),
+    ],
+    ids=["module", "method with a parameter", "vector", "number", "integer"],
+)
+def test_loss_fn_that_cannot_be_right_is_refused(loss_fn, wanted: str) -> None:
+    problem = Problem(LENGTHS)
+    with pytest.raises(ValueError, match=wanted):
+        linear_preference_loss(problem.hidden, problem.weight, *problem.arguments()[:3], loss_fn, ref_logp=None,
+                               normalizer=1)  # fmt: skip
+
+
+def test_loss_fn_that_ignores_the_log_probs_gives_zero_gradients(rows: str) -> None:
+    problem = Problem(LENGTHS)
+    out = linear_preference_loss(problem.hidden, problem.weight, *problem.arguments()[:3],
+                                 lambda logp, ref, groups: torch.ones((), device=DEVICE), ref_logp=None,
+                                 normalizer=2)  # fmt: skip
+    assert out.loss == 0.5
+    assert all(g.abs().max() == 0 for g in torch.autograd.grad(out.loss, problem.leaves()))
+
+
+WRONG = {
+    "hidden of three dimensions": ({"hidden": torch.zeros(1, 6, 4)}, "hidden"),
+    "weight of another width": ({"weight": torch.zeros(9, 5)}, "weight"),
+    "half precision": ({"hidden": torch.zeros(6, 4).half(), "weight": torch.zeros(9, 4).half()}, "bfloat16"),
+    "two dtypes": ({"weight": torch.zeros(9, 4).double()}, "autocast"),
+    "too few targets": ({"target": torch.zeros(5).long()}, "target"),
+    "targets that are not ids": ({"target": torch.zeros(6)}, "target"),
+    "a target outside": ({"target": torch.full((6,), 9)}, "target"),
+    "an ignored target": ({"target": torch.full((6,), -100)}, "scored rows"),
+    "bias of another length": ({"bias": torch.zeros(8)}, "bias"),
+    "rows not covered": ({"cu_completions": torch.tensor([0, 3, 5])}, "every row"),
+    "rows from elsewhere": ({"cu_completions": torch.tensor([1, 3, 6])}, "every row"),
+    "rows going back": ({"cu_completions": torch.tensor([0, 7, 6])}, "order"),
+    "completions not covered": ({"cu_groups": torch.tensor([0, 1])}, "every completion"),
+    "offsets that are floats": ({"cu_groups": torch.tensor([0.0, 2.0])}, "int64"),
+    "offsets in a list": ({"cu_groups": [0, 2]}, "1-d tensor"),
+    "reference of another length": ({"ref_logp": torch.zeros(3)}, "ref_logp"),
+    "normalizer 0": ({"normalizer": 0}, "normalizer"),
+    "normalizer in a tensor": ({"normalizer": torch.tensor(2.0)}, "host number"),
+    "no rows in a chunk": ({"chunk_rows": 0}, "chunk_rows"),
+    "scale 0": ({"logit_scale": 0.0}, "logit_scale"),
+    "softcap below 0": ({"softcap": -1.0}, "softcap"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_bad_arguments_are_refused_with_got_wanted_remedy(wrong: str) -> None:
+    good = {"hidden": torch.zeros(6, 4), "weight": torch.zeros(9, 4), "target": torch.zeros(6).long(),
+            "cu_completions": torch.tensor([0, 3, 6]), "cu_groups": torch.tensor([0, 2]), "loss_fn": dpo,
+            "ref_logp": None, "normalizer": 1}  # fmt: skip
+    linear_preference_loss(**good)
+    change, says = WRONG[wrong]
+    with pytest.raises(ValueError, match=says) as error:
+        linear_preference_loss(**{**good, **change})
+    assert "got" in str(error.value)
+    assert "wanted" in str(error.value)
+
+
+def test_autocast_to_half_precision_is_refused() -> None:
+    problem = Problem(LENGTHS)
+    with torch.autocast(DEVICE.type, torch.float16), pytest.raises(ValueError, match="bfloat16"):
+        problem.loss()
