@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fasttr.errors import FasttrError
-from fasttr.losses import LOSSES, Loss
+from fasttr.losses import Loss, Weighted, make_loss
+from fasttr.mixture import check_test_split_size, parse_parts
 from fasttr.optim import NO_SCHEDULE
 from fasttr.reference import Fixed, Hard, Schedule, Soft
 
@@ -18,6 +19,10 @@ FREE_ON_RESUME = frozenset({
     "report_to", "overwrite_output_dir", "disable_tqdm", "dataset_num_proc", "max_dropped_fraction",
     "max_boundary_mismatch",
 })  # fmt: skip
+
+# What losses read beside their names.
+LOSS_SETTINGS = ("beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "discopop_tau",
+                 "simpo_gamma", "desirable_weight", "undesirable_weight")  # fmt: skip
 
 # The settings of the TR paper (arXiv:2404.09656), one preset for each of its two updates.
 _PAPER = {"beta": 0.05, "learning_rate": 1e-6, "num_train_epochs": 1.0, "max_length": 1024, "max_grad_norm": 2.0,
@@ -35,6 +40,9 @@ class TrainConfig:
     Args:
         model_name_or_path: hub id or folder of the policy; its weights are held in float32.
         dataset_name: hub id, folder or file (json, jsonl, parquet, also gz) of preference rows.
+        datasets: a mixture, which wins over dataset_name: a list of path, name, data_dir, data_files, split, columns,
+            fraction; fraction is for all or none, and nothing is used twice.
+        test_split_size: rows of the mixture, or a share below 1, set aside as its test split, drawn from seed.
         dataset_config: configuration of a hub data set.
         dataset_train_split: split to train on.
         dataset_test_split: split to evaluate on.
@@ -47,8 +55,19 @@ class TrainConfig:
         max_boundary_mismatch: stop when more rows than this merge a token across the prompt's end.
         output_dir: folder for checkpoints, metrics and the final model.
         overwrite_output_dir: start over in a folder that already holds a run.
-        loss_type: sigmoid (DPO), ipo (per-token averages), ipo_sum (sums) or sft.
+        loss_type: name of a loss, or a list of names whose losses are summed; absent means sigmoid for pairs and kto
+            for unpaired rows.
+        loss_weights: weight of each loss of a list; none means 1.
         beta: strength of the pull towards the reference; tau of ipo.
+        label_smoothing: share of wrong labels that cdpo, robust, exo_pair, aot and aot_unpaired expect.
+        f_divergence_type: reverse_kl, forward_kl, js_divergence or alpha_divergence.
+        f_alpha_divergence_coef: alpha of alpha_divergence.
+        ld_alpha: weight of the log-probs beyond the length of a pair's shorter side; none means 1.
+        discopop_tau: temperature of discopop.
+        simpo_gamma: target margin of simpo.
+        desirable_weight: factor on the losses of desirable rows.
+        undesirable_weight: factor on the losses of undesirable rows.
+        group_size: rows whose losses are computed together where a loss couples rows; none means train_batch_size.
         ref_update: how the reference moves: none, soft or hard.
         ref_update_alpha: share of the policy in a soft update.
         ref_update_every: optimizer steps between updates.
@@ -88,7 +107,9 @@ class TrainConfig:
     """
 
     model_name_or_path: str
-    dataset_name: str
+    dataset_name: str | None = None
+    datasets: list[dict[str, Any]] | None = None
+    test_split_size: float | None = None
     dataset_config: str | None = None
     dataset_train_split: str = "train"
     dataset_test_split: str = "test"
@@ -101,8 +122,18 @@ class TrainConfig:
     max_boundary_mismatch: float | None = None
     output_dir: str = "trainer_output"
     overwrite_output_dir: bool = False
-    loss_type: str | list[str] = "sigmoid"
+    loss_type: str | list[str] | None = None
+    loss_weights: list[float] | None = None
     beta: float = 0.1
+    label_smoothing: float = 0.0
+    f_divergence_type: str = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    ld_alpha: float | None = None
+    discopop_tau: float = 0.05
+    simpo_gamma: float = 0.5
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    group_size: int | None = None
     ref_update: Literal["none", "soft", "hard"] = "none"
     ref_update_alpha: float = 0.6
     ref_update_every: int = 512
@@ -142,14 +173,28 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, list):
-            if len(self.loss_type) != 1:
-                raise FasttrError(f"loss_type: got the list {self.loss_type}; wanted one name")
-            object.__setattr__(self, "loss_type", self.loss_type[0])
+            if len(self.loss_type) == 1 and self.loss_weights is None:
+                object.__setattr__(self, "loss_type", self.loss_type[0])
         _check(self)
 
     @property
-    def loss(self) -> Loss:
-        return LOSSES[str(self.loss_type)](beta=self.beta)  # type: ignore[call-arg]
+    def loss(self) -> Loss | Weighted:
+        """The loss of `loss_type`; that of pairs while it is absent and the rows are not known."""
+        names = ["sigmoid"] if self.loss_type is None else self.loss_type
+        settings = {key: getattr(self, key) for key in LOSS_SETTINGS}
+        try:
+            return make_loss([names] if isinstance(names, str) else names, self.loss_weights, **settings)
+        except ValueError as error:
+            raise FasttrError(str(error)) from error
+
+    @property
+    def loss_name(self) -> str:
+        return self.loss_type if isinstance(self.loss_type, str) else " + ".join(self.loss_type or ["sigmoid"])
+
+    @property
+    def group_rows(self) -> int:
+        """Rows that must share a pack: the group of a loss that couples rows, else one."""
+        return (self.group_size or self.train_batch_size) if self.loss.coupled else 1
 
     @property
     def schedule(self) -> Schedule:
@@ -172,10 +217,14 @@ class TrainConfig:
 
 def _check(c: TrainConfig) -> None:
     """Every value in its range, and no setting that contradicts another."""
-    if not isinstance(c.loss_type, str) or c.loss_type not in LOSSES:
-        raise FasttrError(f"loss_type: got {c.loss_type!r}; wanted one of {', '.join(LOSSES)}")
+    _check_data(c)
     ranges: list[tuple[str, bool, str]] = [
         ("beta", c.beta > 0 and math.isfinite(c.beta), "a number above 0"),
+        ("ld_alpha", c.ld_alpha is None or 0 <= c.ld_alpha <= 1, "a number from 0 to 1"),
+        ("discopop_tau", c.discopop_tau > 0, "a number above 0"),
+        ("desirable_weight", c.desirable_weight >= 0, "a number from 0"),
+        ("undesirable_weight", c.undesirable_weight >= 0, "a number from 0"),
+        ("group_size", c.group_size is None or c.group_size >= 1, "a whole number from 1"),
         ("ref_update_alpha", 0 <= c.ref_update_alpha <= 1, "a number from 0 to 1"),
         ("ref_update_every", c.ref_update_every >= 1, "a whole number from 1"),
         ("train_batch_size", c.train_batch_size >= 1, "a whole number from 1"),
@@ -204,9 +253,39 @@ def _check(c: TrainConfig) -> None:
     for key, good, wanted in ranges:
         if not good:
             raise FasttrError(f"{key}: got {getattr(c, key)!r}; wanted {wanted}")
-    if c.ref_update != "none" and not LOSSES[c.loss_type].needs_reference:
+    loss = c.loss
+    if c.ref_update != "none" and not loss.needs_reference:
         raise FasttrError(
-            f"ref_update: got {c.ref_update}, but loss_type {c.loss_type} has no reference; wanted ref_update none"
+            f"ref_update: got {c.ref_update}, but loss_type {c.loss_name} has no reference; wanted ref_update none"
         )
-    if c.ref_model_name_or_path is not None and not LOSSES[c.loss_type].needs_reference:
-        raise FasttrError(f"ref_model_name_or_path: loss_type {c.loss_type} has no reference; leave it out")
+    if c.ref_model_name_or_path is not None and not loss.needs_reference:
+        raise FasttrError(f"ref_model_name_or_path: loss_type {c.loss_name} has no reference; leave it out")
+    if c.loss_type == "kto" and c.group_rows == 1:
+        raise FasttrError(
+            "train_batch_size: got a group of 1 row with kto, whose KL term would be the row's own reward; wanted 2 or more"
+        )
+    if c.ld_alpha is not None and (loss.unpaired or loss.completions == 1):
+        raise FasttrError(f"ld_alpha: got {c.ld_alpha} with loss_type {c.loss_name}; it compares the lengths of a pair")
+    if c.group_size is not None and c.train_batch_size % c.group_size:
+        raise FasttrError(f"group_size: got {c.group_size}; wanted a divisor of train_batch_size {c.train_batch_size}")
+
+
+def _check_data(c: TrainConfig) -> None:
+    check_test_split_size(c.test_split_size)
+    evaluates = c.eval_strategy != "no" or c.eval_on_start
+    if c.datasets:
+        parse_parts(c.datasets)
+        if c.dataset_train_split != "train" and not (c.dataset_train_split == "test" and c.test_split_size):
+            raise FasttrError(f"dataset_train_split: got {c.dataset_train_split!r}; a mixture's rows are split 'train'")
+        if evaluates and c.eval_dataset_name is None and not c.test_split_size:
+            raise FasttrError(
+                "eval_strategy: a mixture has no test split of its own; give test_split_size or eval_dataset_name"
+            )
+        return
+    if c.dataset_name is None:
+        raise FasttrError("dataset_name: missing; give a file, a folder or a hub id, or a list under datasets")
+    if c.test_split_size is not None:
+        raise FasttrError(
+            "test_split_size: it splits a mixture and would be ignored with dataset_name; write the data set as "
+            "datasets: [{path: ...}], or leave it out"
+        )

@@ -21,21 +21,39 @@ from fasttr.errors import FasttrError
 
 FILE_KINDS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 BUILDERS = ("json", "parquet", "csv", "arrow")
+DataFiles = str | list[str] | dict[str, str | list[str]] | None
 
 
-def read_rows(name: str, *, config: str | None = None, split: str = "train", cache_dir: str | None = None) -> Any:
+def read_rows(
+    name: str,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    data_dir: str | None = None,
+    data_files: DataFiles = None,
+    cache_dir: str | None = None,
+) -> Any:
     """One split as a memory-mapped `datasets.Dataset`, cached by `datasets` between runs.
 
-    `name` is a file (one split, train), a folder (splits inferred from file names) or a hub id. FasttrError when there
-    is nothing there, it is empty, broken (naming the line), of another kind, or has no such split.
+    `name` is a file (one split, train), a folder (splits inferred from file names), a hub id, or json, parquet, csv or
+    arrow for the files named by `data_files` or `data_dir`; those two choose within a folder or hub id too. FasttrError
+    when there is nothing there, it is empty, broken (naming the line), of another kind, or has no such split.
     """
     import datasets
 
     path = Path(name).expanduser()
-    where: dict[str, Any] = {"path": str(path), "name": config}
-    if path.is_file():
+    where: dict[str, Any] = {"path": str(path), "name": config, "data_dir": data_dir, "data_files": data_files}
+    is_kind = name in BUILDERS and (data_dir is not None or data_files is not None)
+    if is_kind:
+        where["path"] = name
+        missing = next((f for f in _local(data_files, data_dir) if not f.exists()), None)
+        if missing is not None:
+            raise FasttrError(f"{name}: {missing} does not exist: data_files and data_dir name files that are here")
+    elif path.is_file():
         if config is not None:
             raise FasttrError(f"{name} is a file and has no configurations: leave out {config!r}")
+        if data_dir is not None or data_files is not None:
+            raise FasttrError(f"{name} is a file: leave out data_dir and data_files")
         where = {"path": _kind_of_file(path), "data_files": {"train": str(path.resolve())}}
     elif path.is_dir():
         _check_folder(path)
@@ -45,7 +63,7 @@ def read_rows(name: str, *, config: str | None = None, split: str = "train", cac
     with _quiet():
         try:
             builder = datasets.load_dataset_builder(**where, cache_dir=cache_dir)
-            _check_builder(name, path, builder)
+            _check_builder(name, path, builder, is_kind)
             builder.download_and_prepare()
             splits = sorted(builder.info.splits or {})
             base = re.match(r"\w+(\.\w+)*", split)
@@ -55,7 +73,7 @@ def read_rows(name: str, *, config: str | None = None, split: str = "train", cac
         except FasttrError:
             raise
         except Exception as error:  # datasets, the hub and every file reader raise their own kinds
-            raise _explain(name, path, config, error) from error
+            raise _explain(name, path, config, _local(data_files, data_dir) if is_kind else [path], error) from error
     if len(rows) == 0:
         raise FasttrError(f"{name} (split {split}) holds no rows: wanted at least one")
     return rows
@@ -106,11 +124,11 @@ def _check_folder(path: Path) -> None:
         raise FasttrError(f"{path} was written by save_to_disk: write it with to_parquet or to_json instead")
 
 
-def _check_builder(name: str, path: Path, builder: Any) -> None:
+def _check_builder(name: str, path: Path, builder: Any, named_by_user: bool) -> None:
     kind = type(builder).__module__.rsplit(".", 1)[-1]
     if kind not in BUILDERS or not type(builder).__module__.startswith("datasets.packaged_modules."):
         raise FasttrError(f"{name} holds {kind} data: wanted JSON, JSON lines, Parquet, CSV or Arrow files")
-    if path.is_file():
+    if path.is_file() or named_by_user:
         return
     folder = str(path.resolve())
     for files in (builder.config.data_files or {}).values():
@@ -121,7 +139,16 @@ def _check_builder(name: str, path: Path, builder: Any) -> None:
                 raise FasttrError(f"{name} names a file outside of it ({file}), which is not followed: move it inside")
 
 
-def _explain(name: str, path: Path, config: str | None, error: Exception) -> FasttrError:
+def _local(data_files: DataFiles, data_dir: str | None) -> list[Path]:
+    """The paths here that the user named; patterns and addresses are left to `datasets`."""
+    groups = list(data_files.values()) if isinstance(data_files, dict) else [data_files]
+    names = [name for group in groups for name in (group if isinstance(group, list) else [group]) if name is not None]
+    base = Path(data_dir or "").expanduser()
+    paths = [base / name for name in names if not set("*?[") & set(name) and "://" not in name]
+    return paths or ([base] if data_dir is not None and not names and "://" not in data_dir else [])
+
+
+def _explain(name: str, path: Path, config: str | None, read: list[Path], error: Exception) -> FasttrError:
     import datasets
 
     causes = [error]
@@ -138,10 +165,9 @@ def _explain(name: str, path: Path, config: str | None, error: Exception) -> Fas
     if "BuilderConfig" in message or "Config name is missing" in message:
         told = " ".join(str(error).split())[:300]
         return FasttrError(f"{name}: dataset_config {config!r} is not one of its configurations: {told}")
-    if path.exists():
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-        for file in files:
-            if FILE_KINDS.get(Path(file.name.removesuffix(".gz")).suffix.lower()) == "json":
+    if read and all(p.exists() for p in read):
+        for file in (file for p in read for file in ([p] if p.is_file() else sorted(p.rglob("*")))):
+            if file.is_file() and FILE_KINDS.get(Path(file.name.removesuffix(".gz")).suffix.lower()) == "json":
                 fault = find_broken_line(file)
                 if fault is not None:
                     return FasttrError(fault)

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors"},
     {"batch"},
-    {"losses", "packing", "plan", "tokens", "rows", "encode", "sources", "data", "metrics", "optim", "generated",
-     "scratch", "environment", "plots"},
+    {"losses", "packing", "plan", "tokens", "rows", "encode", "sources", "data", "mixture", "metrics", "optim",
+     "generated", "scratch", "environment", "plots"},
     {"attention", "logps", "model", "reference", "checkpoint", "perf", "sampling"},
     {"config", "guards", "run", "evaluate", "scoring"},
     {"trainer"},
