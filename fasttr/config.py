@@ -12,12 +12,13 @@ from fasttr.losses import Loss, Weighted, make_loss
 from fasttr.mixture import check_test_split_size, parse_parts
 from fasttr.optim import NO_SCHEDULE
 from fasttr.reference import Fixed, Hard, Schedule, Soft
+from fasttr.trackers import tracker_names
 
 # Settings that may change when a run is resumed: they do not touch what is computed.
 FREE_ON_RESUME = frozenset({
     "output_dir", "logging_steps", "save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint",
-    "report_to", "overwrite_output_dir", "disable_tqdm", "dataset_num_proc", "max_dropped_fraction",
-    "max_boundary_mismatch",
+    "report_to", "run_name", "project", "overwrite_output_dir", "disable_tqdm", "dataset_num_proc",
+    "max_dropped_fraction", "max_boundary_mismatch",
 })  # fmt: skip
 
 # What losses read beside their names.
@@ -100,7 +101,9 @@ class TrainConfig:
         save_steps: steps between checkpoints.
         save_total_limit: how many checkpoints are kept.
         resume_from_checkpoint: true for the newest in output_dir, or a folder.
-        report_to: none or tensorboard, beside metrics.jsonl.
+        report_to: none, or one or more of tensorboard, wandb, trackio, beside metrics.jsonl.
+        run_name: name of the run at wandb and trackio.
+        project: project of the run at wandb and trackio; WANDB_PROJECT and TRACKIO_PROJECT win.
         full_determinism: deterministic CUDA kernels, slower.
         use_cpu: train on the CPU even when there is a GPU.
         disable_tqdm: no progress bars.
@@ -166,15 +169,16 @@ class TrainConfig:
     save_steps: int = 500
     save_total_limit: int | None = None
     resume_from_checkpoint: bool | str | None = None
-    report_to: str = "none"
+    report_to: str | list[str] = "none"
+    run_name: str | None = None
+    project: str = "huggingface"
     full_determinism: bool = False
     use_cpu: bool = False
     disable_tqdm: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.loss_type, list):
-            if len(self.loss_type) == 1 and self.loss_weights is None:
-                object.__setattr__(self, "loss_type", self.loss_type[0])
+        if isinstance(self.loss_type, list) and len(self.loss_type) == 1 and self.loss_weights is None:
+            object.__setattr__(self, "loss_type", self.loss_type[0])
         _check(self)
 
     @property
@@ -218,6 +222,7 @@ class TrainConfig:
 def _check(c: TrainConfig) -> None:
     """Every value in its range, and no setting that contradicts another."""
     _check_data(c)
+    tracker_names(c.report_to)
     ranges: list[tuple[str, bool, str]] = [
         ("beta", c.beta > 0 and math.isfinite(c.beta), "a number above 0"),
         ("ld_alpha", c.ld_alpha is None or 0 <= c.ld_alpha <= 1, "a number from 0 to 1"),
@@ -244,7 +249,6 @@ def _check(c: TrainConfig) -> None:
         ("save_steps", c.save_steps >= 1, "a whole number from 1"),
         ("save_total_limit", c.save_total_limit is None or c.save_total_limit >= 1, "a whole number from 1"),
         ("max_dropped_fraction", 0 <= c.max_dropped_fraction <= 1, "a number from 0 to 1"),
-        ("report_to", c.report_to in ("none", "tensorboard"), "none or tensorboard"),
         ("lr_scheduler_type", c.lr_scheduler_type not in NO_SCHEDULE, "a schedule that is known before training"),
         ("dtype", c.dtype == "float32", "float32: weights and optimizer stay in it, bf16: true computes in bfloat16"),
         ("seed", c.seed >= 0, "a whole number from 0"),
@@ -262,7 +266,7 @@ def _check(c: TrainConfig) -> None:
         raise FasttrError(f"ref_model_name_or_path: loss_type {c.loss_name} has no reference; leave it out")
     if c.loss_type == "kto" and c.group_rows == 1:
         raise FasttrError(
-            "train_batch_size: got a group of 1 row with kto, whose KL term would be the row's own reward; wanted 2 or more"
+            "train_batch_size: got a group of 1 row with kto, whose KL term would be the row's own reward; wanted 2 rows"
         )
     if c.ld_alpha is not None and (loss.unpaired or loss.completions == 1):
         raise FasttrError(f"ld_alpha: got {c.ld_alpha} with loss_type {c.loss_name}; it compares the lengths of a pair")

@@ -286,6 +286,7 @@ def test_importing_reads_neither_transformers_nor_datasets():
 
 
 def test_only_our_own_bar_is_shown(load, capfd):
+    datasets.enable_progress_bars()  # a run with disable_tqdm in the same process switches them off
     load([PAIR, OTHER])
     shown = capfd.readouterr().err
     assert "Tokenizing train" in shown

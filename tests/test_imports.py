@@ -14,7 +14,7 @@ LAYERS = [
     {"errors"},
     {"batch"},
     {"losses", "packing", "plan", "tokens", "rows", "encode", "sources", "data", "mixture", "metrics", "optim",
-     "generated", "scratch", "environment", "plots"},
+     "generated", "scratch", "trackers", "environment", "plots"},
     {"attention", "logps", "model", "reference", "checkpoint", "perf", "sampling"},
     {"config", "guards", "run", "evaluate", "scoring"},
     {"trainer"},
