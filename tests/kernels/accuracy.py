@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +18,14 @@ from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FLOOR_ULP = 4
+KERNELS = Path(__file__).parents[2] / "kernels"
+
+
+def bare(*command: str) -> subprocess.CompletedProcess:
+    """Another process with this package on its path and nothing else of the project."""
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
+    return subprocess.run([sys.executable, *command], env={**env, "PYTHONPATH": str(KERNELS)}, cwd=KERNELS.anchor,
+                          capture_output=True, text=True)  # fmt: skip
 
 
 def assert_as_good_as_torch(name: str, got: Tensor, plain: Tensor, truth: Tensor, result_dtype: torch.dtype) -> None:

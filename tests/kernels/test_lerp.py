@@ -10,7 +10,7 @@ from fasttr_kernels import multi_tensor_lerp_
 from fasttr_kernels.lerp import Item, join_halves, lerp_ref, split_halves
 from torch import Tensor, nn
 
-from tests.kernels.accuracy import DEVICE
+from tests.kernels.accuracy import DEVICE, bare
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 # One element, fewer than a block, many blocks and units, whole blocks, a matrix.
@@ -233,6 +233,25 @@ def test_compiles_without_a_graph_break() -> None:
     for got, exact in zip(refs, want, strict=True):
         torch.testing.assert_close(got, exact)
     assert torch.equal(doubled, refs[1] * 2)
+
+
+SHARDED = """
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from fasttr_kernels import multi_tensor_lerp_
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))
+ref, pol = (torch.nn.Parameter(distribute_tensor(x, mesh, [Shard(0)])) for x in (torch.zeros(4, 3), torch.ones(4, 3)))
+multi_tensor_lerp_([ref], [pol], 0.25)
+print((ref.to_local() == 0.25).all().item())
+dist.destroy_process_group()
+"""
+
+
+def test_sharded_parameters_are_updated_shard_by_shard() -> None:
+    done = bare("-c", SHARDED)
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_no_tensors_and_empty_tensors() -> None:

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import torch
 from fasttr_kernels import linear_logprob, linear_preference_loss
 from fasttr_kernels.aot import Built, Case, faults
 from torch.profiler import ProfilerActivity, profile
 
-from tests.kernels.accuracy import DEVICE, dpo
+from tests.kernels.accuracy import DEVICE, bare, dpo
 
-KERNELS = Path(__file__).parents[2] / "kernels"
 STEP = """
 import importlib.abc, sys
 class Refuse(importlib.abc.MetaPathFinder):
@@ -38,13 +32,6 @@ assert weight.grad.abs().sum() > 0
 assert not {"triton", "fasttr", "transformers"} & set(sys.modules)
 print("fine")
 """
-
-
-def bare(*command: str) -> subprocess.CompletedProcess:
-    """Another process with this package on its path and nothing else of the project."""
-    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
-    return subprocess.run([sys.executable, *command], env={**env, "PYTHONPATH": str(KERNELS)}, cwd=KERNELS.anchor,
-                          capture_output=True, text=True)  # fmt: skip
 
 
 def test_imports_and_runs_with_torch_alone() -> None:

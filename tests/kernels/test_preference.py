@@ -119,7 +119,7 @@ def test_scoring_is_bitwise_the_same_with_and_without_gradients(rows: str, stats
 def test_repeats_bit_for_bit(rows: str) -> None:
     problem = Problem(LENGTHS, vocab=301)
     first, grads = problem.ours(chunk_rows=12)
-    for _ in range(3):
+    for _ in range(20 if DEVICE.type == "cuda" else 3):
         again, others = problem.ours(chunk_rows=12)
         assert torch.equal(first.logp, again.logp)
         assert all(torch.equal(a, b) for a, b in zip(grads, others, strict=True))
