@@ -40,7 +40,8 @@ def test_pickled_weights_are_not_read(folder):
 
 def test_code_beside_the_weights_is_not_run_nor_asked_about(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\nclass M: pass\nclass T: pass\n")
+    marks = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+    (folder / "own.py").write_text(marks + "class C: pass\nclass M: pass\nclass T: pass\n")
     change(folder / "config.json", auto_map={"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"})
     load_model(str(folder), device=CPU)
     change(folder / "tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.T", "own.T"]})
