@@ -3,7 +3,7 @@
 A preference pair is m = 2, a row of plain completions m = 1, a rollout group m = k. Nothing below the loss knows
 "chosen" and "rejected": pairs are index vectors into the N completions of a pack.
 
-Legend: T packed tokens, S gathered key rows, R scored rows, N completions, G groups, P pairs.
+Legend: T packed tokens, S gathered key rows, R scored rows, N completions, B trees (rows of data), G groups of trees.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ class Tree(NamedTuple):
     prompt_ids: np.ndarray  # (prompt_len,) int32, may be empty
     completions: tuple[np.ndarray, ...]  # m arrays (completion_len,) int32, each at least one token
     weight: float = 1.0  # multiplies the row's loss; the normalizer stays the row count
+    label: bool = True  # of an unpaired row: desirable or not
 
 
 class TreeSource(Protocol):
@@ -81,9 +82,12 @@ class PackedBatch(NamedTuple):
     target: Tensor  # (R,) int64
     cu_completions: Tensor  # (N + 1,) int64 on the host: offsets into the R scored rows
     cu_groups: Tensor  # (G + 1,) int64 on the host: offsets into the N completions
+    cu_rows: tuple[int, ...]  # (G + 1,) the same offsets, into the B trees
+    cu_heads: Tensor  # (2N + 1,) on the host: each completion cut at the length of its tree's shortest one
     token_counts: Tensor  # (N,) int64: completion tokens, the unscored first one of an empty prompt included
-    weights: Tensor  # (G,) fp32
-    rows: tuple[int, ...]  # (G,) data-set rows, in the order of the groups
+    weights: Tensor  # (B,) fp32
+    labels: Tensor  # (B,) bool
+    rows: tuple[int, ...]  # (B,) data-set rows
     num_tokens: int  # tokens as an unshared layout would count them: the prompt once per completion
 
     def to(self, device: torch.device) -> PackedBatch:
@@ -96,4 +100,5 @@ class PackedBatch(NamedTuple):
             target=self.target.to(device, non_blocking=True),
             token_counts=self.token_counts.to(device, non_blocking=True),
             weights=self.weights.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
         )

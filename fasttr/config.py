@@ -73,6 +73,7 @@ class TrainConfig:
         ref_update_alpha: share of the policy in a soft update.
         ref_update_every: optimizer steps between updates.
         ref_model_name_or_path: another model as the first reference; none means the policy at its start.
+        train_sampling_strategy: random (TRL's permutation) or sequential, the order of the data.
         train_batch_size: rows per optimizer step.
         max_tokens_per_batch: tokens per forward pass; memory follows it, results do not.
         learning_rate: peak rate of AdamW.
@@ -141,6 +142,7 @@ class TrainConfig:
     ref_update_alpha: float = 0.6
     ref_update_every: int = 512
     ref_model_name_or_path: str | None = None
+    train_sampling_strategy: Literal["random", "sequential"] = "random"
     train_batch_size: int = 8
     max_tokens_per_batch: int = 8192
     learning_rate: float = 1e-6
@@ -266,7 +268,7 @@ def _check(c: TrainConfig) -> None:
         raise FasttrError(f"ref_model_name_or_path: loss_type {c.loss_name} has no reference; leave it out")
     if c.loss_type == "kto" and c.group_rows == 1:
         raise FasttrError(
-            "train_batch_size: got a group of 1 row with kto, whose KL term would be the row's own reward; wanted 2 rows"
+            "train_batch_size: got a group of 1 row with kto, whose KL term would be the row's own reward; wanted 2"
         )
     if c.ld_alpha is not None and (loss.unpaired or loss.completions == 1):
         raise FasttrError(f"ld_alpha: got {c.ld_alpha} with loss_type {c.loss_name}; it compares the lengths of a pair")

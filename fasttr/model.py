@@ -66,10 +66,10 @@ def load_config(name: str) -> Any:
                 f"model_name_or_path: got architecture {kind!r}, which has not been shown to share prefixes exactly; "
                 f"wanted one of {', '.join(ARCHITECTURES)}"
             )
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except FasttrError:
         raise
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, StrictDataclassError) as error:
         raise FasttrError(f"model_name_or_path: cannot read {name!r}: {_first_line(error)}") from error
     unknown = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
     if unknown:
@@ -89,12 +89,14 @@ def load_model(
     gradient_checkpointing: bool = False,
     use_liger_kernel: bool = False,
     max_length: int | None = None,
+    ld_alpha: float | None = None,
 ) -> PackedModel:
     """Read fp32 weights and make them score packed trees.
 
     Dropout is 0 everywhere. The logits of eight tokens are compared with the model's own forward, so that a head with
     an unknown scale, soft-cap or extra layer is refused rather than approximated.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -106,11 +108,21 @@ def load_model(
         if "dropout" in key and isinstance(value, float):
             setattr(config, key, 0.0)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=torch.float32, attn_implementation=attention.register()
-        )
-    except (OSError, ValueError, RuntimeError) as error:
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=torch.float32, attn_implementation=attention.register(), use_safetensors=True,
+            trust_remote_code=False, output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if "no file named model.safetensors" in str(error):
+            raise FasttrError(
+                f"model_name_or_path: {name} holds no safetensors weights, and pickled ones (pytorch_model.bin) can "
+                "run code when they are read; convert them with save_pretrained"
+            ) from error
         raise FasttrError(f"model_name_or_path: cannot load {name!r}: {_first_line(error)}") from error
+    if missing := sorted(loaded["missing_keys"]):
+        raise FasttrError(
+            f"model_name_or_path: {name} lacks {len(missing)} weights ({missing[0]} first), which would be random"
+        )
     model.fasttr_config = original
     _refuse_nonfinite(model, name)
     model.to(device).train()
@@ -120,7 +132,7 @@ def load_model(
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     head = HeadSpec(softcap=getattr(config, "final_logit_softcapping", None))
-    packed = PackedModel(model, head, attention_backend(attn_implementation, device, bf16), bf16)
+    packed = PackedModel(model, head, attention_backend(attn_implementation, device, bf16), bf16, ld_alpha)
     _check_head(packed, name)
     return packed
 
@@ -149,8 +161,12 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # a broken tokenizer.json raises a bare Exception
+        if "trust_remote_code" in str(error):
+            raise FasttrError(
+                f"model_name_or_path: the tokenizer of {name} is code from its own repository, which is not run"
+            ) from error
         raise FasttrError(f"model_name_or_path: no tokenizer in {name!r}: {_first_line(error)}") from error
 
 

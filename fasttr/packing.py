@@ -4,7 +4,7 @@ Layout of a tree: [prompt | c1 | c2 | ...], once. The queries stay in that order
 (c2), ...; the keys are gathered so that segment i sees (prompt + ci). Causal, aligned at the end: exact for any
 attention kernel that takes separate query and key offsets.
 
-Legend: T packed tokens, S gathered key rows, R scored rows, N completions, G groups (here one tree each).
+Legend: T packed tokens, S gathered key rows, R scored rows, N completions, B trees, G groups of trees.
 """
 
 from __future__ import annotations
@@ -36,8 +36,11 @@ def first_fit_decreasing(sizes: Sequence[int], budget: int) -> list[list[int]]:
     return sorted(sorted(b) for b in bins)
 
 
-def pack(trees: Sequence[Tree]) -> PackedBatch:
-    """Lay `trees` out in one packed row. Every tree is a group; completions keep their order."""
+def pack(trees: Sequence[Tree], group_sizes: Sequence[int] | None = None) -> PackedBatch:
+    """Lay `trees` out in one packed row; completions keep their order.
+
+    `group_sizes`: how many consecutive trees are a group, which a loss must see whole; by default each is its own.
+    """
     if not trees:
         raise ValueError("pack: got no trees; wanted at least one")
     per_tree = np.array([len(tree.completions) for tree in trees])
@@ -47,12 +50,12 @@ def pack(trees: Sequence[Tree]) -> PackedBatch:
     part_starts = np.concatenate(([0], np.cumsum(part_lengths)[:-1]))
 
     # Position of each tree's prompt among the parts, and of each completion.
-    prompt_part_G = np.concatenate(([0], np.cumsum(1 + per_tree)[:-1]))
+    prompt_part_B = np.concatenate(([0], np.cumsum(1 + per_tree)[:-1]))
     is_prompt = np.zeros(len(parts), dtype=bool)
-    is_prompt[prompt_part_G] = True
+    is_prompt[prompt_part_B] = True
     ordinal_N = np.concatenate([np.arange(m) for m in per_tree])
-    prompt_len_N = np.repeat(part_lengths[prompt_part_G], per_tree)
-    prompt_start_N = np.repeat(part_starts[prompt_part_G], per_tree)
+    prompt_len_N = np.repeat(part_lengths[prompt_part_B], per_tree)
+    prompt_start_N = np.repeat(part_starts[prompt_part_B], per_tree)
     length_N = part_lengths[~is_prompt]
     start_N = part_starts[~is_prompt]
 
@@ -80,6 +83,11 @@ def pack(trees: Sequence[Tree]) -> PackedBatch:
     scored_R = np.where(from_prompt_R, np.repeat(prompt_start_N + prompt_len_N - 1, rows_N), target_R - 1)
     scored = _gather(scored_R, np.where(from_prompt_R, np.repeat(ordinal_N, rows_N), 0), len(ids_T))
 
+    cu_rows = _offsets(np.array(group_sizes if group_sizes is not None else [1] * len(trees)))
+    if int(cu_rows[-1]) != len(trees):
+        raise ValueError(f"pack: got groups of {int(cu_rows[-1])} trees in all; wanted {len(trees)}")
+    shortest_N = np.repeat(np.minimum.reduceat(length_N, np.cumsum(per_tree) - per_tree), per_tree)
+    heads_N = shortest_N - 1 + has_prompt_N
     return PackedBatch(
         input_ids=torch.from_numpy(ids_T),
         position_ids=torch.from_numpy(positions_T),
@@ -93,9 +101,12 @@ def pack(trees: Sequence[Tree]) -> PackedBatch:
         scored=scored,
         target=torch.from_numpy(ids_T[target_R]),
         cu_completions=_offsets(rows_N),
-        cu_groups=_offsets(per_tree),
+        cu_groups=_offsets(per_tree)[cu_rows],
+        cu_rows=tuple(cu_rows.tolist()),
+        cu_heads=_offsets(np.stack([heads_N, rows_N - heads_N], axis=1).reshape(-1)),
         token_counts=torch.from_numpy(length_N.astype(np.int64)),
         weights=torch.tensor([tree.weight for tree in trees], dtype=torch.float32),
+        labels=torch.tensor([tree.label for tree in trees], dtype=torch.bool),
         rows=tuple(tree.row for tree in trees),
         num_tokens=int(k_lengths.sum()),
     )

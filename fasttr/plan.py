@@ -36,6 +36,8 @@ class Plan:
     max_steps: int
     seed: int
     max_tokens_per_batch: int
+    shuffle: bool = True  # else the order of the data, in every epoch
+    group_rows: int = 1  # consecutive rows of a step that share a pack, since their loss is computed together
 
     @property
     def steps_per_epoch(self) -> int:
@@ -48,12 +50,14 @@ class Plan:
     def rows(self, step: int) -> np.ndarray:
         """Data-set rows of optimizer step `step` (counted from 0), in TRL's order."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = epoch_order(len(self.source), self.seed, epoch)
-        return order[within * self.train_batch_size : (within + 1) * self.train_batch_size]
+        here = slice(within * self.train_batch_size, (within + 1) * self.train_batch_size)
+        if not self.shuffle:
+            return np.arange(len(self.source))[here]
+        return epoch_order(len(self.source), self.seed, epoch)[here]
 
     def packs(self, step: int) -> list[PackedBatch]:
         """The packs of one step. Their number and content follow from the lengths alone."""
-        return pack_rows(self.source, self.rows(step), self.max_tokens_per_batch)
+        return pack_rows(self.source, self.rows(step), self.max_tokens_per_batch, self.group_rows)
 
     def windows(self, every: int | None, start: int = 0) -> Iterator[range]:
         """Steps [0, every), [every, 2 every), ... from the window that holds `start`; one window without moves."""
@@ -72,8 +76,15 @@ def tree_sizes(source: TreeSource, rows: np.ndarray | Sequence[int]) -> np.ndarr
     return source.prompt_lengths[rows].astype(np.int64) + source.completion_lengths[rows].sum(axis=1, dtype=np.int64)
 
 
-def pack_rows(source: TreeSource, rows: np.ndarray | Sequence[int], budget: int) -> list[PackedBatch]:
-    """Pack some rows, first-fit decreasing under `budget` tokens a pack."""
+def pack_rows(
+    source: TreeSource, rows: np.ndarray | Sequence[int], budget: int, group_rows: int = 1
+) -> list[PackedBatch]:
+    """Pack some rows, first-fit decreasing under `budget` tokens; `group_rows` consecutive ones stay together."""
     rows = np.asarray(rows)
-    bins = first_fit_decreasing(tree_sizes(source, rows).tolist(), budget)
-    return [pack([source[int(rows[i])] for i in members]) for members in bins]
+    groups = [rows[first : first + group_rows] for first in range(0, len(rows), group_rows)]
+    sizes = np.add.reduceat(tree_sizes(source, rows), np.arange(0, len(rows), group_rows))
+    packs = []
+    for members in first_fit_decreasing(sizes.tolist(), budget):
+        trees = [source[int(row)] for g in members for row in groups[g]]
+        packs.append(pack(trees, [len(groups[g]) for g in members]))
+    return packs

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import shutil
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fasttr import checkpoint
-from fasttr.batch import TreeSource
+from fasttr.batch import PackedBatch, TreeSource
 from fasttr.config import TrainConfig
-from fasttr.data import DataConfig, TreeSet, load_trees
+from fasttr.data import DataConfig, TreeSet, encode_rows, load_trees
 from fasttr.errors import FasttrError
-from fasttr.logps import PackedModel
-from fasttr.losses import Loss
-from fasttr.metrics import SUMS
+from fasttr.logps import LossFn, PackedModel
+from fasttr.losses import Loss, Sft, Weighted, group_loss
+from fasttr.metrics import Averages
+from fasttr.mixture import parse_parts, read_mixture
 from fasttr.model import load_config, load_model, load_tokenizer
 from fasttr.optim import adamw, schedule
 from fasttr.plan import Plan
 from fasttr.reference import MovingReference, ScoreTable
+from fasttr.trackers import require_trackers
+from fasttr.unpaired import Unpaired
 
 
 def say(line: str = "") -> None:
@@ -41,9 +45,9 @@ class Run:
     device: torch.device
     bf16: bool
     tokenizer: Any
-    loss: Loss
-    train_trees: TreeSet
-    eval_trees: TreeSet | None
+    loss: Loss | Weighted
+    train_trees: TreeSource
+    eval_trees: TreeSource | None
     plan: Plan
     policy: PackedModel
     reference: MovingReference
@@ -52,26 +56,48 @@ class Run:
     scores: ScoreTable  # of the reference, for the rows of the current window
     eval_scores: ScoreTable | None  # of the reference, for the evaluation split
     anchor: ScoreTable | None  # of the initial policy, for the evaluation split
+    averages: Averages  # since the last line of metrics
+    total_loss: Tensor  # () over all steps
     resumed: bool = False
     step: int = 0  # optimizer steps done
     window_scored: bool = False
     num_tokens: int = 0
-    logged_sums: Tensor = field(default_factory=lambda: torch.zeros(len(SUMS)))  # since the last line
-    logged_steps: int = 0
-    total_loss: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     @property
     def output_dir(self) -> Path:
         return Path(self.config.output_dir)
 
-    def mean_chosen_tokens(self, trees: TreeSource, rows: np.ndarray) -> float:
-        """Scored tokens of the first completion, per row. Without a prompt its first token is not scored."""
+    def chosen_tokens_means(self, trees: TreeSource, rows: np.ndarray) -> dict[int, float]:
+        """By row: the mean of scored chosen tokens over the rows that `sft` averages with it: its group, or all."""
+        if not self.reads_sft:
+            return dict.fromkeys(rows.tolist(), 1.0)
+        # Without a prompt the first token is not scored.
         scored = trees.completion_lengths[rows, 0] - (trees.prompt_lengths[rows] == 0)
-        return max(float(scored.mean()), 1e-9)
+        size = self.config.group_size or len(rows)
+        means = {}
+        for first in range(0, len(rows), size):
+            here = slice(first, first + size)
+            means.update(dict.fromkeys(rows[here].tolist(), max(float(scored[here].mean()), 1e-9)))
+        return means
+
+    @property
+    def reads_sft(self) -> bool:
+        parts = self.loss.losses if isinstance(self.loss, Weighted) else (self.loss,)
+        return any(isinstance(part, Sft) for part in parts)
+
+    def loss_fn(self, batch: PackedBatch, chosen_tokens_means: dict[int, float]) -> LossFn:
+        """The loss of one pack, which is on the device, as the head calls it."""
+        mean: Tensor | float = 1.0
+        if self.reads_sft:
+            mean = torch.tensor([chosen_tokens_means[row] for row in batch.rows], device=batch.weights.device)
+        return group_loss(
+            self.loss, batch.token_counts, batch.weights, cu_rows=list(batch.cu_rows), labels=batch.labels,
+            chosen_tokens_mean=mean,
+        )  # fmt: skip
 
     def save(self) -> Path:
         """Write checkpoint-STEP and return it."""
-        tensors = {"logged_sums": self.logged_sums, "total_loss": self.total_loss, "rng": torch.get_rng_state()}
+        tensors = {"averages": self.averages.sums, "total_loss": self.total_loss, "rng": torch.get_rng_state()}
         if self.device.type == "cuda":
             tensors["rng_cuda"] = torch.cuda.get_rng_state(self.device)
         tables = {"scores": self.scores, "eval_scores": self.eval_scores, "anchor": self.anchor}
@@ -81,7 +107,7 @@ class Run:
                 tensors[f"{name}.logp"] = torch.from_numpy(table.values[rows])
         facts = {
             "step": self.step, "updates": self.reference.updates, "window_scored": self.window_scored,
-            "num_tokens": self.num_tokens, "logged_steps": self.logged_steps, "config": self.config.as_dict(),
+            "num_tokens": self.num_tokens, "config": self.config.as_dict(),
             "data": self.train_trees.fingerprint, "bf16": self.bf16,
         }  # fmt: skip
         soft = self.reference.model
@@ -100,8 +126,7 @@ class Run:
         self.resumed = True
         self.step, self.reference.updates = facts["step"], facts["updates"]
         self.window_scored, self.num_tokens = facts["window_scored"], facts["num_tokens"]
-        self.logged_steps = facts["logged_steps"]
-        self.logged_sums = tensors["logged_sums"].to(self.device)
+        self.averages.sums = tensors["averages"].to(self.device)
         self.total_loss = tensors["total_loss"].to(self.device)
         torch.set_rng_state(tensors["rng"])
         if self.device.type == "cuda" and "rng_cuda" in tensors:
@@ -132,31 +157,41 @@ def start(config: TrainConfig) -> Run:
         from transformers import enable_full_determinism
 
         enable_full_determinism(config.seed)
+    require_trackers(config.report_to)
     folder = _resume_folder(config)
     state = checkpoint.load_state(folder) if folder is not None else None
+    load_config(config.model_name_or_path)  # what cannot be trained stops before any data is read
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    mixture = None
+    if config.datasets:
+        parts = parse_parts(config.datasets)
+        mixture = read_mixture(parts, test_split_size=config.test_split_size, seed=config.seed)
+    train_rows = _load(config, tokenizer, config.dataset_name, config.dataset_train_split, mixture)
+    if config.loss_type is None:
+        unpaired = train_rows.completion_lengths.shape[1] == 1
+        config = dataclasses.replace(config, loss_type="kto" if unpaired else "sigmoid")
+        say(f"loss_type: absent; the rows mean {config.loss_type}")
     if state is not None and (changed := config.differences(state.facts["config"])):
         raise FasttrError(
             f"resume_from_checkpoint: {folder} was made with another configuration ({'; '.join(changed)}); "
             "use the same, or start over in another output_dir"
         )
-
     loss = config.loss
-    load_config(config.model_name_or_path)  # what cannot be trained stops before any data is read
-    tokenizer = load_tokenizer(config.model_name_or_path)
-    train_trees = _load(config, tokenizer, config.dataset_name, config.dataset_train_split)
+    train_trees = _as_loss_reads(train_rows, config)
     eval_trees = None
     if config.eval_strategy != "no" or config.eval_on_start:
-        name = config.eval_dataset_name or config.dataset_name
-        separate_file = config.eval_dataset_name is not None and Path(name).is_file()
-        eval_trees = _load(config, tokenizer, name, "train" if separate_file else config.dataset_test_split)
+        other = config.eval_dataset_name
+        split = "train" if other is not None and Path(other).is_file() else config.dataset_test_split
+        eval_rows = _load(config, tokenizer, other or config.dataset_name, split, None if other else mixture)
+        eval_trees = _as_loss_reads(eval_rows, config)
     if state is not None and state.facts["data"] != train_trees.fingerprint:
         raise FasttrError(
-            f"resume_from_checkpoint: the rows of {config.dataset_name} are not those {folder} was made on"
+            f"resume_from_checkpoint: the rows of {train_rows.report.name} are not those {folder} was made on"
         )
 
     seed = config.seed if config.data_seed is None else config.data_seed
     plan = Plan(train_trees, config.train_batch_size, config.num_train_epochs, config.max_steps, seed,
-                config.max_tokens_per_batch)  # fmt: skip
+                config.max_tokens_per_batch, config.train_sampling_strategy == "random", config.group_rows)  # fmt: skip
     _announce(config, plan)
 
     liger = config.use_liger_kernel
@@ -164,6 +199,7 @@ def start(config: TrainConfig) -> Run:
         "device": device, "bf16": bf16, "attn_implementation": config.attn_implementation,
         "max_length": config.max_length, "use_liger_kernel": _liger_is_there(device) if liger is None else liger,
     }  # fmt: skip
+    options["ld_alpha"] = config.ld_alpha
     policy = load_model(
         str(folder or config.model_name_or_path), gradient_checkpointing=config.gradient_checkpointing, **options
     )
@@ -182,7 +218,7 @@ def start(config: TrainConfig) -> Run:
         scores=ScoreTable(len(train_trees), loss.completions),
         eval_scores=ScoreTable(len(eval_trees), loss.completions) if anchored and eval_trees is not None else None,
         anchor=ScoreTable(len(eval_trees), loss.completions) if anchored and eval_trees is not None else None,
-        logged_sums=torch.zeros(len(SUMS), device=device), total_loss=torch.zeros((), device=device),
+        averages=Averages(device), total_loss=torch.zeros((), device=device),
     )  # fmt: skip
     if state is not None:
         run.restore(state)
@@ -221,26 +257,39 @@ def _resume_folder(config: TrainConfig) -> Path | None:
     return None
 
 
-def _load(config: TrainConfig, tokenizer: Any, name: str, split: str) -> TreeSet:
+def _as_loss_reads(trees: TreeSet, config: TrainConfig) -> TreeSource:
+    """The rows in the shape of the loss: pairs, chosen sides, or unpaired rows with their mismatched completions."""
+    loss, sides = config.loss, trees.completion_lengths.shape[1]
+    if loss.unpaired:
+        block = config.group_rows if loss.completions > 1 else None
+        return Unpaired(trees, labels=trees.labels, block=block, max_length=config.max_length)
+    if sides < loss.completions:
+        raise FasttrError(f"dataset: got unpaired rows; wanted pairs (chosen, rejected) for {config.loss_name}")
+    return trees
+
+
+def _load(
+    config: TrainConfig, tokenizer: Any, name: str | None, split: str, mixture: dict[str, Any] | None
+) -> TreeSet:
     from datasets.utils.logging import disable_progress_bar, enable_progress_bar
 
-    loss = config.loss
+    loss_ = config.loss  # what is loaded does not depend on it, unless it reads the chosen side alone
+    chosen_alone = loss_.completions == 1 and not loss_.unpaired
     hidden = config.disable_tqdm or not sys.stderr.isatty()
     (disable_progress_bar if hidden else enable_progress_bar)()
-    trees = load_trees(
-        tokenizer,
-        DataConfig(
-            name=name, config=config.dataset_config, split=split, dataset_format=config.dataset_format,
-            max_length=config.max_length, weight_column=config.weight_column, sides=loss.completions,
-            max_dropped_fraction=config.max_dropped_fraction, max_boundary_mismatch=config.max_boundary_mismatch,
-            num_proc=config.dataset_num_proc,
-        ),
+    name = "datasets" if mixture is not None else str(name)
+    data = DataConfig(
+        name=name, config=config.dataset_config, split=split, dataset_format=config.dataset_format,
+        max_length=config.max_length, weight_column=config.weight_column, sides=1 if chosen_alone else 2,
+        max_dropped_fraction=config.max_dropped_fraction, max_boundary_mismatch=config.max_boundary_mismatch,
+        num_proc=config.dataset_num_proc,
     )  # fmt: skip
-    got = trees.completion_lengths.shape[1]
-    if got < loss.completions:
-        raise FasttrError(
-            f"dataset_name: {name} has {got} completion a row; wanted pairs (chosen, rejected) for {config.loss_type}"
-        )
+    if mixture is None:
+        trees = load_trees(tokenizer, data)
+    elif split in mixture:
+        trees = encode_rows(tokenizer, mixture[split], data)
+    else:
+        raise FasttrError(f"dataset_test_split: got {split!r}; a mixture has {', '.join(map(repr, mixture))}")
     for line in trees.report.lines():
         say(line)
     return trees
@@ -258,7 +307,7 @@ def _announce(config: TrainConfig, plan: Plan) -> None:
     say(f"tokens per step: {per_step:,.0f} packed, {unshared / plan.steps_per_epoch:,.0f} with prompts repeated")
     schedule_ = config.schedule
     if not config.loss.needs_reference:
-        say(f"reference: none, {config.loss_type} has no use for one")
+        say(f"reference: none, {config.loss_name} has no use for one")
         return
     updates = schedule_.updates(steps)
     say(f"reference: {config.ref_update}, {updates} updates planned, mean age {schedule_.mean_age(steps):.1f} steps")

@@ -18,7 +18,6 @@ from fasttr import checkpoint
 from fasttr.config import TrainConfig
 from fasttr.evaluate import due, evaluate
 from fasttr.guards import FiniteGuard, Interrupted, StopRequest
-from fasttr.losses import group_loss
 from fasttr.metrics import SUMS, MetricsLog, means, named, pack_sums
 from fasttr.perf import Speed
 from fasttr.run import Run, say, start
@@ -44,7 +43,10 @@ def train(config: TrainConfig) -> TrainResult:
         run.output_dir.mkdir(parents=True, exist_ok=True)
         checkpoint.remove_torn(run.output_dir)
         (run.output_dir / "train_config.json").write_text(json.dumps(config.as_dict(), indent=1) + "\n")
-        log = MetricsLog(run.output_dir, config.report_to, keep_until=run.step if run.resumed else None)
+        log = MetricsLog(
+            run.output_dir, config.report_to, keep_until=run.step if run.resumed else None, run_name=config.run_name,
+            project=config.project, config=config.as_dict(),
+        )  # fmt: skip
         try:
             return _loop(run, log, stop)
         finally:
@@ -113,15 +115,14 @@ def _step(run: Run, step: int, guard: FiniteGuard, speed: Speed) -> tuple[torch.
     """One optimizer step; returns the gradient's norm before clipping (on the device) and the rate it used."""
     config, loss = run.config, run.loss
     rows = run.plan.rows(step)
-    per_row_tokens = run.mean_chosen_tokens(run.train_trees, rows)
+    chosen_tokens = run.chosen_tokens_means(run.train_trees, rows)
     sums = torch.zeros(len(SUMS), device=run.device)
     for host_batch in run.plan.packs(step):
         batch = host_batch.to(run.device)
         ref_logp = run.scores.get(batch.rows).to(run.device, non_blocking=True) if loss.needs_reference else None
-        loss_fn = group_loss(loss, batch.token_counts, batch.weights, per_row_tokens)
-        out = run.policy(batch, loss_fn, ref_logp, normalizer=len(rows), stats=True)
+        out = run.policy(batch, run.loss_fn(batch, chosen_tokens), ref_logp, normalizer=len(rows), stats=True)
         out.loss.backward()
-        sums += pack_sums(out, ref_logp, batch, loss.beta, loss.completions)
+        sums += pack_sums(out, ref_logp, batch, loss)
         speed.add(host_batch, len(host_batch.rows))
         run.num_tokens += host_batch.num_tokens
 
@@ -138,21 +139,17 @@ def _step(run: Run, step: int, guard: FiniteGuard, speed: Speed) -> tuple[torch.
 
     guard.verify(run.output_dir)
     guard.raise_flag(step + 1, rows, not_finite)
-    run.logged_sums += means(sums)
-    run.logged_steps += 1
+    run.averages.add(means(sums))
     run.total_loss += sums[0]
     return norm, rate
 
 
 def _log_line(run: Run, norm: torch.Tensor, rate: float, speed: Speed, window: range) -> dict[str, float]:
-    values = (run.logged_sums / run.logged_steps).tolist()
-    line = named(values, reference=run.loss.needs_reference, pairs=run.loss.completions > 1)
+    line = named(run.averages.read(), run.loss)
     line |= {"grad_norm": float(norm), "learning_rate": rate, "num_tokens": run.num_tokens,
              "epoch": run.step / run.plan.steps_per_epoch}  # fmt: skip
     if run.loss.needs_reference:
         line |= {"ref/updates": run.reference.updates, "ref/age_steps": run.step - 1 - window.start}
-    run.logged_sums.zero_()
-    run.logged_steps = 0
     return line | speed.read()
 
 
@@ -170,9 +167,10 @@ def _stop_if_asked(run: Run, stop: StopRequest, guard: FiniteGuard) -> None:
 
 def _summary(run: Run, line: dict[str, Any]) -> str:
     parts = [f"step {run.step}/{run.plan.total_steps}", f"loss {line['loss']:.4f}"]
-    if "rewards/margins" in line:
-        parts += [f"margin {line['rewards/margins']:+.4f}", f"accuracy {line['rewards/accuracies']:.3f}",
-                  f"updates {line['ref/updates']}"]  # fmt: skip
+    for key, label, form in (("rewards/margins", "margin", "+.4f"), ("rewards/accuracies", "accuracy", ".3f"),
+                             ("kl", "kl", ".3f"), ("ref/updates", "updates", "d")):  # fmt: skip
+        if key in line:
+            parts.append(f"{label} {line[key]:{form}}")
     parts += [f"grad {line['grad_norm']:.3g}", f"lr {line['learning_rate']:.2e}",
               f"{line['perf/pairs_per_second']:.1f} rows/s"]  # fmt: skip
     return "  ".join(parts)
@@ -181,7 +179,11 @@ def _summary(run: Run, line: dict[str, Any]) -> str:
 def _evaluation_summary(run: Run, line: dict[str, Any]) -> str:
     text = f"evaluation at step {run.step}: loss {line['eval_loss']:.4f}"
     if "eval_rewards/accuracies" in line:
-        text += (f"  accuracy {line['eval_rewards/accuracies']:.3f} +- {line['eval_rewards/accuracies_stderr']:.3f}"
-                 f"  margin {line['eval_rewards/margins']:+.4f}"
-                 f"  against the initial policy {line['eval_anchor/rewards/margins']:+.4f}")  # fmt: skip
+        text += f"  accuracy {line['eval_rewards/accuracies']:.3f} +- {line['eval_rewards/accuracies_stderr']:.3f}"
+    for key, label in (
+        ("eval_rewards/margins", "margin"),
+        ("eval_anchor/rewards/margins", "against the initial policy"),
+    ):
+        if key in line:
+            text += f"  {label} {line[key]:+.4f}"
     return text

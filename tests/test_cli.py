@@ -93,7 +93,7 @@ def test_yaml_spellings_that_trl_takes(tmp_path):
         (["--max_length", "1"], "max_length: got 1; wanted a whole number from 2"),
         (["--train_batch_size", "0"], "train_batch_size: got 0"),
         (["--loss_type", "hunge"], "loss_type: got 'hunge'; wanted one of sigmoid"),
-        (["--loss_type", "[sigmoid,sft]"], "wanted one name"),
+        (["--loss_type", "[sigmoid,kto]"], "stands alone: wanted one name"),
         (["--loss_type", "sft", "--ref_update", "soft"], "loss_type sft has no reference"),
         (["--preset", "tr-sof"], "preset: got 'tr-sof'; wanted one of tr-soft, tr-hard"),
         (["--preset", "tr-hard", "--ref_update", "soft"], "with preset tr-hard"),
@@ -133,7 +133,7 @@ def test_mistakes_in_the_data_are_one_line(workspace, tmp_path, capsys):
     assert "missing.jsonl" in failing_run(workspace, tmp_path, capsys, dataset_name=tmp_path / "missing.jsonl")
     unpaired = tmp_path / "unpaired.jsonl"
     unpaired.write_text('{"prompt": "a", "completion": "b", "label": true}\n')
-    assert "wanted pairs" in failing_run(workspace, tmp_path, capsys, dataset_name=unpaired)
+    assert "wanted pairs" in failing_run(workspace, tmp_path, capsys, dataset_name=unpaired, loss_type="sigmoid")
 
 
 def changed_model(workspace, tmp_path, change_config=None, change_weights=None) -> Path:

@@ -1,6 +1,7 @@
 """What a run must be: constants at step 0, independence of packing, a reference that is where it should be."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -11,24 +12,37 @@ from fasttr.losses import LOSSES, group_loss
 from fasttr.model import load_model, load_tokenizer
 from fasttr.optim import adamw, schedule
 from fasttr.plan import Plan, pack_rows
+from fasttr.unpaired import Unpaired
 from tests.runs import LOG2, evaluations, lines, run, same_weights, steps, weights
 from tests.tiny import gradients, packed_tiny
 
-REFERENCE_LOSSES = [name for name, loss in LOSSES.items() if loss.needs_reference]
-CONSTANT = {"sigmoid": LOG2, "ipo": 25.0, "ipo_sum": 25.0}  # beta 0.1
+# The loss at policy = reference, beta 0.1, label smoothing 0 (0.1 for exo_pair).
+CONSTANT = {
+    "sigmoid": LOG2, "sigmoid_norm": LOG2, "hinge": 1.0, "ipo": 25.0, "ipo_sum": 25.0, "cdpo": LOG2, "robust": LOG2,
+    "exo_pair": -LOG2 - 0.5 * math.log(0.9) - 0.5 * math.log(0.1), "nca_pair": 2 * LOG2, "bco_pair": 2 * LOG2,
+    "sppo_hard": 50.0, "aot": LOG2, "aot_unpaired": LOG2, "apo_zero": 1.0, "apo_down": 1.0,
+    "discopop": 0.5 * LOG2 + 0.5, "kto_paired": 0.5, "kto": 0.5, "apo_zero_unpaired": 0.5,
+}  # fmt: skip
+SMOOTHED = {"exo_pair": {"label_smoothing": 0.1}}
+
+
+def test_every_loss_with_a_reference_has_its_constant():
+    assert CONSTANT.keys() == {name for name, loss in LOSSES.items() if loss.needs_reference}
 
 
 # gate 1 ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ref_update", ["none", "soft", "hard"])
-@pytest.mark.parametrize("loss_type", REFERENCE_LOSSES)
+@pytest.mark.parametrize("loss_type", CONSTANT)
 def test_step_0_is_the_constant_of_the_loss_and_every_logratio_is_0(workspace, tmp_path, loss_type, ref_update):
-    run(workspace, tmp_path, loss_type=loss_type, ref_update=ref_update, ref_update_every=2, max_steps=1)
+    run(workspace, tmp_path, loss_type=loss_type, ref_update=ref_update, ref_update_every=2, max_steps=1,
+        **SMOOTHED.get(loss_type, {}))  # fmt: skip
     first = steps(tmp_path)[0]
     assert first["ref/distance"] == 0.0
-    assert first["rewards/margins"] == 0.0
-    assert first["rewards/accuracies"] == 0.0  # strict, as TRL's
+    assert first.get("rewards/margins", 0.0) == 0.0
+    assert first.get("rewards/accuracies", 0.0) == 0.0  # strict, as TRL's
+    assert first.get("kl", 0.0) == 0.0
     assert abs(first["loss"] / CONSTANT[loss_type] - 1) < 1e-6
     assert first["grad_norm"] > 0.01
 
@@ -52,21 +66,27 @@ def test_weights_multiply_the_loss_and_the_row_count_divides_it(workspace, tmp_p
 
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_pack_size_and_order_do_not_change_the_gradient(workspace, loss_type):
-    loss = LOSSES[loss_type]()
+    loss = LOSSES[loss_type](beta=0.3)
     tokenizer = load_tokenizer(str(workspace / "model"))
-    trees = load_trees(tokenizer, DataConfig(str(workspace / "train.jsonl"), sides=loss.completions))
+    sides = 1 if loss_type == "sft" else 2
+    trees = load_trees(tokenizer, DataConfig(str(workspace / "train.jsonl"), sides=sides))
+    if loss.unpaired:
+        trees = Unpaired(trees, labels=None, block=4 if loss.completions == 2 else None, max_length=1024)
+    group = 4 if loss.coupled else 1
     model = load_model(str(workspace / "model"), device=torch.device("cpu"))
-    rows = np.arange(8)
-    noise = torch.randn(8, loss.completions, generator=torch.Generator().manual_seed(0))
-    mean_tokens = float(trees.completion_lengths[rows, 0].mean())
+    rows = np.arange(20, 28)  # both labels, when the pairs are taken apart
+    noise = torch.randn(48, loss.completions, generator=torch.Generator().manual_seed(0))
+    rows = rows if loss.unpaired else rows - 20
+    reversed_groups = np.concatenate([rows[4:], rows[:4]]) if group == 4 else rows[::-1]
     found, packs_of = [], []
-    for budget, order in ((10_000, rows), (10_000, rows[::-1]), (60, rows), (1, rows)):
+    for budget, order in ((10_000, rows), (10_000, reversed_groups), (60, rows), (1, rows)):
         model.zero_grad()
         total = 0.0
-        packs = pack_rows(trees, order, budget)
+        packs = pack_rows(trees, order, budget, group)
         for batch in packs:
             ref = model.score(batch) + noise[list(batch.rows)].flatten()
-            fn = group_loss(loss, batch.token_counts, batch.weights, mean_tokens)
+            fn = group_loss(loss, batch.token_counts, batch.weights, cu_rows=list(batch.cu_rows), labels=batch.labels,
+                            chosen_tokens_mean=3.0)  # fmt: skip
             out = model(batch, fn, ref if loss.needs_reference else None, normalizer=len(rows))
             out.loss.backward()
             total += float(out.loss.detach())
@@ -74,7 +94,7 @@ def test_pack_size_and_order_do_not_change_the_gradient(workspace, loss_type):
         packs_of.append(len(packs))
     assert packs_of[0] == 1
     assert packs_of[2] > 1
-    assert packs_of[3] == len(rows)
+    assert packs_of[3] == len(rows) // group
     want_loss, want = found[0]
     for got_loss, got in found[1:]:
         assert abs(got_loss - want_loss) < 1e-5 * max(1, abs(want_loss))
