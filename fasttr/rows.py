@@ -182,6 +182,14 @@ def read_labels(batch: Mapping[str, list[Any]], rows: Sequence[int]) -> np.ndarr
     return np.array(batch["label"], dtype=bool)
 
 
+def read_prompt(row: int, value: Any) -> str | Messages:
+    """A prompt by itself, text or messages. RowError on anything else."""
+    if value is None:
+        raise RowError(row, "prompt is null; wanted text or a list of messages")
+    _is_messages(row, "prompt", value)
+    return value
+
+
 def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, tuple[Any, Any]]:
     """The common start of two texts (characters) or conversations (turns) is the prompt.
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fasttr.batch import Tree
+from fasttr.generate import Sampling, draw, encode_prompts
 from fasttr.generated import gold_reward
 from fasttr.logps import PackedModel
 from fasttr.model import load_model, load_tokenizer
@@ -29,28 +30,9 @@ class Judged(NamedTuple):
 
 def sample(model: PackedModel, tokenizer: Any, prompts: Sequence[str], seed: int, max_new_tokens: int = 40):
     """One completion a prompt at temperature 1 through transformers' generate: (prompt ids, completion ids) pairs."""
-    own = model.model
-    tokenizer.padding_side = "left"
-    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
-    packed, training = own.config._attn_implementation, own.training
-    own.set_attn_implementation("sdpa")
-    own.eval()
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(seed)
-        rows = own.generate(
-            **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-        )  # fmt: skip
-    own.set_attn_implementation(packed)
-    own.train(training)
-    start = inputs["input_ids"].shape[1]
-    out = []
-    for prompt, mask, row in zip(inputs["input_ids"], inputs["attention_mask"], rows, strict=True):
-        completion = row[start:].cpu().numpy()
-        ends = np.flatnonzero(completion == tokenizer.eos_token_id)
-        completion = completion[: ends[0] + 1] if len(ends) else completion
-        out.append((prompt[mask.bool()].cpu().numpy().astype(np.int32), completion.astype(np.int32)))
-    return out
+    ids = encode_prompts(tokenizer, prompts)
+    drawn = draw(model, tokenizer, ids, Sampling(max_new_tokens, temperature=1.0, seed=seed))
+    return [(prompt, sample.ids) for prompt, (sample,) in zip(ids, drawn, strict=True)]
 
 
 def judge(policy: str | Path, initial: str | Path, prompts: Sequence[str], seed: int) -> Judged:
