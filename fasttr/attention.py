@@ -77,6 +77,10 @@ def packed_attention(
         raise FasttrError("attention: got a layer that is not causal; wanted a causal language model")
     if sliding_window is None:
         _refuse_lost_window(module, max(fasttr_layout.k_lengths))
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotary embeddings and norms with fp32 weights promote q and k; v comes in the compute dtype.
+        compute = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(compute), key.to(compute), value.to(compute)
     q = query[0].transpose(0, 1)
     k = gather_rows(key[0].transpose(0, 1), fasttr_layout.keys)
     v = gather_rows(value[0].transpose(0, 1), fasttr_layout.keys)

@@ -110,5 +110,22 @@ def test_no_grad_scoring_is_bitwise_the_training_forward():
         assert torch.equal(scored, trained.logp)
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_bf16_compute_stays_near_fp32_and_keeps_the_step_0_zero(arch):
+    """Autocast on fp32 weights: every back end gets q, k and v of one dtype, and gradients come back in fp32."""
+    trees = random_trees(SHAPES)
+    exact = packed_tiny(arch)
+    low = packed_tiny(arch)
+    low.bf16 = True
+    batch = pack(trees)
+    want, scored = exact.score(batch), low.score(batch)
+    out = low(batch, lambda logp, ref, groups: logp.sum())
+    out.loss.backward()
+    assert torch.equal(scored, out.logp)
+    assert scored.dtype == torch.float32
+    assert 0 < (scored - want).abs().max() < 0.02 * want.abs().max()
+    assert {p.grad.dtype for p in low.parameters()} == {torch.float32}
+
+
 def test_packed_helper_keeps_the_softcap():
     assert packed(tiny_model("gemma2", implementation="eager")).head.softcap == 3.0
