@@ -137,10 +137,12 @@ def make_problem(
     rows = completions * length
     near = torch.randn(rows, dim, generator=make, device=device) * 0.05
     x = hidden(lean)[:rows]
+    found = entropy(lean)
+    # Copies: in fp32 .to() gives the tensor itself, and a leaf must not be another's storage.
     return Problem(
-        x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), target[:rows], completions,
-        (x + near).to(dtype) if reference else None, weight.to(dtype).clone() if reference else None,
-    ), entropy(lean)  # fmt: skip
+        x.to(dtype, copy=True).requires_grad_(), weight.to(dtype, copy=True).requires_grad_(), target[:rows],
+        completions, (x + near).to(dtype) if reference else None, weight.to(dtype) if reference else None,
+    ), found  # fmt: skip
 
 
 class Truth:
@@ -226,12 +228,13 @@ def _eager(p: Problem, kind: str) -> tuple[Output, Tensor, Tensor]:
 def _products(p: Problem) -> Any:
     """The products alone: Z, dX, dW, and the reference's Z; 2TVD operations each."""
     hidden, weight = p.hidden.detach(), p.weight.detach()
+    ref_hidden, ref_weight = p.ref_hidden, None if p.ref_weight is None else p.ref_weight.detach().t()
     z = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
     dx, dw = torch.empty_like(hidden), torch.empty_like(weight)
 
     def call() -> None:
-        if p.ref_hidden is not None and p.ref_weight is not None:
-            torch.mm(p.ref_hidden, p.ref_weight.t(), out=z)
+        if ref_hidden is not None and ref_weight is not None:
+            torch.mm(ref_hidden, ref_weight, out=z)
         torch.mm(hidden, weight.t(), out=z)
         torch.mm(z, weight, out=dx)
         torch.mm(z.t(), hidden, out=dw)

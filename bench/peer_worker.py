@@ -69,6 +69,9 @@ def run_fasttr(spec: dict[str, Any], turns: Turns) -> dict[str, Any]:
     import fasttr.trainer
     from fasttr import TrainConfig, train
 
+    if importlib.util.find_spec("datasets"):
+        import datasets  # noqa: F401  # its import is no tokenising
+
     tokenise: list[float] = []
     load, step, sweep = fasttr.run._load, fasttr.trainer._step, fasttr.trainer.score_window
     move = fasttr.reference.MovingReference.move

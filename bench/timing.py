@@ -75,16 +75,17 @@ def interleaved(
     device: torch.device,
     *,
     seconds: float = 2.0,
-    warm_seconds: float = 0.3,
+    warm_seconds: float | None = None,
     least: int = 5,
 ) -> dict[str, Times]:
     """Times of providers that take turns, forwards and backwards, for about `seconds` in all and `least` rounds."""
+    warm = min(0.3, seconds / 10) if warm_seconds is None else warm_seconds
     for call in calls.values():
         began = time.perf_counter()
         while True:
             call()
             synchronize(device)
-            if time.perf_counter() - began > warm_seconds:
+            if time.perf_counter() - began > warm:
                 break
     found: dict[str, list[float]] = {name: [] for name in calls}
     began, rounds = time.perf_counter(), 0

@@ -1,0 +1,162 @@
+"""What is not compute: the trainer's own time per step, and tokenising and planning of many pairs.
+
+    python -m bench overhead --pairs 64 --rows 100000
+
+Own time is a step (planning, packing, statistics, logging) minus what runs inside the model's forward, the backward,
+the gradient's norm and the optimizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.pairs import generated_file, model_folder
+from bench.timing import Times, header, process_peak_bytes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pairs", type=int, default=64, help="pairs per step")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--rows", type=int, default=100_000, help="pairs to tokenise and plan; 0: none")
+    parser.add_argument("--out", type=Path, default=Path("runs/overhead"))
+    parser.add_argument("--encode_only", action="store_true", help=argparse.SUPPRESS)
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    args.out = args.out.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.encode_only:
+        print(json.dumps(_encode(args)))
+        return {}
+    result: dict[str, Any] = {"cases": [], "environment": header("python -m bench " + " ".join(sys.argv[1:]))}
+    missing = [p for p in ("datasets",) if importlib.util.find_spec(p) is None]
+    cases = [("own time of a step", lambda: own_time(args))]
+    if args.rows:
+        cases.append((f"{args.rows:,} pairs", lambda: many_rows(args)))
+    for what, measure in cases:
+        absent = {"fasttr": f"not installed: {', '.join(missing)}"} if missing else {}
+        one = {"what": what, "figures": {} if missing else measure(), "absent": absent, "wrong": {}}
+        result["cases"].append(one)
+        (args.out / "overhead.json").write_text(json.dumps(result, indent=1) + "\n")
+        from bench.tables import overhead_table
+
+        print(overhead_table(one) + "\n", flush=True)
+    return result
+
+
+def own_time(args: argparse.Namespace) -> dict[str, Any]:
+    """`fasttr.train` on a model so small that compute is negligible."""
+    import fasttr.trainer
+    from fasttr import TrainConfig, train
+    from fasttr.logps import PackedModel
+
+    data = generated_file(args.out / "generated.jsonl", args.pairs * args.steps)
+    folder = model_folder(args.out, "tiny", data)
+    inside, ends, computing = [0.0], [], []
+
+    def timed(function: Any) -> Any:
+        def call(*a: Any, **k: Any) -> Any:
+            began = time.perf_counter()
+            out = function(*a, **k)
+            inside[0] += time.perf_counter() - began
+            return out
+
+        return call
+
+    step = fasttr.trainer._step
+
+    def timed_step(*a: Any) -> Any:
+        out = step(*a)
+        ends.append(time.perf_counter())
+        computing.append(inside[0])
+        return out
+
+    patches = [
+        (PackedModel, "forward", timed(PackedModel.forward)), (torch.Tensor, "backward", timed(torch.Tensor.backward)),
+        (torch.optim.AdamW, "step", timed(torch.optim.AdamW.step)),
+        (torch.nn.utils, "get_total_norm", timed(torch.nn.utils.get_total_norm)),
+        (torch.nn.utils, "clip_grads_with_norm_", timed(torch.nn.utils.clip_grads_with_norm_)),
+        (fasttr.trainer, "_step", timed_step),
+    ]  # fmt: skip
+    before = [getattr(owner, name) for owner, name, _ in patches]
+    for owner, name, new in patches:
+        setattr(owner, name, new)
+    try:
+        with tempfile.TemporaryDirectory() as cache, open(os.devnull, "w") as nowhere:
+            out, sys.stdout = sys.stdout, nowhere
+            try:
+                train(TrainConfig(
+                    model_name_or_path=str(folder), dataset_name=str(data), output_dir=str(Path(cache) / "run"),
+                    train_batch_size=args.pairs, max_steps=args.steps, logging_steps=1, save_strategy="no",
+                    disable_tqdm=True, use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False,
+                ))  # fmt: skip
+            finally:
+                sys.stdout = out
+    finally:
+        for (owner, name, _), old in zip(patches, before, strict=True):
+            setattr(owner, name, old)
+    own = np.diff(ends) - np.diff(computing)
+    warm = min(3, len(own) - 1)
+    times = Times.of(own[warm:].tolist())
+    return {
+        f"own time of a step of {args.pairs} pairs, median": (times.median * 1e3, "ms"),
+        "its 80th percentile": (times.p80 * 1e3, "ms"),
+        "whole step, median": (float(np.median(np.diff(ends)[warm:])) * 1e3, "ms"),
+    }
+
+
+def many_rows(args: argparse.Namespace) -> dict[str, Any]:
+    """Tokenise and plan in processes of their own: with few rows and with many, and again from the cache."""
+    generated_file(args.out / f"rows-{args.rows}.jsonl", args.rows)
+    few = max(args.rows // 10, 1)
+    generated_file(args.out / f"rows-{few}.jsonl", few)
+    with tempfile.TemporaryDirectory() as cache:
+        runs = [_encode_apart(args, rows, cache) for rows in (few, args.rows, args.rows)]
+    return {
+        "tokenise and index": (runs[1]["tokenise"], "s"), "again, from the cache": (runs[2]["tokenise"], "s"),
+        "plan and pack one epoch": (runs[1]["plan"], "s"), "memory grown by": (runs[1]["grown"] / 2**20, "MiB"),
+        f"memory grown by, {few:,} pairs": (runs[0]["grown"] / 2**20, "MiB"),
+    }  # fmt: skip
+
+
+def _encode_apart(args: argparse.Namespace, rows: int, cache: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "bench", "overhead", "--encode_only", "--rows", str(rows), "--out", str(args.out)]
+    root = Path(__file__).resolve().parents[1]
+    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True,
+                          env=os.environ | {"HF_DATASETS_CACHE": cache, "PYTHONPATH": path})  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _encode(args: argparse.Namespace) -> dict[str, float]:
+    import datasets  # noqa: F401  # its own memory is not the rows'
+
+    from fasttr.data import DataConfig, load_trees
+    from fasttr.model import load_tokenizer
+    from fasttr.plan import Plan
+
+    data = args.out / f"rows-{args.rows}.jsonl"
+    tokenizer = load_tokenizer(str(model_folder(args.out, "tiny", data)))
+    tokenizer(["warm up"])
+    before, began = process_peak_bytes(torch.device("cpu")), time.perf_counter()
+    trees = load_trees(tokenizer, DataConfig(name=str(data)))
+    tokenised = time.perf_counter()
+    plan = Plan(trees, args.pairs, 1.0, -1, 42, 8192)
+    packs = sum(len(plan.packs(step)) for step in range(plan.total_steps))
+    assert packs > 0
+    return {
+        "tokenise": tokenised - began, "plan": time.perf_counter() - tokenised,
+        "grown": process_peak_bytes(torch.device("cpu")) - before,
+    }  # fmt: skip
