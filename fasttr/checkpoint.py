@@ -39,37 +39,69 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def save_checkpoint(
-    output_dir: Path, step: int, policy: PackedModel, tokenizer: Any, state: RunState, keep: int | None
-) -> Path:
-    """Write `checkpoint-STEP`, then delete the oldest beyond `keep`. On failure the earlier ones stand untouched."""
-    from safetensors.torch import save_file
+def folder_of(output_dir: Path, step: int) -> Path:
+    return output_dir / f"checkpoint-{step}"
 
-    target = output_dir / f"checkpoint-{step}"
+
+def save_checkpoint(
+    output_dir: Path, step: int, policy: PackedModel, tokenizer: Any, state: RunState | None, keep: int | None,
+    best: Path | None = None,
+) -> Path:  # fmt: skip
+    """Write `checkpoint-STEP`, then delete the oldest beyond `keep`, which `best` is counted among and outlives.
+
+    Without a state it holds the model alone. On failure the earlier ones stand untouched.
+    """
+    target = folder_of(output_dir, step)
     with _written_aside(target) as folder:
         save_model(policy, tokenizer, folder)
-        inner = folder / STATE_DIR
-        inner.mkdir()
-        files = {"state": state.tensors, "optimizer": state.optimizer, "reference": state.reference}
-        for name, tensors in files.items():
-            if tensors:
-                save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, inner / f"{name}.safetensors")
-        sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-        facts = {**state.facts, "format": FORMAT, "files": sizes}
-        (inner / "state.json").write_text(json.dumps(facts, indent=1) + "\n")
+        if state is not None:
+            _write_state(folder, state)
     if keep is not None:
-        for old in list_checkpoints(output_dir)[:-keep]:
-            shutil.rmtree(old)
+        found = list_checkpoints(output_dir)
+        kept = found[-keep:]
+        if best in found and best not in kept:
+            kept = [best, *found[-max(keep - 1, 1) :]]
+        for old in found:
+            if old not in kept:
+                shutil.rmtree(old)
     return target
+
+
+def _write_state(folder: Path, state: RunState) -> None:
+    from safetensors.torch import save_file
+
+    inner = folder / STATE_DIR
+    inner.mkdir()
+    files = {"state": state.tensors, "optimizer": state.optimizer, "reference": state.reference}
+    for name, tensors in files.items():
+        if tensors:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, inner / f"{name}.safetensors")
+    sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    facts = {**state.facts, "format": FORMAT, "files": sizes}
+    (inner / "state.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def save_final(output_dir: Path, policy: PackedModel, tokenizer: Any) -> None:
     """The trained model into `output_dir` itself, each file by a rename."""
+    with _final(output_dir) as aside:
+        save_model(policy, tokenizer, aside)
+
+
+def copy_final(source: Path, output_dir: Path) -> None:
+    """The model of checkpoint `source` into `output_dir` itself, each file by a rename."""
+    with _final(output_dir) as aside:
+        for path in source.iterdir():
+            if path.is_file():
+                shutil.copy2(path, aside)
+
+
+@contextlib.contextmanager
+def _final(output_dir: Path) -> Iterator[Path]:
     aside = output_dir / ".final.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     with _one_line_on_full_disk(aside, output_dir):
         aside.mkdir(parents=True)
-        save_model(policy, tokenizer, aside)
+        yield aside
         for path in sorted(aside.iterdir()):
             os.replace(path, output_dir / path.name)
     aside.rmdir()

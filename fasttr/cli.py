@@ -1,18 +1,20 @@
-"""The command `fasttr`: train, init, plot, env, demo."""
+"""The command `fasttr`: train, eval, init, plot, env, demo."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import json
+import math
+import os
 import re
 import sys
 from typing import Any
 
 from fasttr.errors import FasttrError
+from fasttr.trl_keys import merge, nearest, our_keys, takes_list, translate
 
 COMMANDS = {
     "train": "train on preferences: fasttr train --config run.yaml, or flags; --print_config shows all settings",
+    "eval": "score a split, by itself or against a fixed anchor; or sample for a file of prompts",
     "init": "write a small untrained model with a tokenizer, so that anything runs without a download",
     "plot": "draw the metrics of a run: fasttr plot RUN",
     "env": "versions, devices and usable back ends",
@@ -30,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args[0] not in COMMANDS:
             raise FasttrError(
-                f"got command {args[0]!r}; wanted one of {', '.join(COMMANDS)}{_nearest(args[0], COMMANDS)}"
+                f"got command {args[0]!r}; wanted one of {', '.join(COMMANDS)}{nearest(args[0], COMMANDS)}"
             )
         globals()[f"_{args[0]}"](args[1:])
     except FasttrError as error:
@@ -39,6 +41,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _train(args: list[str]) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise FasttrError("got several processes; one process trains until sharding is built: start without torchrun")
     config = parse_train(args)
     from fasttr.trainer import train
 
@@ -46,27 +50,47 @@ def _train(args: list[str]) -> None:
 
 
 def parse_train(args: list[str]):
-    """The TrainConfig of a `fasttr train` command line: flags over file over preset over defaults."""
+    """The TrainConfig of a `fasttr train` command line: flags over file over preset over defaults.
+
+    TRL's keys become ours; what is accepted without effect is printed, a line each.
+    """
+    file, flags, rest = _read_args(args)
+    for key, value in _environment(file).items():
+        os.environ[key] = str(value)  # before torch is imported, which reads some of them
     from fasttr.config import PRESETS, TrainConfig
 
+    values = merge(file, _flag_values(flags))
+    preset = values.pop("preset", None)
     parser = _parser("fasttr train", "Train a language model on preferences, with a reference that may move.")
-    parser.add_argument("--config", action="config", help="a flat YAML file whose keys are the flags")
+    parser.add_argument("--config", action="config", help="a flat YAML file whose keys are the flags, or TRL's keys")
     parser.add_argument("--preset", type=str, help=f"settings of the TR paper: {' or '.join(PRESETS)}")
     parser.add_class_arguments(TrainConfig)
-    optional = {field.name for field in dataclasses.fields(TrainConfig) if "None" in str(field.type)}
-    plain, preset = _plain_args(args, optional)
     if preset is not None:
         if preset not in PRESETS:
             raise FasttrError(f"preset: got {preset!r}; wanted one of {', '.join(PRESETS)}")
         parser.set_defaults(PRESETS[preset])
-    parsed = _parse(parser, plain)
-    values = {key: value for key, value in vars(parsed).items() if key not in ("config", "preset")}
-    if preset is not None and values["ref_update"] != PRESETS[preset]["ref_update"]:
+    ours, notices = translate(values)
+    # Text goes the way of a flag, which jsonargparse reads as the type of its key.
+    texts = {k: v for k, v in ours.items() if isinstance(v, str) or (isinstance(v, float) and not math.isfinite(v))}
+    objects = {key: value for key, value in ours.items() if key not in texts}
+    plain = ["--config=" + json.dumps(objects), *(f"--{key}={value}" for key, value in texts.items()), *rest]
+    parsed = vars(_parse(parser, plain))
+    known, _ = our_keys()
+    if preset is not None and parsed["ref_update"] != PRESETS[preset]["ref_update"]:
         raise FasttrError(
-            f"ref_update: got {values['ref_update']} with preset {preset}, which means "
+            f"ref_update: got {parsed['ref_update']} with preset {preset}, which means "
             f"{PRESETS[preset]['ref_update']}; leave one of them out"
         )
-    return TrainConfig(**values)
+    config = TrainConfig(**{key: value for key, value in parsed.items() if key in known})
+    for notice in notices:
+        print(notice)
+    return config
+
+
+def _eval(args: list[str]) -> None:
+    from fasttr.eval_command import main as evaluate
+
+    evaluate(args)
 
 
 def _init(args: list[str]) -> None:
@@ -123,7 +147,7 @@ def _one_line(message: str, keys: list[str]) -> str:
     text = " ".join(message.split())
     if unknown := re.search(r"[Uu]nrecognized arguments: --([\w-]+)|Option '([\w.-]+)' is not accepted", text):
         key = (unknown[1] or unknown[2]).replace("-", "_")
-        return f"unknown key {key!r}{_nearest(key, keys)}; --help lists all"
+        return f"unknown key {key!r}{nearest(key, keys)}; --help lists all"
     if wrong := re.search(r'Parser key "(\w+)": (.*)', text):
         key, why = wrong[1], wrong[2]
         got = re.search(r"(?:Got|Given) value: (.*)$", why)
@@ -134,44 +158,49 @@ def _one_line(message: str, keys: list[str]) -> str:
     return text
 
 
-def _nearest(key: str, keys: Any) -> str:
-    close = difflib.get_close_matches(key, list(keys), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _plain_args(args: list[str], optional: set[str]) -> tuple[list[str], str | None]:
-    """The arguments with every config file read and `none` as null where a key may be, and the preset they name."""
-    out: list[str] = []
-    preset = None
+def _read_args(args: list[str]) -> tuple[dict[str, Any], dict[str, list[str]], list[str]]:
+    """The keys of all config files, the flags with their words, and what the parser itself answers (--help)."""
+    file: dict[str, Any] = {}
+    flags: dict[str, list[str]] = {}
+    rest: list[str] = []
     pending = list(args)
     while pending:
-        key, equals, value = pending.pop(0).partition("=")
-        if key in ("--config", "--preset") or key[2:] in optional:
-            if not equals and pending and not pending[0].startswith("--"):
-                value, equals = pending.pop(0), "="
-            if key == "--config":
-                content = _read_yaml(value)
-                content = {k: _yaml_value(k, v, optional) for k, v in content.items()}
-                preset = content.pop("preset", preset)
-                value = json.dumps(content)
-            elif key == "--preset":
-                preset = value
-                continue
-            elif _is_none(value):
-                value = "null"
-        out.append(key + equals + value)
-    return out, preset
+        word, equals, value = pending.pop(0).partition("=")
+        words = [value] if equals else []
+        while not equals and pending and not pending[0].startswith("--") and pending[0] != "-h":
+            words.append(pending.pop(0))
+        key = word.removeprefix("--").replace("-", "_")
+        if word == "-h" or key in ("help", "print_config") or "." in key:
+            rest += [word + equals + value, *([] if equals else words)]
+        elif not word.startswith("--"):
+            raise FasttrError(f"got {word!r} where a flag was wanted, such as --beta 0.1")
+        elif key == "config":
+            file |= _read_yaml(" ".join(words))
+        else:
+            flags[key] = words
+    return file, flags, rest
 
 
-def _yaml_value(key: str, value: Any, optional: set[str]) -> Any:
-    """What YAML 1.1 reads otherwise than it is meant: `none` as a word, and an unquoted `no` as false."""
-    if key in optional and _is_none(value):
-        return None
-    return "no" if key.endswith("_strategy") and value is False else value
+def _environment(file: dict[str, Any]) -> dict[str, Any]:
+    """Take `env` out of a file's keys."""
+    env = file.pop("env", None) or {}
+    if not isinstance(env, dict):
+        raise FasttrError(f"env: got {env!r}; wanted a mapping of names to values")
+    return env
 
 
-def _is_none(value: Any) -> bool:
-    return isinstance(value, str) and value.lower() in ("none", "null")
+def _flag_values(flags: dict[str, list[str]]) -> dict[str, Any]:
+    """Flags as TRL's parser takes them: a bare one is true, `--no_x` is x false, several words are a list."""
+    out: dict[str, Any] = {}
+    for key, words in flags.items():
+        negated = key.removeprefix("no_")
+        if negated != key and key not in our_keys()[0] and not words:
+            out[negated] = "false"
+        elif len(words) > 1 and not takes_list(key):
+            raise FasttrError(f"{key}: got {' '.join(words)}; wanted one value")
+        else:
+            out[key] = words if len(words) > 1 else words[0] if words else "true"
+    return out
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fasttr.config_checks import check
 from fasttr.errors import FasttrError
 from fasttr.losses import Loss, Weighted, make_loss
-from fasttr.mixture import check_test_split_size, parse_parts
-from fasttr.optim import NO_SCHEDULE
 from fasttr.reference import Fixed, Hard, Schedule, Soft
-from fasttr.trackers import tracker_names
 
 # Settings that may change when a run is resumed: they do not touch what is computed.
 FREE_ON_RESUME = frozenset({
     "output_dir", "logging_steps", "save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint",
     "report_to", "run_name", "project", "overwrite_output_dir", "disable_tqdm", "dataset_num_proc",
-    "max_dropped_fraction", "max_boundary_mismatch",
+    "max_dropped_fraction", "max_boundary_mismatch", "logging_strategy", "logging_first_step", "save_only_model",
 })  # fmt: skip
 
 # What losses read beside their names.
@@ -40,6 +37,8 @@ class TrainConfig:
 
     Args:
         model_name_or_path: hub id or folder of the policy; its weights are held in float32.
+        model_revision: branch, tag or commit of a hub model.
+        disable_dropout: false is refused for a model with dropout, since dropout is off in both models.
         dataset_name: hub id, folder or file (json, jsonl, parquet, also gz) of preference rows.
         datasets: a mixture, which wins over dataset_name: a list of path, name, data_dir, data_files, split, columns,
             fraction; fraction is for all or none, and nothing is used twice.
@@ -74,6 +73,7 @@ class TrainConfig:
         ref_update_every: optimizer steps between updates.
         ref_model_name_or_path: another model as the first reference; none means the policy at its start.
         train_sampling_strategy: random (TRL's permutation) or sequential, the order of the data.
+        dataloader_drop_last: leave out an epoch's last rows that do not fill group_size, or a step without one.
         train_batch_size: rows per optimizer step.
         max_tokens_per_batch: tokens per forward pass; memory follows it, results do not.
         learning_rate: peak rate of AdamW.
@@ -90,17 +90,25 @@ class TrainConfig:
         seed: seed of everything random.
         data_seed: seed of the order of rows; none means seed.
         bf16: compute in bfloat16; absent means true on CUDA and false on a CPU.
+        tf32: TF32 in float32 products on CUDA; none leaves torch's setting.
         dtype: dtype of weights and optimizer; float32 alone.
         gradient_checkpointing: recompute activations in the backward pass.
         attn_implementation: none picks; sdpa, eager, varlen, flash_attention_2.
         use_liger_kernel: Liger's norm, rotary and MLP kernels; absent means where CUDA and liger-kernel are present.
-        logging_steps: steps between lines of metrics.
+        logging_strategy: no, steps or epoch.
+        logging_steps: steps between lines of metrics; below 1 a share of all steps.
+        logging_first_step: a line after the first step too.
         eval_strategy: no, steps or epoch.
-        eval_steps: steps between evaluations; none means logging_steps.
+        eval_steps: steps between evaluations, below 1 a share of all steps; none means logging_steps.
+        eval_delay: no evaluation before this many steps, or epochs with eval_strategy epoch.
         eval_on_start: evaluate before the first step.
-        save_strategy: no, steps or epoch; the last step is saved unless no.
-        save_steps: steps between checkpoints.
-        save_total_limit: how many checkpoints are kept.
+        save_strategy: no, steps, epoch or best; the last step is saved with steps and epoch.
+        save_steps: steps between checkpoints; below 1 a share of all steps.
+        save_total_limit: how many checkpoints are kept; the best one always is.
+        save_only_model: checkpoints without what resuming needs.
+        load_best_model_at_end: the final model is the best of the checkpoints.
+        metric_for_best_model: what best means, such as loss or rewards/margins; none means loss.
+        greater_is_better: whether a larger value is better; none means not for a metric that ends in loss.
         resume_from_checkpoint: true for the newest in output_dir, or a folder.
         report_to: none, or one or more of tensorboard, wandb, trackio, beside metrics.jsonl.
         run_name: name of the run at wandb and trackio.
@@ -111,6 +119,8 @@ class TrainConfig:
     """
 
     model_name_or_path: str
+    model_revision: str = "main"
+    disable_dropout: bool = True
     dataset_name: str | None = None
     datasets: list[dict[str, Any]] | None = None
     test_split_size: float | None = None
@@ -143,6 +153,7 @@ class TrainConfig:
     ref_update_every: int = 512
     ref_model_name_or_path: str | None = None
     train_sampling_strategy: Literal["random", "sequential"] = "random"
+    dataloader_drop_last: bool = False
     train_batch_size: int = 8
     max_tokens_per_batch: int = 8192
     learning_rate: float = 1e-6
@@ -159,17 +170,25 @@ class TrainConfig:
     seed: int = 42
     data_seed: int | None = None
     bf16: bool | None = None
+    tf32: bool | None = None
     dtype: str = "float32"
     gradient_checkpointing: bool = True
     attn_implementation: str | None = None
     use_liger_kernel: bool | None = None
-    logging_steps: int = 10
+    logging_strategy: Literal["no", "steps", "epoch"] = "steps"
+    logging_steps: float = 10
+    logging_first_step: bool = False
     eval_strategy: Literal["no", "steps", "epoch"] = "no"
-    eval_steps: int | None = None
+    eval_steps: float | None = None
+    eval_delay: float = 0
     eval_on_start: bool = False
-    save_strategy: Literal["no", "steps", "epoch"] = "steps"
-    save_steps: int = 500
+    save_strategy: Literal["no", "steps", "epoch", "best"] = "steps"
+    save_steps: float = 500
     save_total_limit: int | None = None
+    save_only_model: bool = False
+    load_best_model_at_end: bool = False
+    metric_for_best_model: str | None = None
+    greater_is_better: bool | None = None
     resume_from_checkpoint: bool | str | None = None
     report_to: str | list[str] = "none"
     run_name: str | None = None
@@ -181,7 +200,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, list) and len(self.loss_type) == 1 and self.loss_weights is None:
             object.__setattr__(self, "loss_type", self.loss_type[0])
-        _check(self)
+        check(self)
 
     @property
     def loss(self) -> Loss | Weighted:
@@ -208,6 +227,15 @@ class TrainConfig:
             return Soft(self.ref_update_alpha, self.ref_update_every)
         return Hard(self.ref_update_every) if self.ref_update == "hard" else Fixed()
 
+    @property
+    def best_metric(self) -> str:
+        """Key of metrics.jsonl that says which checkpoint is best."""
+        return "eval_" + (self.metric_for_best_model or "loss").removeprefix("eval_")
+
+    @property
+    def more_is_better(self) -> bool:
+        return not self.best_metric.endswith("loss") if self.greater_is_better is None else self.greater_is_better
+
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -219,79 +247,3 @@ class TrainConfig:
             for key in now
             if key not in FREE_ON_RESUME and saved.get(key) != now[key]
         ]
-
-
-def _check(c: TrainConfig) -> None:
-    """Every value in its range, and no setting that contradicts another."""
-    _check_data(c)
-    tracker_names(c.report_to)
-    ranges: list[tuple[str, bool, str]] = [
-        ("beta", c.beta > 0 and math.isfinite(c.beta), "a number above 0"),
-        ("ld_alpha", c.ld_alpha is None or 0 <= c.ld_alpha <= 1, "a number from 0 to 1"),
-        ("discopop_tau", c.discopop_tau > 0, "a number above 0"),
-        ("desirable_weight", c.desirable_weight >= 0, "a number from 0"),
-        ("undesirable_weight", c.undesirable_weight >= 0, "a number from 0"),
-        ("group_size", c.group_size is None or c.group_size >= 1, "a whole number from 1"),
-        ("ref_update_alpha", 0 <= c.ref_update_alpha <= 1, "a number from 0 to 1"),
-        ("ref_update_every", c.ref_update_every >= 1, "a whole number from 1"),
-        ("train_batch_size", c.train_batch_size >= 1, "a whole number from 1"),
-        ("max_tokens_per_batch", c.max_tokens_per_batch >= 1, "a whole number from 1"),
-        ("max_length", c.max_length is None or c.max_length >= 2, "a whole number from 2, or none"),
-        ("learning_rate", c.learning_rate >= 0 and math.isfinite(c.learning_rate), "a number from 0"),
-        ("warmup_steps", c.warmup_steps >= 0, "a number from 0"),
-        ("weight_decay", c.weight_decay >= 0, "a number from 0"),
-        ("adam_beta1", 0 <= c.adam_beta1 < 1, "a number from 0 to below 1"),
-        ("adam_beta2", 0 <= c.adam_beta2 < 1, "a number from 0 to below 1"),
-        ("adam_epsilon", c.adam_epsilon > 0, "a number above 0"),
-        ("max_steps", c.max_steps == -1 or c.max_steps >= 1, "a whole number from 1, or -1 for num_train_epochs"),
-        ("num_train_epochs", c.num_train_epochs > 0 and math.isfinite(c.num_train_epochs), "a number above 0"),
-        ("max_grad_norm", c.max_grad_norm >= 0, "a number from 0 (0 clips nothing)"),
-        ("logging_steps", c.logging_steps >= 1, "a whole number from 1"),
-        ("eval_steps", c.eval_steps is None or c.eval_steps >= 1, "a whole number from 1"),
-        ("save_steps", c.save_steps >= 1, "a whole number from 1"),
-        ("save_total_limit", c.save_total_limit is None or c.save_total_limit >= 1, "a whole number from 1"),
-        ("max_dropped_fraction", 0 <= c.max_dropped_fraction <= 1, "a number from 0 to 1"),
-        ("lr_scheduler_type", c.lr_scheduler_type not in NO_SCHEDULE, "a schedule that is known before training"),
-        ("dtype", c.dtype == "float32", "float32: weights and optimizer stay in it, bf16: true computes in bfloat16"),
-        ("seed", c.seed >= 0, "a whole number from 0"),
-        ("data_seed", c.data_seed is None or c.data_seed >= 0, "a whole number from 0"),
-    ]
-    for key, good, wanted in ranges:
-        if not good:
-            raise FasttrError(f"{key}: got {getattr(c, key)!r}; wanted {wanted}")
-    loss = c.loss
-    if c.ref_update != "none" and not loss.needs_reference:
-        raise FasttrError(
-            f"ref_update: got {c.ref_update}, but loss_type {c.loss_name} has no reference; wanted ref_update none"
-        )
-    if c.ref_model_name_or_path is not None and not loss.needs_reference:
-        raise FasttrError(f"ref_model_name_or_path: loss_type {c.loss_name} has no reference; leave it out")
-    if c.loss_type == "kto" and c.group_rows == 1:
-        raise FasttrError(
-            "train_batch_size: got a group of 1 row with kto, whose KL term would be the row's own reward; wanted 2"
-        )
-    if c.ld_alpha is not None and (loss.unpaired or loss.completions == 1):
-        raise FasttrError(f"ld_alpha: got {c.ld_alpha} with loss_type {c.loss_name}; it compares the lengths of a pair")
-    if c.group_size is not None and c.train_batch_size % c.group_size:
-        raise FasttrError(f"group_size: got {c.group_size}; wanted a divisor of train_batch_size {c.train_batch_size}")
-
-
-def _check_data(c: TrainConfig) -> None:
-    check_test_split_size(c.test_split_size)
-    evaluates = c.eval_strategy != "no" or c.eval_on_start
-    if c.datasets:
-        parse_parts(c.datasets)
-        if c.dataset_train_split != "train" and not (c.dataset_train_split == "test" and c.test_split_size):
-            raise FasttrError(f"dataset_train_split: got {c.dataset_train_split!r}; a mixture's rows are split 'train'")
-        if evaluates and c.eval_dataset_name is None and not c.test_split_size:
-            raise FasttrError(
-                "eval_strategy: a mixture has no test split of its own; give test_split_size or eval_dataset_name"
-            )
-        return
-    if c.dataset_name is None:
-        raise FasttrError("dataset_name: missing; give a file, a folder or a hub id, or a list under datasets")
-    if c.test_split_size is not None:
-        raise FasttrError(
-            "test_split_size: it splits a mixture and would be ignored with dataset_name; write the data set as "
-            "datasets: [{path: ...}], or leave it out"
-        )

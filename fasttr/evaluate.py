@@ -82,10 +82,3 @@ def _anchored(logratio_BM: torch.Tensor, label_B: torch.Tensor, loss: Loss | Wei
         line[name + "rewards/accuracies"] = share
         line[name + "rewards/accuracies_stderr"] = binomial_stderr(share, len(chosen))
     return line
-
-
-def due(run: Run, step: int, strategy: str, every: int) -> bool:
-    """Whether something with that strategy (no, steps, epoch) happens after `step` steps."""
-    if strategy == "steps":
-        return step % every == 0
-    return strategy == "epoch" and step % run.plan.steps_per_epoch == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,7 +52,7 @@ def attention_backend(asked: str | None, device: torch.device, bf16: bool) -> st
     )
 
 
-def load_config(name: str) -> Any:
+def load_config(name: str, revision: str = "main") -> Any:
     """The transformers config of a folder or hub id, checked for an architecture that is exact when packed."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, PreTrainedConfig
@@ -60,13 +61,13 @@ def load_config(name: str) -> Any:
         raise FasttrError(f"model_name_or_path: there is no folder {name}; wanted a Hugging Face folder or a hub id")
     try:
         # The type is read before the config is built: an architecture we refuse may not even be known.
-        kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+        kind = PreTrainedConfig.get_config_dict(name, revision=revision)[0].get("model_type")
         if kind not in ARCHITECTURES:
             raise FasttrError(
                 f"model_name_or_path: got architecture {kind!r}, which has not been shown to share prefixes exactly; "
                 f"wanted one of {', '.join(ARCHITECTURES)}"
             )
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except FasttrError:
         raise
     except (OSError, ValueError, AttributeError, TypeError, StrictDataclassError) as error:
@@ -80,6 +81,11 @@ def load_config(name: str) -> Any:
     return config
 
 
+def dropout_rates(config: Any) -> list[str]:
+    """The keys of a transformers config that set dropout above 0."""
+    return [key for key, value in vars(config).items() if "dropout" in key and isinstance(value, float) and value > 0]
+
+
 def load_model(
     name: str,
     *,
@@ -89,6 +95,7 @@ def load_model(
     gradient_checkpointing: bool = False,
     use_liger_kernel: bool = False,
     max_length: int | None = None,
+    revision: str = "main",
     ld_alpha: float | None = None,
 ) -> PackedModel:
     """Read fp32 weights and make them score packed trees.
@@ -101,16 +108,15 @@ def load_model(
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    config = load_config(name)
+    config = load_config(name, revision)
     _refuse_stretched_rope(config, name, max_length)
     original = copy.deepcopy(config)
-    for key, value in vars(config).items():
-        if "dropout" in key and isinstance(value, float):
-            setattr(config, key, 0.0)
+    for key in dropout_rates(config):
+        setattr(config, key, 0.0)
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=torch.float32, attn_implementation=attention.register(), use_safetensors=True,
-            trust_remote_code=False, output_loading_info=True,
+            revision=revision, trust_remote_code=False, output_loading_info=True,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if "no file named model.safetensors" in str(error):
@@ -157,11 +163,11 @@ def save_model(packed: PackedModel, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, revision: str = "main") -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as error:  # a broken tokenizer.json raises a bare Exception
         if "trust_remote_code" in str(error):
             raise FasttrError(
@@ -192,6 +198,15 @@ def _refuse_nonfinite(model: nn.Module, name: str) -> None:
     for key, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise FasttrError(f"model_name_or_path: {name} holds NaN or infinity in {key}; wanted finite weights")
+
+
+def liger_is_usable(name: str, device: torch.device) -> bool:
+    """Whether liger-kernel is installed, the device is CUDA and it has kernels for the architecture in `name`."""
+    if device.type != "cuda" or importlib.util.find_spec("liger_kernel") is None:
+        return False
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    return load_config(name).model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
 
 
 def _apply_liger(model: Any) -> None:

@@ -38,10 +38,15 @@ class Plan:
     max_tokens_per_batch: int
     shuffle: bool = True  # else the order of the data, in every epoch
     group_rows: int = 1  # consecutive rows of a step that share a pack, since their loss is computed together
+    multiple_of: int = 1  # an epoch's last rows that do not fill this many are left out
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.source) / self.train_batch_size)
+        return math.ceil(self.rows_per_epoch / self.train_batch_size)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        return len(self.source) - len(self.source) % self.multiple_of
 
     @property
     def total_steps(self) -> int:
@@ -50,7 +55,8 @@ class Plan:
     def rows(self, step: int) -> np.ndarray:
         """Data-set rows of optimizer step `step` (counted from 0), in TRL's order."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        here = slice(within * self.train_batch_size, (within + 1) * self.train_batch_size)
+        first = within * self.train_batch_size
+        here = slice(first, min(first + self.train_batch_size, self.rows_per_epoch))
         if not self.shuffle:
             return np.arange(len(self.source))[here]
         return epoch_order(len(self.source), self.seed, epoch)[here]

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from fasttr import checkpoint
 from fasttr.batch import PackedBatch, TreeSource
+from fasttr.cadence import Cadence
 from fasttr.config import TrainConfig
 from fasttr.data import DataConfig, TreeSet, encode_rows, load_trees
 from fasttr.errors import FasttrError
@@ -24,7 +25,7 @@ from fasttr.logps import LossFn, PackedModel
 from fasttr.losses import Loss, Sft, Weighted, group_loss
 from fasttr.metrics import Averages
 from fasttr.mixture import parse_parts, read_mixture
-from fasttr.model import load_config, load_model, load_tokenizer
+from fasttr.model import dropout_rates, liger_is_usable, load_config, load_model, load_tokenizer
 from fasttr.optim import adamw, schedule
 from fasttr.plan import Plan
 from fasttr.reference import MovingReference, ScoreTable
@@ -62,6 +63,33 @@ class Run:
     step: int = 0  # optimizer steps done
     window_scored: bool = False
     num_tokens: int = 0
+    best: tuple[float, int] | None = None  # value of the metric and step of the best checkpoint
+
+    @property
+    def cadence(self) -> Cadence:
+        return Cadence(self.config, self.plan)
+
+    @property
+    def best_checkpoint(self) -> Path | None:
+        return None if self.best is None else checkpoint.folder_of(self.output_dir, self.best[1])
+
+    def note_best(self, evaluation: dict[str, float]) -> bool:
+        """Whether an evaluation makes this step the best checkpoint, and with save_strategy best calls for one."""
+        config = self.config
+        if not config.load_best_model_at_end and config.save_strategy != "best":
+            return False
+        if config.best_metric not in evaluation:
+            known = ", ".join(key for key in evaluation if not key.endswith("stderr"))
+            raise FasttrError(
+                f"metric_for_best_model: {config.best_metric} is not in this evaluation; wanted of {known}"
+            )
+        if config.save_strategy != "best" and not self.cadence.saves(self.step):
+            return False
+        value = evaluation[config.best_metric]
+        better = self.best is None or (value > self.best[0] if config.more_is_better else value < self.best[0])
+        if better:
+            self.best = (value, self.step)
+        return better and config.save_strategy == "best"
 
     @property
     def output_dir(self) -> Path:
@@ -95,8 +123,10 @@ class Run:
             chosen_tokens_mean=mean,
         )  # fmt: skip
 
-    def save(self) -> Path:
-        """Write checkpoint-STEP and return it."""
+    def save(self, only_model: bool = False) -> Path:
+        """Write checkpoint-STEP and return it; one with the model alone cannot be resumed from."""
+        if only_model:
+            return self._write_checkpoint(None)
         tensors = {"averages": self.averages.sums, "total_loss": self.total_loss, "rng": torch.get_rng_state()}
         if self.device.type == "cuda":
             tensors["rng_cuda"] = torch.cuda.get_rng_state(self.device)
@@ -108,7 +138,7 @@ class Run:
         facts = {
             "step": self.step, "updates": self.reference.updates, "window_scored": self.window_scored,
             "num_tokens": self.num_tokens, "config": self.config.as_dict(),
-            "data": self.train_trees.fingerprint, "bf16": self.bf16,
+            "data": self.train_trees.fingerprint, "bf16": self.bf16, "best": self.best,
         }  # fmt: skip
         soft = self.reference.model
         state = checkpoint.RunState(
@@ -117,8 +147,13 @@ class Run:
             checkpoint.optimizer_tensors(self.optimizer),
             {} if soft is None else checkpoint.weights(soft),
         )
-        keep = self.config.save_total_limit
-        return checkpoint.save_checkpoint(self.output_dir, self.step, self.policy, self.tokenizer, state, keep)
+        return self._write_checkpoint(state)
+
+    def _write_checkpoint(self, state: checkpoint.RunState | None) -> Path:
+        return checkpoint.save_checkpoint(
+            self.output_dir, self.step, self.policy, self.tokenizer, state, self.config.save_total_limit,
+            self.best_checkpoint,
+        )  # fmt: skip
 
     def restore(self, state: checkpoint.RunState) -> None:
         """Take up a saved state; the policy's weights have been read from the same folder."""
@@ -126,6 +161,7 @@ class Run:
         self.resumed = True
         self.step, self.reference.updates = facts["step"], facts["updates"]
         self.window_scored, self.num_tokens = facts["window_scored"], facts["num_tokens"]
+        self.best = tuple(facts["best"]) if facts.get("best") else None
         self.averages.sums = tensors["averages"].to(self.device)
         self.total_loss = tensors["total_loss"].to(self.device)
         torch.set_rng_state(tensors["rng"])
@@ -153,6 +189,8 @@ def start(config: TrainConfig) -> Run:
     if config.bf16 is None and device.type == "cpu":
         say("bf16: absent, and there is no GPU: computing in float32")
     torch.manual_seed(config.seed)
+    if config.tf32 is not None:
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if config.tf32 else "ieee"
     if config.full_determinism:
         from transformers import enable_full_determinism
 
@@ -160,8 +198,13 @@ def start(config: TrainConfig) -> Run:
     require_trackers(config.report_to)
     folder = _resume_folder(config)
     state = checkpoint.load_state(folder) if folder is not None else None
-    load_config(config.model_name_or_path)  # what cannot be trained stops before any data is read
-    tokenizer = load_tokenizer(config.model_name_or_path)
+    # What cannot be trained stops before any data is read.
+    model_config = load_config(config.model_name_or_path, config.model_revision)
+    if not config.disable_dropout and (rates := dropout_rates(model_config)):
+        raise FasttrError(
+            f"disable_dropout: got false and the model has {', '.join(rates)}; it is off in both models: leave it out"
+        )
+    tokenizer = load_tokenizer(config.model_name_or_path, config.model_revision)
     mixture = None
     if config.datasets:
         parts = parse_parts(config.datasets)
@@ -191,18 +234,25 @@ def start(config: TrainConfig) -> Run:
 
     seed = config.seed if config.data_seed is None else config.data_seed
     plan = Plan(train_trees, config.train_batch_size, config.num_train_epochs, config.max_steps, seed,
-                config.max_tokens_per_batch, config.train_sampling_strategy == "random", config.group_rows)  # fmt: skip
+                config.max_tokens_per_batch, config.train_sampling_strategy == "random", config.group_rows,
+                (config.group_size or config.train_batch_size) if config.dataloader_drop_last else 1)  # fmt: skip
+    if plan.rows_per_epoch == 0:
+        raise FasttrError(
+            f"dataloader_drop_last: {len(train_trees)} rows do not fill one batch of {plan.multiple_of}; leave it out"
+        )
     _announce(config, plan)
 
     liger = config.use_liger_kernel
+    if liger is None:
+        liger = liger_is_usable(config.model_name_or_path, device)
     options: dict[str, Any] = {
         "device": device, "bf16": bf16, "attn_implementation": config.attn_implementation,
-        "max_length": config.max_length, "use_liger_kernel": _liger_is_there(device) if liger is None else liger,
+        "max_length": config.max_length, "use_liger_kernel": liger, "ld_alpha": config.ld_alpha,
     }  # fmt: skip
-    options["ld_alpha"] = config.ld_alpha
     policy = load_model(
-        str(folder or config.model_name_or_path), gradient_checkpointing=config.gradient_checkpointing, **options
-    )
+        str(folder or config.model_name_or_path), gradient_checkpointing=config.gradient_checkpointing,
+        revision=config.model_revision, **options,
+    )  # fmt: skip
     initial = None
     if config.ref_model_name_or_path is not None and (state is None or config.ref_update == "soft"):
         initial = load_model(config.ref_model_name_or_path, **options)
@@ -268,9 +318,7 @@ def _as_loss_reads(trees: TreeSet, config: TrainConfig) -> TreeSource:
     return trees
 
 
-def _load(
-    config: TrainConfig, tokenizer: Any, name: str | None, split: str, mixture: dict[str, Any] | None
-) -> TreeSet:
+def _load(config: TrainConfig, tokenizer: Any, name: str | None, split: str, mixture: dict[str, Any] | None) -> TreeSet:
     from datasets.utils.logging import disable_progress_bar, enable_progress_bar
 
     loss_ = config.loss  # what is loaded does not depend on it, unless it reads the chosen side alone
@@ -318,9 +366,3 @@ def _announce(config: TrainConfig, plan: Plan) -> None:
         )
     if config.warmup_steps >= steps and config.warmup_steps >= 1:
         say(f"WARNING: warmup_steps {config.warmup_steps:g} covers all {steps} steps: the full rate is never reached")
-
-
-def _liger_is_there(device: torch.device) -> bool:
-    from importlib.util import find_spec
-
-    return device.type == "cuda" and find_spec("liger_kernel") is not None

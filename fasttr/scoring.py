@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from fasttr.batch import PackedBatch
-from fasttr.evaluate import due, pack_split
+from fasttr.evaluate import pack_split
 from fasttr.guards import Interrupted
 from fasttr.reference import score_packs
 from fasttr.run import Run, say, weights_digest
@@ -103,7 +103,5 @@ def score_anchor(run: Run) -> None:
 
 
 def _evaluation_falls_into(run: Run, window: range) -> bool:
-    c = run.config
-    every = c.eval_steps or c.logging_steps
-    steps_due = (due(run, step + 1, c.eval_strategy, every) for step in window)
-    return (window.start == 0 and c.eval_on_start) or any(steps_due)
+    at_start = window.start == 0 and run.config.eval_on_start
+    return at_start or any(run.cadence.evaluates(step + 1) for step in window)

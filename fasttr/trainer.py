@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from fasttr import checkpoint
 from fasttr.config import TrainConfig
-from fasttr.evaluate import due, evaluate
+from fasttr.evaluate import evaluate
 from fasttr.guards import FiniteGuard, Interrupted, StopRequest
 from fasttr.metrics import SUMS, MetricsLog, means, named, pack_sums
 from fasttr.perf import Speed
@@ -76,29 +76,34 @@ def _loop(run: Run, log: MetricsLog, stop: StopRequest) -> TrainResult:
             bar.update()
 
             # once in a while: log, evaluate, move the reference, save
-            if run.step % config.logging_steps == 0 or run.step == plan.total_steps:
+            if run.cadence.logs(run.step):
                 line = _log_line(run, gradient_norm, rate, speed, window)
                 guard.verify(run.output_dir)
                 log.write(run.step, line)
                 say(_summary(run, line))
             paused = speed.pause()
-            if due(run, run.step, config.eval_strategy, config.eval_steps or config.logging_steps):
+            saves = run.cadence.saves(run.step)
+            if run.cadence.evaluates(run.step):
                 evaluation = evaluate(run)
                 log.write(run.step, evaluation)
                 say(_evaluation_summary(run, evaluation))
+                saves |= run.note_best(evaluation)
             if config.schedule.every is not None and run.step == window.start + config.schedule.every:
                 run.reference.move()
                 run.window_scored = False
                 log.write(run.step, {"event": "reference_update", "ref/updates": run.reference.updates})
-            last = run.step == plan.total_steps
-            if due(run, run.step, config.save_strategy, config.save_steps) or (last and config.save_strategy != "no"):
+            if saves:
                 guard.verify(run.output_dir)
-                run.save()
+                run.save(only_model=config.save_only_model)
             _stop_if_asked(run, stop, guard)
             speed.resume(paused)
     bar.close()
     guard.verify(run.output_dir)
-    checkpoint.save_final(run.output_dir, run.policy, run.tokenizer)
+    if config.load_best_model_at_end and run.best_checkpoint is not None:
+        checkpoint.copy_final(run.best_checkpoint, run.output_dir)
+        say(f"the final model is {run.best_checkpoint.name}, the best by {config.best_metric}")
+    else:
+        checkpoint.save_final(run.output_dir, run.policy, run.tokenizer)
     seconds = time.perf_counter() - began
     rows = sum(len(plan.rows(step)) for step in range(first_step, run.step))
     total = {

@@ -11,15 +11,15 @@ ROOT = Path(__file__).parents[1]
 
 # Each layer may import from the layers before it and from its own.
 LAYERS = [
-    {"errors"},
+    {"errors", "trl_table"},
     {"batch"},
-    {"losses", "trl_table", "packing", "plan", "unpaired", "tokens", "rows", "encode", "sources", "data", "mixture", "metrics",
+    {"losses", "packing", "plan", "unpaired", "tokens", "rows", "encode", "sources", "data", "mixture", "metrics",
      "optim", "generated", "scratch", "trackers", "environment", "plots"},
     {"attention", "logps", "model", "reference", "checkpoint", "perf", "generate", "sampling"},
-    {"config", "guards", "run", "evaluate", "scoring"},
+    {"config", "config_checks", "cadence", "guards", "trl_keys", "run", "evaluate", "scoring"},
     {"trainer", "compare"},
-    {"demo"},
-    {"cli"},
+    {"demo", "pages"},
+    {"cli", "eval_command"},
 ]  # fmt: skip
 KERNELS = {"logps", "reference"}  # the two places where the fused ops are used
 
