@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="model folder; none: random weights of --size")
     parser.add_argument("--size", choices=MODELS, default="10m")
     parser.add_argument("--max_length", type=int, default=1024)
-    parser.add_argument("--max_tokens_per_batch", type=int, help="fasttr's pack; none: 2048 on a CPU, 8192 on a GPU")
+    parser.add_argument("--max_tokens_per_batch", type=int, help="fasttr's pack; none: 1024 on a CPU, 8192 on a GPU")
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--adam_epsilon", type=float, default=1e-8)
     parser.add_argument("--gradient_checkpointing", action="store_true")
@@ -126,7 +126,7 @@ def _spec(
     default = {"gradient_checkpointing": args.gradient_checkpointing, "per_device_train_batch_size": math.gcd(8, batch)}
     packed = {
         "gradient_checkpointing": args.gradient_checkpointing,
-        "max_tokens_per_batch": args.max_tokens_per_batch or (2048 if device.type == "cpu" else 8192),
+        "max_tokens_per_batch": args.max_tokens_per_batch or (1024 if device.type == "cpu" else 8192),
         "use_liger_kernel": False,  # TRL's default too
     }  # fmt: skip
     settings = {
