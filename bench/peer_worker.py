@@ -30,7 +30,7 @@ class Turns:
         os.dup2(2, 1)
         self.device = device
         self.extra: dict[str, float] = {}
-        self._began = time.perf_counter()
+        self._began, self._worked = time.perf_counter(), time.process_time()
 
     def send(self, kind: str, **values: Any) -> None:
         self._out.write(json.dumps({"kind": kind, **values}) + "\n")
@@ -44,13 +44,15 @@ class Turns:
         if not sys.stdin.readline():
             raise SystemExit("the coordinating process is gone")
         self.extra = {}
-        self._began = time.perf_counter()
+        self._began, self._worked = time.perf_counter(), time.process_time()
 
     def end(self, kind: str) -> None:
         """A turn is over. `extra` holds seconds of named parts of it."""
         synchronize(self.device)
         seconds = time.perf_counter() - self._began
-        self.send(kind, seconds=seconds, parts=self.extra, peak_bytes=process_peak_bytes(self.device))
+        worked = time.process_time() - self._worked
+        peak = process_peak_bytes(self.device)
+        self.send(kind, seconds=seconds, cpu_seconds=worked, parts=self.extra, peak_bytes=peak)
         self._wait()
 
     @contextmanager

@@ -261,6 +261,9 @@ def _figures(spec: dict[str, Any], run: dict[str, Any], tokens_per_pair: float) 
     scoring = sum(t["seconds"] for t in run["turns"] if t["kind"] == "score")
     scoring += sum(turn["parts"].get("score", 0.0) for turn in steps)
     moving = sum(turn["parts"].get("move", 0.0) for turn in steps)
+    # All of a step's processor time, its share of sweeps and moves included: what a loaded machine does not stretch.
+    cpu = sum(turn["cpu_seconds"] for turn in steps[warm:]) / len(steps[warm:])
+    cpu += sum(t["cpu_seconds"] for t in run["turns"] if t["kind"] == "score") / len(steps)
     # A fixed reference is swept once; a step of a later epoch finds its scores there.
     per_step = times.median + (scoring + moving) / len(steps)
     rate = spec["batch"] / per_step
@@ -272,7 +275,7 @@ def _figures(spec: dict[str, Any], run: dict[str, Any], tokens_per_pair: float) 
     detail = {
         "step": times.as_dict(), "warm_up_steps": warm, "step_seconds": bare, "score_s_per_step": scoring / len(steps),
         "move_s_per_step": moving / len(steps), "tokenise_s_per_pair": tokenise,
-        "pairs_per_second_with_tokenising": 1 / (1 / rate + tokenise),
+        "cpu_s_per_step": cpu, "pairs_per_second_with_tokenising": 1 / (1 / rate + tokenise),
     }  # fmt: skip
     return figures, detail
 

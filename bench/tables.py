@@ -115,7 +115,7 @@ def _mib(value: float | None) -> str:
 def peers_table(result: dict[str, Any], detail: dict[str, Any]) -> str:
     base = result["providers"].get("trl-default")
     columns = ["provider", "pairs/s", "over trl-default", "with tokenising", "tokens/s", "peak GiB",
-               "step, s (p20 to p80)", "scoring, s a step", "losses differ by"]  # fmt: skip
+               "step, s (p20 to p80)", "scoring, s a step", "CPU s a step", "losses differ by"]  # fmt: skip
     rows = []
     for name, p in result["providers"].items():
         d = detail["detail"][name]
@@ -124,7 +124,7 @@ def peers_table(result: dict[str, Any], detail: dict[str, Any]) -> str:
         rows.append([
             name, f"{p['pairs_per_second']:.2f}", ratio, f"{d['pairs_per_second_with_tokenising']:.2f}",
             f"{p['tokens_per_second']:,.0f}", f"{p['peak_bytes'] / 2**30:.2f}", _spread(d["step"], 1.0),
-            f"{d['score_s_per_step']:.2f}", "" if differ is None else f"{differ:.0e}",
+            f"{d['score_s_per_step']:.2f}", f"{d['cpu_s_per_step']:.2f}", "" if differ is None else f"{differ:.0e}",
         ])  # fmt: skip
     title = (f"{Path(detail['data']).parent.name or detail['data']}: {detail['pairs']} pairs, {detail['steps']} steps "
              f"of {detail['pairs_per_step']}")  # fmt: skip
