@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from fasttr.errors import FasttrError
-from fasttr.trl_keys import merge, nearest, our_keys, takes_list, translate
+from fasttr.trl_keys import merge, nearest, our_keys, stands_alone, takes_list, translate
 
 COMMANDS = {
     "train": "train on preferences: fasttr train --config run.yaml, or flags; --print_config shows all settings",
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _train(args: list[str]) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
         raise FasttrError("got several processes; one process trains until sharding is built: start without torchrun")
     config = parse_train(args)
     from fasttr.trainer import train
@@ -56,7 +56,10 @@ def parse_train(args: list[str]):
     """
     file, flags, rest = _read_args(args)
     for key, value in _environment(file).items():
-        os.environ[key] = str(value)  # before torch is imported, which reads some of them
+        try:
+            os.environ[str(key)] = str(value)  # before torch is imported, which reads some of them
+        except ValueError as error:
+            raise FasttrError(f"env: got {key!r}: {value!r}; {error}") from error
     from fasttr.config import PRESETS, TrainConfig
 
     values = merge(file, _flag_values(flags))
@@ -66,14 +69,18 @@ def parse_train(args: list[str]):
     parser.add_argument("--preset", type=str, help=f"settings of the TR paper: {' or '.join(PRESETS)}")
     parser.add_class_arguments(TrainConfig)
     if preset is not None:
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise FasttrError(f"preset: got {preset!r}; wanted one of {', '.join(PRESETS)}")
         parser.set_defaults(PRESETS[preset])
     ours, notices = translate(values)
     # Text goes the way of a flag, which jsonargparse reads as the type of its key.
     texts = {k: v for k, v in ours.items() if isinstance(v, str) or (isinstance(v, float) and not math.isfinite(v))}
     objects = {key: value for key, value in ours.items() if key not in texts}
-    plain = ["--config=" + json.dumps(objects), *(f"--{key}={value}" for key, value in texts.items()), *rest]
+    try:
+        content = json.dumps(objects, default=str)
+    except (ValueError, TypeError) as error:
+        raise FasttrError(f"config: a value cannot be written as JSON: {error}") from error
+    plain = [f"--config={content}", *(f"--{key}={value}" for key, value in texts.items()), *rest]
     parsed = vars(_parse(parser, plain))
     known, _ = our_keys()
     if preset is not None and parsed["ref_update"] != PRESETS[preset]["ref_update"]:
@@ -198,6 +205,8 @@ def _flag_values(flags: dict[str, list[str]]) -> dict[str, Any]:
             out[negated] = "false"
         elif len(words) > 1 and not takes_list(key):
             raise FasttrError(f"{key}: got {' '.join(words)}; wanted one value")
+        elif not words and not stands_alone(key):
+            raise FasttrError(f"{key}: got no value; wanted one after --{key}")
         else:
             out[key] = words if len(words) > 1 else words[0] if words else "true"
     return out

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
+import os
 from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
 from fasttr.errors import FasttrError
-from fasttr.trl_table import OLDER_LOSSES, SECTIONS, TABLE, Key
+from fasttr.trl_table import ACCELERATOR, OLDER_LOSSES, SECTIONS, TABLE, Key
 
 # Two names of one thing: a flag of one name replaces a file's key of the other.
 _RIVALS = [
@@ -37,6 +37,8 @@ def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     Values are what YAML reads, or text from a command line. FasttrError (key, got, advice) on a key that is refused.
     """
     known, optional = our_keys()
+    if isinstance(folder := values.get("output_dir"), str):
+        values = {**values, "output_dir": os.path.expanduser(folder)}
     for key in values:
         if key not in TABLE and key not in known:
             raise FasttrError(_unknown(key))
@@ -165,6 +167,8 @@ def _convert(key: Key, value: Any) -> Any:
             return float(value) if isinstance(value, str) else value + 0
         if kind in ("int", "float"):
             raise ValueError
+        if kind == "str" and not isinstance(value, list | Mapping | bool):
+            return str(value)  # YAML reads run_name: 7 as a number
         if kind == "strategy":  # YAML 1.1 reads an unquoted `no` as false
             return "no" if value is False else value
         if kind in ("names", "floats"):
@@ -201,6 +205,13 @@ def takes_list(key: str) -> bool:
     return key in TABLE and TABLE[key].type.startswith(("names", "floats"))
 
 
+def stands_alone(key: str) -> bool:
+    """Whether a flag without a value means true. Unknown keys do, so that they are named as such."""
+    if key in TABLE:
+        return TABLE[key].type.removesuffix("?") in ("bool", "any")
+    return key not in our_keys()[0] or "bool" in str(_field_types()[key])
+
+
 def is_none(value: Any) -> bool:
     return isinstance(value, str) and value.lower() in ("none", "null")
 
@@ -208,8 +219,10 @@ def is_none(value: Any) -> bool:
 def _is_default(key: Key, value: Any) -> bool:
     if isinstance(key.default, list) and not isinstance(value, list):
         value = [value]
-    if isinstance(value, float) and math.isnan(value):
-        return False
+    if key.type == "any" and key.default is None and value in (None, False, "", [], {}):
+        return True
+    if key.name == "accelerator_config" and isinstance(value, Mapping):
+        return all(name in ACCELERATOR and ACCELERATOR[name] == v for name, v in value.items())
     return value == key.default and isinstance(value, bool) == isinstance(key.default, bool)
 
 
@@ -220,6 +233,12 @@ def our_keys() -> tuple[frozenset[str], frozenset[str]]:
 
     fields = dataclasses.fields(TrainConfig)
     return frozenset(f.name for f in fields), frozenset(f.name for f in fields if "None" in str(f.type))
+
+
+def _field_types() -> dict[str, Any]:
+    from fasttr.config import TrainConfig
+
+    return {field.name: field.type for field in dataclasses.fields(TrainConfig)}
 
 
 def nearest(key: str, keys: Iterable[str]) -> str:

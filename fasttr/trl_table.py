@@ -166,7 +166,7 @@ TRAINING = [
     _h("seed", 42, "int"),
     _h("data_seed", None, "int?"),
     _h("use_cpu", False, "bool"),
-    _r("accelerator_config", None, "any", "there is no accelerate; leave it out"),
+    _r("accelerator_config", None, "any", "accelerate is not used; only its defaults are accepted, leave it out"),
     _r("parallelism_config", None, "any", _ONE),
     _h("dataloader_drop_last", False, "bool"),
     *(_i(name, default, type_, _LOADER) for name, default, type_ in (
@@ -277,6 +277,12 @@ TABLE: dict[str, Key] = {key.name: key for section in SECTIONS.values() for key 
 
 # Where KTOConfig's default is another one.
 KTO_DEFAULTS: dict[str, Any] = {"loss_type": "kto", "train_sampling_strategy": "sequential"}
+
+# Values of accelerator_config that change nothing.
+ACCELERATOR: dict[str, Any] = {
+    "split_batches": False, "dispatch_batches": None, "even_batches": True, "use_seedable_sampler": True,
+    "non_blocking": False, "gradient_accumulation_kwargs": None, "use_configured_state": False,
+}  # fmt: skip
 
 # Losses of older TRL.
 OLDER_LOSSES = {
