@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fasttr import run as runs
+from fasttr import start as runs
 from fasttr.batch import PackedBatch, TreeSource
 from fasttr.config import TrainConfig
 from fasttr.data import TreeSet
@@ -113,14 +113,14 @@ def measure(config: TrainConfig, anchor: str | None = None) -> Measured:
         config = dataclasses.replace(config, loss_type="apo_zero_unpaired" if unpaired else "sigmoid")
         if anchor is None:
             loss = _UnjudgedRows() if unpaired else _Unjudged()
-    trees = runs._as_loss_reads(rows, config)
+    trees = runs.as_loss_reads(rows, config)
     loss = config.loss if loss is None else loss
     options: dict[str, Any] = {
         "device": device, "bf16": bf16, "attn_implementation": config.attn_implementation,
         "max_length": config.max_length, "use_liger_kernel": bool(config.use_liger_kernel),
         "ld_alpha": config.ld_alpha,
     }  # fmt: skip
-    plan = Plan(trees, config.train_batch_size, 1.0, -1, config.seed, config.max_tokens_per_batch,
+    plan = Plan(trees, config.train_batch_size, 1.0, -1, config.seed, config.token_budget(device),
                 group_rows=config.group_rows)  # fmt: skip
     policy_scores, anchor_scores = (ScoreTable(len(trees), loss.completions) for _ in range(2))
     run = runs.Run(
@@ -149,8 +149,8 @@ def _read(config: TrainConfig, tokenizer: Any) -> TreeSet:
     if config.datasets and config.eval_dataset_name is None:
         parts = parse_parts(config.datasets)
         mixture = read_mixture(parts, test_split_size=config.test_split_size, seed=config.seed)
-        return runs._load(config, tokenizer, None, split if len(mixture) > 1 else "train", mixture)
-    return runs._load(config, tokenizer, name, "train" if Path(str(name)).is_file() else split, None)
+        return runs.load_rows(config, tokenizer, None, split if len(mixture) > 1 else "train", mixture)
+    return runs.load_rows(config, tokenizer, name, "train" if Path(str(name)).is_file() else split, None)
 
 
 def write_json(measured: Measured, path: str | Path) -> None:

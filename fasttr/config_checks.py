@@ -34,8 +34,8 @@ def check(c: TrainConfig) -> None:
         ("ref_update_alpha", 0 <= c.ref_update_alpha <= 1, "a number from 0 to 1"),
         ("ref_update_every", c.ref_update_every >= 1, "a whole number from 1"),
         ("train_batch_size", c.train_batch_size >= 1, "a whole number from 1"),
-        ("max_tokens_per_batch", c.max_tokens_per_batch >= 1, "a whole number from 1"),
-        ("max_length", c.max_length is None or c.max_length >= 2, "a whole number from 2, or none"),
+        ("max_tokens_per_batch", (c.max_tokens_per_batch or 1) >= 1 and c.max_tokens_per_batch != 0, "a number from 1"),
+        ("max_length", c.max_length is None or 1 < c.max_length < 2**31, "a whole number from 2, or none"),
         ("learning_rate", c.learning_rate >= 0 and math.isfinite(c.learning_rate), "a number from 0"),
         ("warmup_steps", c.warmup_steps >= 0, "a number from 0"),
         ("weight_decay", c.weight_decay >= 0, "a number from 0"),
@@ -45,6 +45,7 @@ def check(c: TrainConfig) -> None:
         ("max_steps", c.max_steps == -1 or c.max_steps >= 1, "a whole number from 1, or -1 for num_train_epochs"),
         ("num_train_epochs", c.num_train_epochs > 0 and math.isfinite(c.num_train_epochs), "a number above 0"),
         ("max_grad_norm", c.max_grad_norm >= 0, "a number from 0 (0 clips nothing)"),
+        ("dataset_num_proc", c.dataset_num_proc is None or c.dataset_num_proc >= 1, "a whole number from 1, or none"),
         ("logging_steps", _interval(c.logging_steps), _INTERVAL),
         ("eval_steps", c.eval_steps is None or _interval(c.eval_steps), _INTERVAL + ", or none"),
         ("save_steps", _interval(c.save_steps), _INTERVAL),
@@ -53,9 +54,11 @@ def check(c: TrainConfig) -> None:
         ("max_dropped_fraction", 0 <= c.max_dropped_fraction <= 1, "a number from 0 to 1"),
         ("lr_scheduler_type", c.lr_scheduler_type not in NO_SCHEDULE, "a schedule that is known before training"),
         ("dtype", c.dtype == "float32", "float32: weights and optimizer stay in it, bf16: true computes in bfloat16"),
-        ("seed", c.seed >= 0, "a whole number from 0"),
-        ("data_seed", c.data_seed is None or c.data_seed >= 0, "a whole number from 0"),
+        ("seed", 0 <= c.seed < 2**32, "a whole number from 0 to below 2^32"),
+        ("data_seed", c.data_seed is None or 0 <= c.data_seed < 2**32, "a whole number from 0 to below 2^32"),
     ]
+    numbers = {key: value for key, value in c.as_dict().items() if isinstance(value, float)}
+    ranges += [(key, math.isfinite(value), "a finite number") for key, value in numbers.items()]
     for key, good, wanted in ranges:
         if not good:
             raise FasttrError(f"{key}: got {getattr(c, key)!r}; wanted {wanted}")

@@ -28,7 +28,7 @@ def pack_split(run: Run) -> Iterator[PackedBatch]:
     block = max(BLOCK // group, 1) * group
     for first in range(0, len(run.eval_trees), block):
         rows = np.arange(first, min(first + block, len(run.eval_trees)))
-        yield from pack_rows(run.eval_trees, rows, run.config.max_tokens_per_batch, group)
+        yield from pack_rows(run.eval_trees, rows, run.plan.max_tokens_per_batch, group)
 
 
 @torch.no_grad()

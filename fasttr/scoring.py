@@ -70,7 +70,7 @@ class _Partial:
     def __init__(self, run: Run):
         self.run, self.path, self.saved = run, run.output_dir / PARTIAL, time.perf_counter()
         config = run.config
-        order = [config.seed, config.data_seed, config.train_batch_size, config.max_tokens_per_batch, run.bf16]
+        order = [config.seed, config.data_seed, config.train_batch_size, run.plan.max_tokens_per_batch, run.bf16]
         self.key = json.dumps([run.train_trees.fingerprint, weights_digest(run.reference.scorer()), order])
         if run.config.resume_from_checkpoint and self.path.is_file():
             from safetensors import safe_open

@@ -16,12 +16,14 @@ from tqdm import tqdm
 
 from fasttr import checkpoint
 from fasttr.config import TrainConfig
+from fasttr.errors import FasttrError
 from fasttr.evaluate import evaluate
 from fasttr.guards import FiniteGuard, Interrupted, StopRequest
 from fasttr.metrics import SUMS, MetricsLog, means, named, pack_sums
 from fasttr.perf import Speed
-from fasttr.run import Run, say, start
+from fasttr.run import Run, say
 from fasttr.scoring import score_anchor, score_window
+from fasttr.start import start
 
 
 class TrainResult(NamedTuple):
@@ -40,9 +42,12 @@ def train(config: TrainConfig) -> TrainResult:
     """
     with StopRequest() as stop:
         run = start(config)
-        run.output_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint.remove_torn(run.output_dir)
-        (run.output_dir / "train_config.json").write_text(json.dumps(config.as_dict(), indent=1) + "\n")
+        try:
+            run.output_dir.mkdir(parents=True, exist_ok=True)
+            checkpoint.remove_torn(run.output_dir)
+            (run.output_dir / "train_config.json").write_text(json.dumps(config.as_dict(), indent=1) + "\n")
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            raise FasttrError(f"output_dir: cannot write {config.output_dir!r}: {error}") from error
         log = MetricsLog(
             run.output_dir, config.report_to, keep_until=run.step if run.resumed else None, run_name=config.run_name,
             project=config.project, config=config.as_dict(),

@@ -16,7 +16,7 @@ LAYERS = [
     {"losses", "packing", "plan", "unpaired", "tokens", "rows", "encode", "sources", "data", "mixture", "metrics",
      "optim", "generated", "scratch", "trackers", "environment", "plots"},
     {"attention", "logps", "model", "reference", "checkpoint", "perf", "generate", "sampling"},
-    {"config", "config_checks", "cadence", "guards", "trl_keys", "run", "evaluate", "scoring"},
+    {"config", "config_checks", "cadence", "guards", "trl_keys", "run", "start", "evaluate", "scoring"},
     {"trainer", "compare"},
     {"demo", "pages"},
     {"cli", "eval_command"},

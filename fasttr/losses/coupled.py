@@ -22,7 +22,7 @@ def kl_estimate(scored: Scored) -> Tensor:
 
 @dataclass(frozen=True)
 class Kto(Loss):
-    """KTO (arXiv:2402.01306, equation 8): desirable w_d (1 - s(beta (x - z))), undesirable w_u (1 - s(beta (z - x))).
+    """KTO (arXiv:2402.01306): desirable w_d (1 - s(beta (x - z))), undesirable w_u (1 - s(beta (z - x))).
     At policy = reference: half the mean class weight."""
 
     desirable_weight: float = 1.0

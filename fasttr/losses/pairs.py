@@ -187,7 +187,7 @@ class Simpo(Loss):
 
 @dataclass(frozen=True)
 class Orpo(Loss):
-    """ORPO (arXiv:2403.07691, equation 6), without a reference: -c/n_c - beta log s(o(c/n_c) - o(r/n_r)) with the log
+    """ORPO (arXiv:2403.07691), without a reference: -c/n_c - beta log s(o(c/n_c) - o(r/n_r)) with the log
     odds o(x) = x - log(1 - exp(x)). The likelihood term is over the completion; TRL's older one covered the prompt."""
 
     needs_reference: ClassVar[bool] = False
