@@ -26,7 +26,8 @@ class Cadence:
     def evaluates(self, step: int) -> bool:
         c = self.config
         begun = step / self.plan.steps_per_epoch if c.eval_strategy == "epoch" else step
-        return begun >= c.eval_delay and self._due(step, c.eval_strategy, c.eval_steps or c.logging_steps)
+        last = step == self.plan.total_steps and c.eval_strategy == "steps"  # as TRL
+        return begun >= c.eval_delay and (last or self._due(step, c.eval_strategy, c.eval_steps or c.logging_steps))
 
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is due, whatever an evaluation says."""

@@ -87,7 +87,7 @@ TRAINING = [
     _n("per_device_train_batch_size", 8, "int", "train_batch_size, group_size",
        "train_batch_size is it times gradient_accumulation_steps; group_size is it"),
     _n("gradient_accumulation_steps", 1, "int", "train_batch_size", "times per_device_train_batch_size"),
-    _i("per_device_eval_batch_size", 8, "int", "packing decides; values do not depend on it"),
+    _i("per_device_eval_batch_size", 8, "int", "packing decides; means are over all rows"),
     _h("num_train_epochs", 3.0, "float"),
     _h("max_steps", -1, "int"),
     _h("learning_rate", 1e-6, "float"),

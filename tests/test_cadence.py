@@ -39,6 +39,7 @@ def test_steps_and_shares_and_epochs_are_when_they_say():
     assert when(cadence(save_strategy="epoch").saves) == [6, 12]
     assert when(cadence(save_strategy="no").saves) == []
     assert when(cadence(eval_strategy="steps", logging_steps=4).evaluates) == [4, 8, 12]
+    assert when(cadence(eval_strategy="steps", logging_steps=5).evaluates) == [5, 10, 12]
     assert when(cadence(eval_strategy="steps", eval_steps=4, eval_delay=5).evaluates) == [8, 12]
     assert when(cadence(eval_strategy="epoch", eval_delay=1.5).evaluates) == [12]
 
