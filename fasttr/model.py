@@ -108,6 +108,8 @@ def load_model(
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    if use_liger_kernel and device.type != "cuda":
+        raise FasttrError(f"use_liger_kernel: got true on {device.type}; Liger's kernels need CUDA: leave it out")
     config = load_config(name, revision)
     _refuse_stretched_rope(config, name, max_length)
     original = copy.deepcopy(config)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import gzip
+import itertools
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from typing import Any
 from fasttr.errors import FasttrError
 
 FILE_KINDS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
+MOST_ENTRIES = 100_000  # looking through more, such as a home folder, would seem to hang
 BUILDERS = ("json", "parquet", "csv", "arrow")
 DataFiles = str | list[str] | dict[str, str | list[str]] | None
 
@@ -120,6 +122,9 @@ def _kind_of_file(path: Path) -> str:
 def _check_folder(path: Path) -> None:
     if not any(path.iterdir()):
         raise FasttrError(f"{path} is an empty folder: wanted {', '.join(FILE_KINDS)} files")
+    entries = (name for _, folders, files in os.walk(path) for name in folders + files)
+    if next(itertools.islice(entries, MOST_ENTRIES, None), None) is not None:
+        raise FasttrError(f"{path} holds more than {MOST_ENTRIES} files: name the folder, or the file, with the rows")
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         raise FasttrError(f"{path} was written by save_to_disk: write it with to_parquet or to_json instead")
 
