@@ -124,7 +124,8 @@ def peers_table(result: dict[str, Any], detail: dict[str, Any]) -> str:
         rows.append([
             name, f"{p['pairs_per_second']:.2f}", ratio, f"{d['pairs_per_second_with_tokenising']:.2f}",
             f"{p['tokens_per_second']:,.0f}", f"{p['peak_bytes'] / 2**30:.2f}", _spread(d["step"], 1.0),
-            f"{d['score_s_per_step']:.2f}", f"{d['cpu_s_per_step']:.2f}", "" if differ is None else f"{differ:.0e}",
+            f"{d['score_s_per_step']:.2f}", f"{d['cpu_s_per_step']:.2f}" if "cpu_s_per_step" in d else "",
+            "" if differ is None else f"{differ:.0e}",
         ])  # fmt: skip
     title = (f"{Path(detail['data']).parent.name or detail['data']}: {detail['pairs']} pairs, {detail['steps']} steps "
              f"of {detail['pairs_per_step']}")  # fmt: skip
