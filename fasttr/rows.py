@@ -21,6 +21,10 @@ HH_TURN = "\n\nAssistant:"
 DATASET_FORMATS = ("hh_rlhf",)
 
 
+_MEANINGS = {"prompt", "chosen", "rejected", "completion", "label", "tools", "chat_template_kwargs", "prompt_ids",
+             "chosen_ids", "rejected_ids", "completion_ids"}  # fmt: skip
+
+
 class Status(enum.IntEnum):
     """Why a row is not trained on; KEPT means that it is."""
 
@@ -81,6 +85,8 @@ def find_format(
         )
     if weight_column is not None and weight_column not in got:
         raise FasttrError(f"weight_column {weight_column!r} is not among the columns {_quoted(columns)}")
+    if weight_column in _MEANINGS:
+        raise FasttrError(f"weight_column {weight_column!r} is a column of the rows' own content; wanted numbers")
     extra = (weight_column,) if weight_column is not None else ()
     if dataset_format is not None:
         if dataset_format not in DATASET_FORMATS:

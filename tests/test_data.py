@@ -481,3 +481,8 @@ def test_a_tokenizer_without_eos(tokenizer):
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(FasttrError, match="has no EOS token"):
         encode_rows(bare, datasets.Dataset.from_list([PAIR]), DataConfig("rows"))
+
+
+def test_a_column_of_the_format_is_no_weight(load):
+    with pytest.raises(FasttrError, match="weight_column 'chosen' is a column of the rows' own content"):
+        load([PAIR, OTHER], weight_column="chosen")
