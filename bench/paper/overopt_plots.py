@@ -1,0 +1,80 @@
+"""Pictures of the over-optimisation study: gold reward against KL, and both over the steps."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.paper.curves import ARMS, GRID, NAMES, Run, curve, reach, seeds_of, select
+from bench.paper.stats import interval
+from bench.paper.toy_plots import ARM_COLOURS, _figure, _finish, _save
+from fasttr.plots import INK
+
+MARKERS = ("o", "s", "^", "D", "v", "P")
+ROWS = {"gold": "gold reward", "kl": "KL to the initial policy", "length": "length",
+        "logratio_chosen": "chosen, log-ratio", "logratio_rejected": "rejected, log-ratio"}  # fmt: skip
+
+
+def plot_gold_against_kl(runs: Sequence[Run], path: Path) -> None:
+    """A panel a loss, a curve a reference: mean over seeds with its 95 % interval, a mark a checkpoint."""
+    losses = list(dict.fromkeys(run.loss for run in runs))
+    figure, axes = _figure(1, len(losses), (3.7 * len(losses) + 0.4, 4.0))
+    betas = sorted({run.beta for run in runs})
+    for ax, loss in zip(axes[0], losses, strict=True):
+        for arm in ARMS:
+            here = select(runs, loss=loss, arm=arm)
+            for run in here:
+                ax.scatter(run.column("kl")[1:], run.column("gold")[1:], s=11, alpha=0.35, linewidths=0,
+                           marker=MARKERS[betas.index(run.beta) % len(MARKERS)], color=ARM_COLOURS[arm])  # fmt: skip
+            kl = np.linspace(0, reach(here), GRID)
+            by_seed = np.array([curve(select(here, seed=seed), kl) for seed in seeds_of(here)])
+            _band(ax, kl, by_seed, ARM_COLOURS[arm], f"{arm} reference")
+        ax.set_title(NAMES.get(loss, loss), fontsize=11, color=INK)
+        ax.set_xlabel("KL to the initial policy, nats a completion", fontsize=9, color=INK)
+        _finish(ax)
+    axes[0][0].set_ylabel("gold reward of fresh samples", fontsize=9, color=INK)
+    for beta, marker in zip(betas, MARKERS, strict=False):
+        axes[0][0].scatter([], [], s=16, color=INK, marker=marker, alpha=0.5, linewidths=0, label=f"beta {beta:g}")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    n = len(seeds_of(runs))
+    figure.suptitle(f"Gold reward against drift: mean over beta and {n} seeds, 95 % interval; marks: checkpoints",
+                    fontsize=10, color=INK)  # fmt: skip
+    _save(figure, path)
+
+
+def plot_steps(runs: Sequence[Run], path: Path) -> None:
+    """A column a loss, a row a measure over the steps: mean over beta and seeds, interval over seeds."""
+    losses = list(dict.fromkeys(run.loss for run in runs))
+    figure, axes = _figure(len(ROWS), len(losses), (3.2 * len(losses) + 0.4, 1.75 * len(ROWS) + 0.6))
+    for column, loss in enumerate(losses):
+        for row, (key, label) in enumerate(ROWS.items()):
+            ax = axes[row][column]
+            for arm in ARMS:
+                here = select(runs, loss=loss, arm=arm)
+                steps = here[0].column("step")
+                by_seed = np.array([
+                    np.mean([run.column(key) for run in select(here, seed=seed)], axis=0) for seed in seeds_of(here)
+                ])
+                _band(ax, steps, by_seed, ARM_COLOURS[arm], f"{arm} reference")
+            _finish(ax)
+            if column == 0:
+                ax.set_ylabel(label, fontsize=8, color=INK)
+        axes[0][column].set_title(NAMES.get(loss, loss), fontsize=11, color=INK)
+        axes[-1][column].set_xlabel("optimizer step", fontsize=9, color=INK)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def _band(ax: Any, x: np.ndarray, by_seed: np.ndarray, colour: str, label: str) -> None:
+    """Mean over the seeds that are there; a band where there are at least two."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a column of NaN: no seed got so far
+        found = [interval(column) for column in by_seed.T]
+    ax.plot(x, [f.mean for f in found], color=colour, linewidth=1.9, label=label)
+    ax.fill_between(x, [f.low for f in found], [f.high for f in found], color=colour, alpha=0.15, linewidth=0)
