@@ -59,8 +59,9 @@ def curve(runs: Sequence[Run], kl: np.ndarray) -> np.ndarray:
 class Comparison(NamedTuple):
     """A moving reference less the fixed one, under one loss, by seed; `fall_*` are of each alone."""
 
-    gold_at_equal_kl: Interval  # mean over the KL that both reach
-    gold_at_high_kl: Interval  # over the upper half of it
+    equal_kl: Interval  # gold, mean over the KL that both reach, each curve a mean over beta
+    high_kl: Interval  # the same over the upper half of that KL
+    same_beta: Interval  # gold at equal KL within each beta, mean over beta
     gold_at_end: Interval  # after the same number of steps, mean over beta
     kl_at_end: Interval
     length_at_end: Interval
@@ -72,7 +73,7 @@ class Comparison(NamedTuple):
 
 def compare(runs: Sequence[Run], loss: str, arm: str) -> Comparison:
     fixed, moving = select(runs, loss=loss, arm="fixed"), select(runs, loss=loss, arm=arm)
-    seeds = seeds_of(fixed)
+    seeds, betas = seeds_of(fixed), sorted({run.beta for run in fixed})
 
     def paired(value: Callable[[list[Run], int], float]) -> Interval:
         return interval(value(moving, seed) - value(fixed, seed) for seed in seeds)
@@ -80,17 +81,23 @@ def compare(runs: Sequence[Run], loss: str, arm: str) -> Comparison:
     def ends(key: str) -> Callable[[list[Run], int], float]:
         return lambda of, seed: float(np.mean([run.column(key)[-1] for run in select(of, seed=seed)]))
 
-    equal, high = [], []
-    for seed in seeds:
-        a, b = select(fixed, seed=seed), select(moving, seed=seed)
-        kl = np.linspace(0, min(reach(a), reach(b)), GRID)
-        gap = curve(b, kl) - curve(a, kl)
-        equal.append(float(gap.mean()))
-        high.append(float(gap[GRID // 2 :].mean()))
+    gaps = [_gap(select(fixed, seed=seed), select(moving, seed=seed)) for seed in seeds]
+    within = [
+        [_gap(select(fixed, seed=seed, beta=beta), select(moving, seed=seed, beta=beta)).mean() for beta in betas]
+        for seed in seeds
+    ]
     return Comparison(
-        interval(equal), interval(high), paired(ends("gold")), paired(ends("kl")), paired(ends("length")),
-        paired(_best), interval(_fall(fixed, s) for s in seeds), interval(_fall(moving, s) for s in seeds), paired(_fall),
+        interval(float(gap.mean()) for gap in gaps), interval(float(gap[GRID // 2 :].mean()) for gap in gaps),
+        interval(float(np.mean(row)) for row in within), paired(ends("gold")), paired(ends("kl")),
+        paired(ends("length")), paired(_best), interval(_fall(fixed, seed) for seed in seeds),
+        interval(_fall(moving, seed) for seed in seeds), paired(_fall),
     )  # fmt: skip
+
+
+def _gap(fixed: Sequence[Run], moving: Sequence[Run]) -> np.ndarray:
+    """(GRID,) gold of the moving less that of the fixed, over the KL that both reach."""
+    kl = np.linspace(0, min(reach(fixed), reach(moving)), GRID)
+    return curve(moving, kl) - curve(fixed, kl)
 
 
 def _others(runs: Sequence[Run], seed: int) -> list[Run]:
@@ -119,21 +126,20 @@ def _fall(runs: list[Run], seed: int) -> float:
     return float(np.mean(falls))
 
 
-def describe(c: Comparison, name: str, arm: str) -> list[str]:
+def describe(c: Comparison) -> list[str]:
     """What the intervals say of one loss and one moving reference, the paper's claim last."""
-    lines = [
-        "at equal KL its gold reward is " + words(c.gold_at_equal_kl, "higher", "lower", "not shown to differ"),
-        "in the upper half of the KL that both reach it is "
-        + words(c.gold_at_high_kl, "higher", "lower", "not shown to differ"),
-        "after the same steps it has drifted " + words(c.kl_at_end, "further", "less far", "about as far") + " nats, its gold "
-        "reward is " + words(c.gold_at_end, "higher", "lower", "not shown to differ") + ", its samples are "
-        + words(c.length_at_end, "longer", "shorter", "about as long"),
-        "the best beta and checkpoint give " + words(c.best_gold, "more gold", "less gold", "no different gold shown"),
-        "from its best checkpoint on it " + words(c.fall_moving, "loses gold", "gains gold", "is not shown to lose gold")
-        + ", the fixed one " + words(c.fall_fixed, "loses gold", "gains gold", "is not shown to lose gold")
-        + ", the difference: " + words(c.fall, "it loses more", "it loses less", "none shown"),
-    ]  # fmt: skip
-    return [f"{name}, {arm}: {line}" for line in lines] + [f"**{name}, {arm}: {claim(c)}**"]
+    gold = ("higher", "lower", "not shown to differ")
+    falls = ("loses gold", "gains gold", "is not shown to lose gold")
+    return [
+        f"at equal KL its gold reward is {words(c.equal_kl, *gold)}; in the upper half of the KL that both reach it is "
+        f"{words(c.high_kl, *gold)}; within the same beta it is {words(c.same_beta, *gold)}",
+        f"after the same steps its KL is {words(c.kl_at_end, *gold)}, its gold reward is {words(c.gold_at_end, *gold)}, "
+        f"its samples are {words(c.length_at_end, 'longer', 'shorter', 'not shown to differ in length')}",
+        f"at the best beta and checkpoint its gold reward is {words(c.best_gold, *gold)}",
+        f"from its best checkpoint to its end it {words(c.fall_moving, *falls)}, the fixed one "
+        f"{words(c.fall_fixed, *falls)}; the loss is {words(c.fall, 'larger', 'smaller', 'not shown to differ')}",
+        f"**{claim(c)}**",
+    ]
 
 
 def claim(c: Comparison) -> str:
@@ -141,8 +147,10 @@ def claim(c: Comparison) -> str:
     parts = []
     if c.fall_fixed.sign <= 0:
         parts.append("the fixed reference is not shown to fall, so there is nothing to mend")
-    if c.gold_at_high_kl.sign <= 0:
-        parts.append("at equal high KL the moving one is " + ("worse" if c.gold_at_high_kl.sign < 0 else "not shown better"))
+    if c.high_kl.sign <= 0:
+        parts.append(
+            f"at equal high KL the moving one is {'worse' if c.high_kl.sign < 0 else 'not shown to be better'}"
+        )
     if c.fall_moving.sign > 0:
         parts.append("the moving one falls as well")
     return "the claim holds here" if not parts else "the claim does not hold here: " + "; ".join(parts)
@@ -150,18 +158,19 @@ def claim(c: Comparison) -> str:
 
 def verdict(runs: Sequence[Run]) -> list[str]:
     """Words for every loss and moving reference, then one line on where a moving reference helps."""
+    if (n := len(seeds_of(runs))) < 2:
+        return ["one seed has no interval: nothing is claimed; ask for two or more"]
     lines, helps, hurts = [], [], []
     for loss in dict.fromkeys(run.loss for run in runs):
         for arm in ARMS[1:]:
             c, name = compare(runs, loss, arm), NAMES.get(loss, loss)
-            lines += describe(c, name, arm)
+            lines += [f"{name}, {arm}: {line}" for line in describe(c)]
             for label, found in (
-                ("equal KL", c.gold_at_equal_kl), ("equal high KL", c.gold_at_high_kl),
+                ("equal KL", c.equal_kl), ("equal high KL", c.high_kl), ("equal KL and beta", c.same_beta),
                 ("equal steps", c.gold_at_end), ("the best checkpoint", c.best_gold),
             ):  # fmt: skip
                 if found.sign:
                     (helps if found.sign > 0 else hurts).append(f"{name} {arm} at {label}")
-    n = len(seeds_of(runs))
     lines.append("a moving reference gives more gold: " + ("; ".join(helps) or "nowhere shown"))
     lines.append("a moving reference gives less gold: " + ("; ".join(hurts) or "nowhere shown"))
     lines.append(f"intervals: 95 %, Student, over {n} seeds; each statement by itself, none corrected for their number")
@@ -169,24 +178,30 @@ def verdict(runs: Sequence[Run]) -> list[str]:
 
 
 def table(runs: Sequence[Run]) -> str:
-    """A line a loss, beta and reference: means over seeds at the end of the run, and the best checkpoint."""
+    """A line a loss, beta and reference: means over seeds, at the best checkpoint of that mean and at the end."""
     rows = [
-        "| loss | beta | reference | gold at its best (step) | gold at the end | KL | length | chosen | rejected | accuracy |",
+        "| loss | beta | reference | best gold (step) | gold at the end | KL | length | chosen | rejected | accuracy |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for loss in dict.fromkeys(run.loss for run in runs):
-        for beta in sorted({run.beta for run in select(runs, loss=loss)}):
-            for arm in ARMS:
-                here = select(runs, loss=loss, beta=beta, arm=arm)
-                path, ends = _mean_path(here, beta), {}
-                for key in ("gold", "kl", "length", "logratio_chosen", "logratio_rejected", "accuracy"):
-                    found = interval(run.column(key)[-1] for run in here)
-                    ends[key] = (found.mean, (found.high - found.low) / 2)
-                best = int(path.argmax())
-                rows.append(
-                    f"| {NAMES.get(loss, loss)} | {beta:g} | {arm} | {path[best]:.3f} ({here[0].rows[best]['step']}) "
-                    f"| {ends['gold'][0]:.3f} +- {ends['gold'][1]:.3f} | {ends['kl'][0]:.1f} +- {ends['kl'][1]:.1f} "
-                    f"| {ends['length'][0]:.1f} | {ends['logratio_chosen'][0]:+.2f} | {ends['logratio_rejected'][0]:+.2f} "
-                    f"| {ends['accuracy'][0]:.3f} |"
-                )
-    return "\n".join(rows)
+    for loss, beta, arm in dict.fromkeys((run.loss, run.beta, run.arm) for run in runs):
+        here = select(runs, loss=loss, beta=beta, arm=arm)
+        path = _mean_path(here, beta)
+        best = int(path.argmax())
+
+        def end(key: str, digits: int, error: bool = False, here: list[Run] = here) -> str:
+            found = interval(run.column(key)[-1] for run in here)
+            return f"{found.mean:.{digits}f}" + (f" +- {found.high - found.mean:.{digits}f}" if error else "")
+
+        rows.append(
+            f"| {NAMES.get(loss, loss)} | {beta:g} | {arm} | {path[best]:.3f} ({here[0].rows[best]['step']}) "
+            f"| {end('gold', 3, True)} | {end('kl', 1, True)} | {end('length', 1)} | {end('logratio_chosen', 2)} "
+            f"| {end('logratio_rejected', 2)} | {end('accuracy', 3)} |"
+        )
+    return "\n".join([*rows[:2], *sorted(rows[2:], key=_table_order)])
+
+
+def _table_order(row: str) -> tuple[int, float]:
+    """Losses together, as they were given in NAMES, betas rising; sorting keeps the order of the references."""
+    _, loss, beta, *_ = (cell.strip() for cell in row.split("|"))
+    known = list(NAMES.values())
+    return (known.index(loss) if loss in known else len(known), float(beta))

@@ -69,7 +69,7 @@ class TreePolicy(nn.Module):
 
 
 class Rnn(TreePolicy):
-    """An Elman network over the path: h <- tanh(W x + U h + b), with a learned embedding of the start and the actions."""
+    """An Elman network over the path: h <- tanh(W x + U h + b), x a learned embedding of the start or of an action."""
 
     def __init__(self, tree: Tree, seeds: list[int], hidden: int = 16):
         super().__init__(tree)

@@ -20,29 +20,34 @@ ROWS = {"gold": "gold reward", "kl": "KL to the initial policy", "length": "leng
 
 
 def plot_gold_against_kl(runs: Sequence[Run], path: Path) -> None:
-    """A panel a loss, a curve a reference: mean over seeds with its 95 % interval, a mark a checkpoint."""
+    """A panel a loss, a thick curve a reference: mean over seeds with its 95 % interval; thin ones for each beta."""
     losses = list(dict.fromkeys(run.loss for run in runs))
     figure, axes = _figure(1, len(losses), (3.7 * len(losses) + 0.4, 4.0))
     betas = sorted({run.beta for run in runs})
     for ax, loss in zip(axes[0], losses, strict=True):
         for arm in ARMS:
             here = select(runs, loss=loss, arm=arm)
-            for run in here:
-                ax.scatter(run.column("kl")[1:], run.column("gold")[1:], s=11, alpha=0.35, linewidths=0,
-                           marker=MARKERS[betas.index(run.beta) % len(MARKERS)], color=ARM_COLOURS[arm])  # fmt: skip
+            for beta, marker in zip(betas, MARKERS, strict=False):
+                x, y = (np.mean([run.column(k) for run in select(here, beta=beta)], axis=0) for k in ("kl", "gold"))
+                ax.plot(np.maximum(x, 0), y, color=ARM_COLOURS[arm], linewidth=0.7, alpha=0.6, marker=marker,
+                        markersize=3.6, markeredgewidth=0)  # fmt: skip
             kl = np.linspace(0, reach(here), GRID)
             by_seed = np.array([curve(select(here, seed=seed), kl) for seed in seeds_of(here)])
             _band(ax, kl, by_seed, ARM_COLOURS[arm], f"{arm} reference")
         ax.set_title(NAMES.get(loss, loss), fontsize=11, color=INK)
-        ax.set_xlabel("KL to the initial policy, nats a completion", fontsize=9, color=INK)
+        ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+        ax.set_xticks([0, 0.5, 1, 2, 4, 8, 16, 32], ["0", "0.5", "1", "2", "4", "8", "16", "32"])
+        ax.set_xlim(0, 1.05 * max(reach(select(runs, loss=loss)), 1e-3))
+        ax.set_xlabel("KL to the initial policy, nats a completion (root scale)", fontsize=9, color=INK)
         _finish(ax)
     axes[0][0].set_ylabel("gold reward of fresh samples", fontsize=9, color=INK)
     for beta, marker in zip(betas, MARKERS, strict=False):
-        axes[0][0].scatter([], [], s=16, color=INK, marker=marker, alpha=0.5, linewidths=0, label=f"beta {beta:g}")
+        axes[0][0].plot([], [], color=INK, linewidth=0.7, marker=marker, markersize=4, label=f"beta {beta:g}")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     n = len(seeds_of(runs))
-    figure.suptitle(f"Gold reward against drift: mean over beta and {n} seeds, 95 % interval; marks: checkpoints",
+    figure.suptitle(f"Gold reward against drift, {n} seeds. Thick: mean over the betas that reach that KL, with its 95 % "
+                    "interval; thin: checkpoints of each beta",
                     fontsize=10, color=INK)  # fmt: skip
     _save(figure, path)
 
@@ -57,9 +62,9 @@ def plot_steps(runs: Sequence[Run], path: Path) -> None:
             for arm in ARMS:
                 here = select(runs, loss=loss, arm=arm)
                 steps = here[0].column("step")
-                by_seed = np.array([
-                    np.mean([run.column(key) for run in select(here, seed=seed)], axis=0) for seed in seeds_of(here)
-                ])
+                by_seed = np.array(
+                    [np.mean([run.column(key) for run in select(here, seed=seed)], axis=0) for seed in seeds_of(here)]
+                )
                 _band(ax, steps, by_seed, ARM_COLOURS[arm], f"{arm} reference")
             _finish(ax)
             if column == 0:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from bench.paper.curves import ARMS, Run, table, verdict
+from bench.paper.curves import ARMS, Run, compare, table, verdict
 from bench.paper.overopt_plots import plot_gold_against_kl, plot_steps
 from fasttr.checkpoint import list_checkpoints
 from fasttr.config import TrainConfig
@@ -150,8 +150,8 @@ def _data(settings: Settings, out: Path, sft: Path, seed: int) -> tuple[Path, Pa
             for side in (1, 2)
         ]
         rng = np.random.default_rng(own + 3)
-        rows = [label_pair(p, a, b, rng, settings.noise) for p, a, b in zip(asked, *sides, strict=True) if a and b and a != b]
-        write_jsonl(rows[:n], path)
+        pairs = [(p, a, b) for p, a, b in zip(asked, *sides, strict=True) if a and b and a != b]
+        write_jsonl([label_pair(*pair, rng, settings.noise) for pair in pairs[:n]], path)
     return paths[0], paths[1]
 
 
@@ -168,7 +168,8 @@ def _align(
             output_dir=str(folder), overwrite_output_dir=True, loss_type=loss, beta=beta, max_steps=settings.steps,
             train_batch_size=settings.batch, learning_rate=settings.learning_rate, warmup_steps=10,
             lr_scheduler_type="constant_with_warmup", eval_strategy="steps", eval_steps=every, eval_on_start=True,
-            save_strategy="steps", save_steps=every, logging_steps=every, seed=seed, **settings.reference(arm), **COMMON,
+            save_strategy="steps", save_steps=every, logging_steps=every, seed=seed, **settings.reference(arm),
+            **COMMON,
         ))  # fmt: skip
     measured = {line["step"]: line for line in read_metrics(folder) if "eval_loss" in line}
     asked = prompts(settings.samples, seed=500 + seed, held_out=True)
@@ -203,8 +204,12 @@ def _write_json(path: Path, content: Any) -> None:
 
 def write(settings: Settings, runs: list[Run], out: Path) -> None:
     """Tables, pictures and the verdict of the runs."""
+    compared = [
+        {"loss": loss, "arm": arm} | {k: v._asdict() for k, v in compare(runs, loss, arm)._asdict().items()}
+        for loss, arm in itertools.product(settings.losses, ARMS[1:])
+    ]
     _write_json(out / "results.json", {"settings": dataclasses.asdict(settings), "torch": torch.__version__,
-                                       "runs": [run._asdict() for run in runs]})  # fmt: skip
+                                       "compared": compared, "runs": [run._asdict() for run in runs]})  # fmt: skip
     (out / "table.md").write_text(table(runs) + "\n")
     (out / "verdict.md").write_text("\n".join(f"- {line}" for line in verdict(runs)) + "\n")
     plot_gold_against_kl(runs, out / "gold-against-kl.png")
@@ -213,7 +218,8 @@ def write(settings: Settings, runs: list[Run], out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     d = Settings()
-    parser = argparse.ArgumentParser(prog="python -m bench.paper.overoptimization", description=__doc__.split("\n\n")[0])
+    about = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m bench.paper.overoptimization", description=about)
     parser.add_argument("--out", type=Path, default=Path("runs/paper/overoptimization"))
     parser.add_argument("--quick", action="store_true", help="one beta, two seeds, half the steps: about 3 minutes")
     for field in dataclasses.fields(Settings):

@@ -1,4 +1,4 @@
-"""`python -m bench.paper.toy_mdp`: the TR paper's Figure 2 (arXiv:2404.09656) rebuilt with fasttr's own losses and reference.
+"""`python -m bench.paper.toy_mdp`: the TR paper's Figure 2 (arXiv:2404.09656) with fasttr's own losses and reference.
 
 DPO, IPO and KTO, each with a fixed, a soft and a hard reference, on a tree of actions (`bench.paper.mdp`), for two
 constructions of pairs: `early`, whose sides differ from the first action on, and `shared`, whose sides share all
@@ -137,20 +137,20 @@ def full_table(runs: dict[Key, dict[str, History]]) -> str:
     ]
     for (construction, name, beta), arms in runs.items():
         for arm, s in statistics(arms).items():
-            low, _, mid, _, high = s["ood_end_quantiles"]
-            less = ""
+            low, _, mid, _, high = (f"{q:.2f}" for q in s["ood_end_quantiles"])
+            less = " | "
             if arm != "fixed":
                 less = f"{Interval(**s['ood_end_less_fixed']).text(2)} | {s['seeds_lower_than_fixed']:.0%}"
             rows.append(
                 f"| {construction} | {NAMES.get(name, name)} | {beta:g} | {arm} | {s['ood_start']:.2f} > "
-                f"{s['ood_max']:.2f} > {s['ood_end']:.2f} | {s['ood_end_std']:.2f} | {low:.2f} / {mid:.2f} / {high:.2f} "
-                f"| {s['chosen_end']:.2f} | {s['rejected_end']:.2f} | {s['kl_end']:.2f} | {less or ' | '} |"
+                f"{s['ood_max']:.2f} > {s['ood_end']:.2f} | {s['ood_end_std']:.2f} | {low} / {mid} / {high} "
+                f"| {s['chosen_end']:.2f} | {s['rejected_end']:.2f} | {s['kl_end']:.2f} | {less} |"
             )
     return "\n".join(rows)
 
 
 def summary_table(runs: dict[Key, dict[str, History]]) -> str:
-    """A line a cell: final OOD mass of each arm, mean (median), and what the moving ones differ from the fixed one by."""
+    """A line a cell: final OOD mass of each arm, mean (median), and that of the moving ones less the fixed one's."""
     rows = [
         "| pairs | loss | beta | fixed | soft | hard | soft less fixed | hard less fixed |",
         "|---|---|---|---|---|---|---|---|",
@@ -169,7 +169,7 @@ def verdict(runs: dict[Key, dict[str, History]]) -> list[str]:
         for arm in ARMS[1:]:
             difference, lower = against_fixed(arms, arm)
             said = words(
-                difference, "does not hold, it raises the mass", "holds, it lowers the mass",
+                difference, "does not hold, it raises the mean mass", "holds, it lowers the mean mass",
                 "is not shown, zero lies within the interval",
             )  # fmt: skip
             lines.append(f"{construction}, {NAMES.get(name, name)}, beta {beta:g}, {arm}: the claim {said}; "

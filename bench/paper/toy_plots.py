@@ -35,8 +35,8 @@ def plot_figure(
             _finish(ax)
     axes[0][0].set_ylabel("probability", fontsize=9, color=INK)
     axes[1][0].set_ylabel("probability", fontsize=9, color=INK)
-    handles, labels = zip(*(pair for ax in (axes[0][0], axes[1][0]) for pair in zip(*ax.get_legend_handles_labels(),
-                                                                                    strict=True)), strict=True)  # fmt: skip
+    keys = [ax.get_legend_handles_labels() for ax in (axes[0][0], axes[1][0])]
+    handles, labels = keys[0][0] + keys[1][0], keys[0][1] + keys[1][1]
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     figure.suptitle(f"{title}\nline, band: mean, std; dashes: median; dots: 10 and 90 %", fontsize=10, color=INK)
     _save(figure, path)
