@@ -67,7 +67,7 @@ class Turns:
 def run_fasttr(spec: dict[str, Any], turns: Turns) -> dict[str, Any]:
     """`fasttr.train` with the turns around its step, its sweep of the reference and its move."""
     import fasttr.reference
-    import fasttr.run
+    import fasttr.start
     import fasttr.trainer
     from fasttr import TrainConfig, train
 
@@ -75,7 +75,7 @@ def run_fasttr(spec: dict[str, Any], turns: Turns) -> dict[str, Any]:
         import datasets  # noqa: F401  # its import is no tokenising
 
     tokenise: list[float] = []
-    load, step, sweep = fasttr.run._load, fasttr.trainer._step, fasttr.trainer.score_window
+    load, step, sweep = fasttr.start.load_rows, fasttr.trainer._step, fasttr.trainer.score_window
     move = fasttr.reference.MovingReference.move
 
     def timed_load(*args, **kwargs):
@@ -104,7 +104,7 @@ def run_fasttr(spec: dict[str, Any], turns: Turns) -> dict[str, Any]:
         with turns.part("move"):
             move(self)
 
-    fasttr.run._load, fasttr.trainer._step = timed_load, timed_step
+    fasttr.start.load_rows, fasttr.trainer._step = timed_load, timed_step
     fasttr.trainer.score_window, fasttr.reference.MovingReference.move = timed_sweep, timed_move
     out = Path(spec["out"])
     config = TrainConfig(

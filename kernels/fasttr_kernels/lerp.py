@@ -29,17 +29,17 @@ class Item(NamedTuple):
     remainder: Tensor | None  # (n,) int16
 
 
-def _mix(reference: Tensor, policy: Tensor, alpha: float) -> Tensor:
-    """The lerp in the dtype of its arguments, from the nearer end: exact at alpha 0 and 1.
+def _mix(reference: Tensor, policy: Tensor, alpha: float, step: Tensor | None = None, out: Tensor | None = None):
+    """The lerp in the dtype of its arguments, from the nearer end: exact at alpha 0 and 1. `step` is scratch memory.
 
     Multiplied, then added: `torch.lerp` fuses the two in its vector loop alone, so its bits depend on where blocks end.
     """
     if alpha == 1:
         return policy
-    step = policy - reference
+    step = torch.sub(policy, reference, out=step)
     if alpha < 0.5:
-        return step.mul_(alpha).add_(reference)
-    return policy - step.mul_(1 - alpha)
+        return torch.add(step.mul_(alpha), reference, out=out)
+    return torch.sub(policy, step.mul_(1 - alpha), out=out)
 
 
 def join_halves(high: Tensor, low: Tensor) -> Tensor:
@@ -69,6 +69,9 @@ def _lerp_torch(items: list[Item], alpha: float, stochastic: bool, seed: int) ->
         if stochastic and device not in generators:
             generators[device] = torch.Generator(device).manual_seed(seed)
         wide = torch.float64 if torch.float64 in (reference.dtype, policy.dtype) else torch.float32
+        # Fresh memory for every block costs more than the arithmetic: the pages are faulted in anew.
+        in_place = remainder is None and reference.dtype == wide
+        scratch = torch.empty(min(BLOCK, reference.numel()), dtype=wide, device=device) if in_place else None
         for start in range(0, reference.numel(), BLOCK):
             here = slice(start, start + BLOCK)
             ref, pol = reference[here], policy[here].to(device, wide)
@@ -81,6 +84,8 @@ def _lerp_torch(items: list[Item], alpha: float, stochastic: bool, seed: int) ->
                 ref.copy_(_round_stochastic(_mix(ref.to(wide), pol, alpha).float(), generators[device]))
             elif alpha == 1:
                 ref.copy_(policy[here])
+            elif scratch is not None:
+                _mix(ref, pol, alpha, scratch[: ref.numel()], out=ref)
             else:
                 ref.copy_(_mix(ref.to(wide), pol, alpha))
 
