@@ -20,6 +20,9 @@ train: setup
 test: setup
 	$(PY) -m pytest
 
+bench: setup
+	$(PY) -m bench all --budget 4m --out runs/bench
+
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy

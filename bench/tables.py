@@ -1,6 +1,6 @@
 """Tables for people from the JSON of runs, and the README that cites them.
 
-    python -m bench tables                   # write the tables of bench/README.md from bench/results
+    python -m bench tables                   # write the tables of both READMEs from bench/results
     python -m bench tables --keep runs/bench # first keep the results of a run there
 
 A table stands between `<!-- bench:NAME -->` and `<!-- /bench -->`; bench/results/DEVICE/ holds what it shows.
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-RESULTS, README = HERE / "results", HERE / "README.md"
+RESULTS, PAGES = HERE / "results", (HERE / "README.md", HERE.parent / "README.md")
 NAMES = ("peers", "head", "lerp", "step", "overhead")
 NOT_MEASURED = "not measured on a GPU yet"
 _MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
@@ -32,11 +32,12 @@ def main(args: argparse.Namespace) -> None:
     if args.keep:
         for path in keep(args.keep):
             print(f"kept {path.relative_to(HERE)}")
-    text = README.read_text()
-    new = regenerate(text, RESULTS)
-    if args.check and new != text:
-        raise SystemExit("the tables of bench/README.md differ from bench/results: run python -m bench tables")
-    README.write_text(new)
+    for page in PAGES:
+        text = page.read_text()
+        new = regenerate(text, RESULTS)
+        if args.check and new != text:
+            raise SystemExit(f"the tables of {page} differ from bench/results: run python -m bench tables")
+        page.write_text(new)
 
 
 def keep(run: Path) -> list[Path]:
@@ -68,6 +69,8 @@ def regenerate(text: str, results: Path) -> str:
 
 def tables_of(name: str, results: Path) -> str:
     """All results of one benchmark, device by device, each with its caption."""
+    if name == "headline":
+        return headline_table(results)
     if name not in NAMES:
         raise ValueError(f"bench:{name}: wanted one of {', '.join(NAMES)}")
     parts, on_gpu = [], False
@@ -130,6 +133,20 @@ def peers_table(result: dict[str, Any], detail: dict[str, Any]) -> str:
     title = (f"{Path(detail['data']).parent.name or detail['data']}: {detail['pairs']} pairs, {detail['steps']} steps "
              f"of {detail['pairs_per_step']}")  # fmt: skip
     return title + "\n\n" + markdown(columns, rows + _reasons(detail, len(columns)))
+
+
+def headline_table(results: Path) -> str:
+    """The few figures of peers that stand on the first page: every data set, speed and memory."""
+    rows = []
+    for path in sorted(results.glob("*/**/peers.json")):
+        providers = json.loads(path.read_text())["providers"]
+        detail = json.loads(path.with_name("peers_detail.json").read_text())
+        data = Path(detail["data"]).parent.name or detail["data"]
+        for name, p in providers.items():
+            ratio = p["pairs_per_second"] / providers["trl-default"]["pairs_per_second"]
+            rows.append([data, str(detail["pairs_per_step"]), name, f"{p['pairs_per_second']:.2f}", f"{ratio:.2f}x",
+                         f"{p['peak_bytes'] / 2**30:.2f}"])  # fmt: skip
+    return markdown(["data", "pairs a step", "trainer", "pairs/s", "over trl-default", "peak GiB"], rows)
 
 
 def head_table(case: dict[str, Any]) -> str:

@@ -129,9 +129,10 @@ def test_all_within_a_small_budget_leaves_partial_results(tmp_path):
     assert json.loads((tmp_path / "environment.json").read_text())["versions"]["torch"]
 
 
-def test_the_tables_of_the_readme_are_those_of_the_results():
-    text = tables.README.read_text()
-    assert [m[1] for m in tables._MARKED.findall(text)] == list(tables.NAMES)
+@pytest.mark.parametrize(("page", "names"), zip(tables.PAGES, (list(tables.NAMES), ["headline"]), strict=True))
+def test_the_tables_of_the_readmes_are_those_of_the_results(page, names):
+    text = page.read_text()
+    assert [m[1] for m in tables._MARKED.findall(text)] == names
     assert tables.regenerate(text, tables.RESULTS) == text, "run python -m bench tables"
 
 
