@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import TYPE_CHECKING
 
 from fasttr.errors import FasttrError
@@ -16,12 +17,33 @@ if TYPE_CHECKING:
 _INTERVAL = "a whole number from 1, or a share of all steps above 0 and below 1"
 
 
+PATHS = ("output_dir", "resume_from_checkpoint", "model_name_or_path", "ref_model_name_or_path", "dataset_name",
+         "eval_dataset_name")  # fmt: skip
+
+
+def _check_paths(c: TrainConfig) -> None:
+    """Every name that may be a path is one that the system can look up, whether it is there or not."""
+    for key in PATHS:
+        value = getattr(c, key)
+        if not isinstance(value, str):
+            continue
+        try:
+            os.stat(value)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            shown = value if len(value) < 60 else value[:60] + "..."
+            raise FasttrError(f"{key}: got {shown!r}, which cannot be a path here: {reason}") from error
+
+
 def _interval(value: float) -> bool:
     return 0 < value < 1 or (value >= 1 and float(value).is_integer())
 
 
 def check(c: TrainConfig) -> None:
     """Every value in its range, and no setting that contradicts another."""
+    _check_paths(c)
     _check_data(c)
     tracker_names(c.report_to)
     ranges: list[tuple[str, bool, str]] = [

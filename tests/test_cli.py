@@ -100,6 +100,7 @@ def test_yaml_spellings_that_trl_takes(tmp_path):
         (["--lr_scheduler_type", "reduce_lr_on_plateau"], "lr_scheduler_type"),
         (["--dtype", "float16"], "dtype: got 'float16'; wanted float32"),
         (["--report_to", "carrier_pigeon"], "report_to"),
+        (["--output_dir", "a" * 300], "output_dir: got 'a+...', which cannot be a path here: File name too long"),
         (["--config", "/nowhere.yaml"], "config: cannot read '/nowhere.yaml'"),
     ],
 )

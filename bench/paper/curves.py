@@ -5,6 +5,7 @@ The seed is the unit: whatever is compared is first reduced to one number a seed
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -130,11 +131,12 @@ def describe(c: Comparison) -> list[str]:
     """What the intervals say of one loss and one moving reference, the paper's claim last."""
     gold = ("higher", "lower", "not shown to differ")
     falls = ("loses gold", "gains gold", "is not shown to lose gold")
+    length = ("longer", "shorter", "not shown to differ in length")
     return [
         f"at equal KL its gold reward is {words(c.equal_kl, *gold)}; in the upper half of the KL that both reach it is "
         f"{words(c.high_kl, *gold)}; within the same beta it is {words(c.same_beta, *gold)}",
-        f"after the same steps its KL is {words(c.kl_at_end, *gold)}, its gold reward is {words(c.gold_at_end, *gold)}, "
-        f"its samples are {words(c.length_at_end, 'longer', 'shorter', 'not shown to differ in length')}",
+        f"after the same steps its KL is {words(c.kl_at_end, *gold)}, its gold reward is "
+        f"{words(c.gold_at_end, *gold)}, its samples are {words(c.length_at_end, *length)}",
         f"at the best beta and checkpoint its gold reward is {words(c.best_gold, *gold)}",
         f"from its best checkpoint to its end it {words(c.fall_moving, *falls)}, the fixed one "
         f"{words(c.fall_fixed, *falls)}; the loss is {words(c.fall, 'larger', 'smaller', 'not shown to differ')}",
@@ -183,7 +185,8 @@ def table(runs: Sequence[Run]) -> str:
         "| loss | beta | reference | best gold (step) | gold at the end | KL | length | chosen | rejected | accuracy |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for loss, beta, arm in dict.fromkeys((run.loss, run.beta, run.arm) for run in runs):
+    losses, betas = dict.fromkeys(run.loss for run in runs), sorted({run.beta for run in runs})
+    for loss, beta, arm in itertools.product(losses, betas, ARMS):
         here = select(runs, loss=loss, beta=beta, arm=arm)
         path = _mean_path(here, beta)
         best = int(path.argmax())
@@ -197,11 +200,4 @@ def table(runs: Sequence[Run]) -> str:
             f"| {end('gold', 3, True)} | {end('kl', 1, True)} | {end('length', 1)} | {end('logratio_chosen', 2)} "
             f"| {end('logratio_rejected', 2)} | {end('accuracy', 3)} |"
         )
-    return "\n".join([*rows[:2], *sorted(rows[2:], key=_table_order)])
-
-
-def _table_order(row: str) -> tuple[int, float]:
-    """Losses together, as they were given in NAMES, betas rising; sorting keeps the order of the references."""
-    _, loss, beta, *_ = (cell.strip() for cell in row.split("|"))
-    known = list(NAMES.values())
-    return (known.index(loss) if loss in known else len(known), float(beta))
+    return "\n".join(rows)

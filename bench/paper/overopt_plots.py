@@ -46,9 +46,10 @@ def plot_gold_against_kl(runs: Sequence[Run], path: Path) -> None:
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     n = len(seeds_of(runs))
-    figure.suptitle(f"Gold reward against drift, {n} seeds. Thick: mean over the betas that reach that KL, with its 95 % "
-                    "interval; thin: checkpoints of each beta",
-                    fontsize=10, color=INK)  # fmt: skip
+    title = (
+        f"Gold reward against drift, {n} seeds. Thick: mean over the betas that reach that KL, with its 95 % interval"
+    )
+    figure.suptitle(f"{title}; thin: checkpoints of each beta", fontsize=10, color=INK)
     _save(figure, path)
 
 
