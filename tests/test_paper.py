@@ -157,6 +157,10 @@ def test_toy_command_writes_tables_pictures_and_what_is_not_known(tmp_path, caps
     assert {"early-sigmoid-beta0.5.png", "finals-shared.png", "table.md"} <= {p.name for p in tmp_path.iterdir()}
     with pytest.raises(SystemExit):
         toy_mdp.main(["--losses", "simpo", "--out", str(tmp_path)])
+    assert "have no reference to move" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        toy_mdp.main(["--depth", "1", "--pairs", "2", "--seeds", "1", "--out", str(tmp_path)])
+    assert "no room" in capsys.readouterr().err
 
 
 # -- intervals and words
@@ -199,7 +203,7 @@ def test_verdict_where_it_does_not():
     assert "a moving reference gives more gold: nowhere shown" in same
     worse = curves.verdict(made_up((0.5, 0.6, 0.62, 0.63), (0.5, 0.5, 0.3, 0.0)))
     soft = next(line for line in worse if line.startswith("DPO, soft: **"))
-    assert "nothing to mend" in soft
+    assert "the fixed reference is not shown to fall" in soft
     assert "worse" in soft
     assert any(line.startswith("a moving reference gives less gold: DPO soft at equal KL") for line in worse)
     assert curves.verdict(made_up((0.5, 0.1), (0.5, 0.6), (0, 1), (0, 1), seeds=1)) == [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,10 +45,8 @@ def plot_gold_against_kl(runs: Sequence[Run], path: Path) -> None:
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     n = len(seeds_of(runs))
-    title = (
-        f"Gold reward against drift, {n} seeds. Thick: mean over the betas that reach that KL, with its 95 % interval"
-    )
-    figure.suptitle(f"{title}; thin: checkpoints of each beta", fontsize=10, color=INK)
+    title = f"Gold reward against drift, {n} seeds. Thick: mean as far as every seed reaches, and its 95 % interval"
+    figure.suptitle(f"{title}; thin: each beta over its checkpoints", fontsize=10, color=INK)
     _save(figure, path)
 
 
@@ -78,9 +75,8 @@ def plot_steps(runs: Sequence[Run], path: Path) -> None:
 
 
 def _band(ax: Any, x: np.ndarray, by_seed: np.ndarray, colour: str, label: str) -> None:
-    """Mean over the seeds that are there; a band where there are at least two."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a column of NaN: no seed got so far
-        found = [interval(column) for column in by_seed.T]
-    ax.plot(x, [f.mean for f in found], color=colour, linewidth=1.9, label=label)
-    ax.fill_between(x, [f.low for f in found], [f.high for f in found], color=colour, alpha=0.15, linewidth=0)
+    """Mean and interval where every seed has a value: beyond, the seeds that are left would bend the mean."""
+    there = ~np.isnan(by_seed).any(axis=0)
+    found = [interval(column) for column in by_seed.T[there]]
+    ax.plot(x[there], [f.mean for f in found], color=colour, linewidth=1.9, label=label)
+    ax.fill_between(x[there], [f.low for f in found], [f.high for f in found], color=colour, alpha=0.15, linewidth=0)

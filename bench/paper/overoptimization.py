@@ -31,6 +31,7 @@ from bench.paper.curves import ARMS, Run, compare, table, verdict
 from bench.paper.overopt_plots import plot_gold_against_kl, plot_steps
 from fasttr.checkpoint import list_checkpoints
 from fasttr.config import TrainConfig
+from fasttr.errors import FasttrError
 from fasttr.generated import NOISE, label_pair, prompts, sft_rows, write_jsonl
 from fasttr.model import load_model, load_tokenizer
 from fasttr.plots import read_metrics
@@ -51,7 +52,7 @@ class Settings:
 
     losses: tuple[str, ...] = ("sigmoid", "ipo_sum", "kto_paired")
     beta: tuple[float, ...] = (0.1, 0.3, 1.0)
-    seeds: int = 3
+    seeds: int = 5
     steps: int = 120
     checkpoint_every: int = 20
     pairs: int = 1500
@@ -232,7 +233,10 @@ def main(argv: list[str] | None = None) -> None:
     settings = dataclasses.replace(QUICK if quick else d, **given)
     out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    runs = study(settings, out)
+    try:
+        runs = study(settings, out)
+    except FasttrError as error:
+        parser.error(str(error))
     write(settings, runs, out)
     print((out / "table.md").read_text())
     print((out / "verdict.md").read_text())

@@ -231,7 +231,10 @@ def main(argv: list[str] | None = None) -> None:
     if wrong := [name for name in settings.losses if not LOSSES[name].needs_reference]:
         parser.error(f"--losses: got {', '.join(wrong)}, which have no reference to move")
     began = time.perf_counter()
-    runs = study(settings)
+    try:
+        runs = study(settings)
+    except ValueError as error:  # of a loss's settings, or of pairs that the tree has no room for
+        parser.error(str(error))
     seconds = time.perf_counter() - began
     write(settings, runs, out, seconds)
     print((out / "summary.md").read_text())
