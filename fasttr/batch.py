@@ -15,6 +15,11 @@ import torch
 from torch import Tensor
 
 
+def _move(x: Tensor, device: torch.device) -> Tensor:
+    """To the device without waiting for it: a copy from pageable memory would be staged."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
+
+
 class Tree(NamedTuple):
     """One tokenised row: a prompt and its completions."""
 
@@ -50,8 +55,8 @@ class RowGather(NamedTuple):
     def to(self, device: torch.device) -> RowGather:
         if self.sources is None:
             return self
-        levels = tuple((a.to(device, non_blocking=True), b.to(device, non_blocking=True)) for a, b in self.levels)
-        return RowGather(self.sources.to(device, non_blocking=True), levels)
+        levels = tuple((_move(a, device), _move(b, device)) for a, b in self.levels)
+        return RowGather(_move(self.sources, device), levels)
 
 
 class AttentionLayout(NamedTuple):
@@ -66,8 +71,8 @@ class AttentionLayout(NamedTuple):
 
     def to(self, device: torch.device) -> AttentionLayout:
         return self._replace(
-            cu_q=self.cu_q.to(device, non_blocking=True),
-            cu_k=self.cu_k.to(device, non_blocking=True),
+            cu_q=_move(self.cu_q, device),
+            cu_k=_move(self.cu_k, device),
             keys=self.keys.to(device),
         )
 
@@ -93,12 +98,12 @@ class PackedBatch(NamedTuple):
     def to(self, device: torch.device) -> PackedBatch:
         """Move what the model reads; the offsets stay on the host."""
         return self._replace(
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
+            input_ids=_move(self.input_ids, device),
+            position_ids=_move(self.position_ids, device),
             attention=self.attention.to(device),
             scored=self.scored.to(device),
-            target=self.target.to(device, non_blocking=True),
-            token_counts=self.token_counts.to(device, non_blocking=True),
-            weights=self.weights.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
+            target=_move(self.target, device),
+            token_counts=_move(self.token_counts, device),
+            weights=_move(self.weights, device),
+            labels=_move(self.labels, device),
         )

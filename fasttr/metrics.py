@@ -66,7 +66,7 @@ def pack_sums(scores: Scores, ref_logp: Tensor | None, batch: PackedBatch, loss:
             rejected_N[1::m] = 1
     rows = len(batch.rows)
     sums = {
-        "loss": scores.loss.detach(), "rows": logp.new_tensor(float(rows)), "chosen_rows": chosen_N.sum(),
+        "loss": scores.loss.detach(), "rows": logp.new_full((), rows), "chosen_rows": chosen_N.sum(),
         "rejected_rows": rejected_N.sum(), "chosen": logp @ chosen_N, "rejected": logp @ rejected_N,
     }  # fmt: skip
     # Without a reference, rewards are those of SimPO and ORPO: beta times the mean log-prob of a token.
@@ -76,7 +76,7 @@ def pack_sums(scores: Scores, ref_logp: Tensor | None, batch: PackedBatch, loss:
     if m > 1 and not loss.unpaired:
         sums["wins"] = (reward[0::m] > reward[1::m]).sum()
     if m > 1 and loss.unpaired and ref_logp is not None:
-        sums["groups"] = logp.new_tensor(float(len(batch.cu_rows) - 1))
+        sums["groups"] = logp.new_full((), len(batch.cu_rows) - 1)
         sums["kl"] = torch.stack([part.mean().clamp(min=0) for part in reward[1::m].split(_diff(batch.cu_rows))]).sum()
     if scores.entropy is not None and scores.correct is not None and scores.logit_mean is not None:
         lengths = batch.cu_completions.diff().to(logp.device, non_blocking=True)

@@ -103,11 +103,17 @@ def score_packs(
 
     `after` is called after every pack (progress, a partial save, a stop asked for by a signal).
     """
+    pending: tuple[tuple[int, ...], Tensor] | None = None
     for batch in packs:
         if table.missing(batch.rows):
-            table.put(batch.rows, model.score(batch))
+            logp = model.score(batch)
+            if pending is not None:
+                table.put(*pending)  # one pack late: reading the newest would leave the device idle
+            pending = batch.rows, logp
         if after is not None:
             after(batch)
+    if pending is not None:
+        table.put(*pending)
 
 
 class MovingReference:

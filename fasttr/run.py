@@ -108,7 +108,8 @@ class Run:
         """The loss of one pack, which is on the device, as the head calls it."""
         mean: Tensor | float = 1.0
         if self.reads_sft:
-            mean = torch.tensor([chosen_tokens_means[row] for row in batch.rows], device=batch.weights.device)
+            mean = torch.tensor([chosen_tokens_means[row] for row in batch.rows])
+            mean = mean.to(batch.weights.device, non_blocking=True)
         return group_loss(
             self.loss, batch.token_counts, batch.weights, cu_rows=list(batch.cu_rows), labels=batch.labels,
             chosen_tokens_mean=mean,

@@ -119,7 +119,7 @@ class Grads:
 
 def segment_sum(value_T: Tensor, cu: list[int]) -> Tensor:
     """Sums of runs of rows, added up in fp64 in a fixed order and rounded once."""
-    offsets = torch.tensor(cu, device=value_T.device)
+    offsets = torch.tensor(cu).to(value_T.device, non_blocking=True)  # a blocking copy waits for all kernels
     return torch.segment_reduce(value_T.double(), "sum", offsets=offsets, initial=0.0).to(value_T.dtype)
 
 
@@ -165,7 +165,7 @@ def run(
         out.loss.add_(loss)
         if weight_n is None or not chunk.pieces:
             continue
-        lengths = torch.tensor(cu, device=device).diff()
+        lengths = torch.tensor(cu).diff().to(device, non_blocking=True)
         weight_C = torch.repeat_interleave(weight_n, lengths, output_size=cu[-1])
         for piece, scores in zip(chunk.pieces, scored, strict=True):
             if len(scored) > 1:
