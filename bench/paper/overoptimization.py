@@ -122,9 +122,9 @@ def _sft(settings: Settings, out: Path) -> Path:
     making = out / "sft-making"
     shutil.rmtree(making, ignore_errors=True)
     write_jsonl(sft_rows(settings.sft_pairs, seed=0), making / "sft.jsonl")
-    init_model("llama", hidden_size=settings.width, num_layers=2, num_heads=4, vocab_size=260,
-               tokenizer_data=making / "sft.jsonl", output_dir=making / "untrained", seed=0)  # fmt: skip
     with _quiet(out / "sft.log"):
+        init_model("llama", hidden_size=settings.width, num_layers=2, num_heads=4, vocab_size=260,
+                   tokenizer_data=making / "sft.jsonl", output_dir=making / "untrained", seed=0)  # fmt: skip
         train(TrainConfig(
             model_name_or_path=str(making / "untrained"), dataset_name=str(making / "sft.jsonl"), loss_type="sft",
             output_dir=str(making / "trained"), max_steps=settings.sft_steps, train_batch_size=64, learning_rate=3e-3,
@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     about = __doc__.split("\n\n")[0]
     parser = argparse.ArgumentParser(prog="python -m bench.paper.overoptimization", description=about)
     parser.add_argument("--out", type=Path, default=Path("runs/paper/overoptimization"))
-    parser.add_argument("--quick", action="store_true", help="one beta, two seeds, half the steps: about 3 minutes")
+    parser.add_argument("--quick", action="store_true", help="one beta, two seeds, half the steps: 2 to 3 minutes")
     for field in dataclasses.fields(Settings):
         value = getattr(d, field.name)
         several: dict[str, Any] = {"nargs": "+", "type": type(value[0])} if isinstance(value, tuple) else {}
