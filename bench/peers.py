@@ -1,6 +1,6 @@
 """fasttr and its peers on the same pairs, in the same order, with the same model: pairs per second, memory, losses.
 
-    python -m bench peers --data ../shared/data/hh-rlhf/train.jsonl.gz --steps 8 --out runs/peers
+    python -m bench peers --data train.jsonl.gz --steps 8 --out runs/peers
 
 Every provider runs through its own public trainer in its own process; they take turns, one optimizer step each. The
 losses of every step must agree, at a learning rate that moves them; a provider whose losses do not prints no number.
