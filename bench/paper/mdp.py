@@ -12,6 +12,7 @@ Legend: S seeds, N nodes of a level, A actions, H hidden, L leaves, P pairs, n c
 
 from __future__ import annotations
 
+import abc
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Tree:
         return leaf // self.actions ** (self.depth - length)
 
 
-class TreePolicy(nn.Module):
+class TreePolicy(nn.Module, abc.ABC):
     """What both networks share: `leaf_logps`, and the device that a `MovingReference` asks for."""
 
     def __init__(self, tree: Tree):
@@ -55,9 +56,9 @@ class TreePolicy(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    @abc.abstractmethod
     def levels(self) -> list[Tensor]:
         """(S, N, A) logits of the states of each level."""
-        raise NotImplementedError
 
     def leaf_logps(self) -> Tensor:  # (S, L)
         logp = None
