@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasttr.attention import gather_rows
 from fasttr.batch import PackedBatch, Tree
-from fasttr.logps import PackedModel
-from fasttr.packing import first_fit_decreasing, pack
+from fasttr.models.attention import gather_rows
+from fasttr.models.packed import PackedModel
+from fasttr.packing.layout import first_fit_decreasing, pack
 
 Score = Callable[[Any], Tensor]
 

@@ -58,9 +58,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 def own_time(args: argparse.Namespace) -> dict[str, Any]:
     """`fasttr.train` on a model so small that compute is negligible."""
-    import fasttr.trainer
+    import fasttr.training.loop
     from fasttr import TrainConfig, train
-    from fasttr.logps import PackedModel
+    from fasttr.models.packed import PackedModel
 
     data = generated_file(args.out / "generated.jsonl", args.pairs * args.steps)
     folder = model_folder(args.out, "tiny", data)
@@ -79,7 +79,7 @@ def own_time(args: argparse.Namespace) -> dict[str, Any]:
 
         return call
 
-    step = fasttr.trainer._step
+    step = fasttr.training.loop._step
 
     def timed_step(*a: Any) -> Any:
         out = step(*a)
@@ -92,7 +92,7 @@ def own_time(args: argparse.Namespace) -> dict[str, Any]:
         (torch.optim.AdamW, "step", timed(torch.optim.AdamW.step)),
         (torch.nn.utils, "get_total_norm", timed(torch.nn.utils.get_total_norm)),
         (torch.nn.utils, "clip_grads_with_norm_", timed(torch.nn.utils.clip_grads_with_norm_)),
-        (fasttr.trainer, "_step", timed_step),
+        (fasttr.training.loop, "_step", timed_step),
     ]  # fmt: skip
     before = [getattr(owner, name) for owner, name, _ in patches]
     for owner, name, new in patches:
@@ -149,9 +149,9 @@ def _encode_apart(args: argparse.Namespace, rows: int, cache: str) -> dict[str, 
 def _encode(args: argparse.Namespace) -> dict[str, float]:
     import datasets  # noqa: F401  # its own memory is not the rows'
 
-    from fasttr.data import DataConfig, load_trees
-    from fasttr.model import load_tokenizer
-    from fasttr.plan import Plan
+    from fasttr.data.load import DataConfig, load_trees
+    from fasttr.models.load import load_tokenizer
+    from fasttr.packing.plan import Plan
 
     data = args.out / f"rows-{args.rows}.jsonl"
     tokenizer = load_tokenizer(str(model_folder(args.out, "tiny", data)))

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fasttr.batch import Tree
-from fasttr.rows import Skipped, find_format, read_batch
-from fasttr.tokens import Encoded, cut, encode
+from fasttr.data.formats import Skipped, find_format, read_batch
+from fasttr.data.tokens import Encoded, cut, encode
 
 BLOCK = 256  # rows tokenised together
 
@@ -60,7 +60,7 @@ def model_folder(out: Path, size: str, tokenizer_data: Path) -> Path:
     """A folder with a random model of that size and a tokenizer trained on the data, made unless it is there."""
     folder = out / f"model-{size}"
     if not folder.is_dir():
-        from fasttr.scratch import init_model
+        from fasttr.models.scratch import init_model
 
         init_model("llama", tokenizer_data=tokenizer_data, output_dir=folder, **MODELS[size])
     return folder
@@ -68,7 +68,7 @@ def model_folder(out: Path, size: str, tokenizer_data: Path) -> Path:
 
 def generated_file(path: Path, rows: int) -> Path:
     """Pairs made by a formula, for machines without data."""
-    from fasttr.generated import preference_rows, write_jsonl
+    from fasttr.toy.task import preference_rows, write_jsonl
 
     if not path.is_file():
         write_jsonl(preference_rows(rows, seed=0), path)
@@ -82,7 +82,7 @@ def read_file(name: str) -> Iterator[dict[str, Any]]:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
             yield from (json.loads(line) for line in lines if line.strip())
         return
-    from fasttr.sources import read_rows
+    from fasttr.data.sources import read_rows
 
     yield from read_rows(name)
 

@@ -66,17 +66,17 @@ class Turns:
 
 def run_fasttr(spec: dict[str, Any], turns: Turns) -> dict[str, Any]:
     """`fasttr.train` with the turns around its step, its sweep of the reference and its move."""
-    import fasttr.reference
-    import fasttr.start
-    import fasttr.trainer
+    import fasttr.reference.moving
+    import fasttr.training.loop
+    import fasttr.training.setup
     from fasttr import TrainConfig, train
 
     if importlib.util.find_spec("datasets"):
         import datasets  # noqa: F401  # its import is no tokenising
 
     tokenise: list[float] = []
-    load, step, sweep = fasttr.start.load_rows, fasttr.trainer._step, fasttr.trainer.score_window
-    move = fasttr.reference.MovingReference.move
+    load, step, sweep = fasttr.training.setup.load_rows, fasttr.training.loop._step, fasttr.training.loop.score_window
+    move = fasttr.reference.moving.MovingReference.move
 
     def timed_load(*args, **kwargs):
         began = time.perf_counter()
@@ -104,8 +104,8 @@ def run_fasttr(spec: dict[str, Any], turns: Turns) -> dict[str, Any]:
         with turns.part("move"):
             move(self)
 
-    fasttr.start.load_rows, fasttr.trainer._step = timed_load, timed_step
-    fasttr.trainer.score_window, fasttr.reference.MovingReference.move = timed_sweep, timed_move
+    fasttr.training.setup.load_rows, fasttr.training.loop._step = timed_load, timed_step
+    fasttr.training.loop.score_window, fasttr.reference.moving.MovingReference.move = timed_sweep, timed_move
     out = Path(spec["out"])
     config = TrainConfig(
         model_name_or_path=spec["model"], dataset_name=spec["data"], output_dir=str(out), overwrite_output_dir=True,
@@ -124,7 +124,7 @@ def _trees_in_memory(spec: dict[str, Any]) -> Any:
     from types import SimpleNamespace
 
     from bench.pairs import ListTrees, read_file, survivors
-    from fasttr.model import load_tokenizer
+    from fasttr.models.load import load_tokenizer
 
     found = survivors(read_file(spec["data"]), load_tokenizer(spec["model"]), spec["max_length"], 1 << 60)
     trees = ListTrees(found.trees)

@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 def _prepare(args: argparse.Namespace, out: Path) -> tuple[str, Rows, str]:
     """The model's folder and a file of the surviving pairs that the run uses."""
-    from fasttr.model import load_tokenizer
+    from fasttr.models.load import load_tokenizer
 
     wanted = args.steps * args.batch
     source = Path(args.data) if args.data else generated_file(out / "generated.jsonl", wanted + 64)

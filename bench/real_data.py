@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fasttr import TrainConfig, train
-from fasttr.plots import read_metrics
-from fasttr.scratch import init_model
+from fasttr.metrics.plots import read_metrics
+from fasttr.models.scratch import init_model
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "none": {"ref_update": "none"},

@@ -24,7 +24,7 @@ from bench.pairs import MODELS, model_folder
 from bench.timing import header, interleaved, process_peak_bytes
 from fasttr.batch import Tree
 from fasttr.losses import Sigmoid, group_loss
-from fasttr.optim import adamw
+from fasttr.optim.adamw import adamw
 
 BETA, LONGEST = 0.1, 1024
 
@@ -100,7 +100,7 @@ class Trainer:
     def __init__(self, folder: str, trees: list[Tree], args: argparse.Namespace, device: torch.device):
         from transformers import AutoModelForCausalLM
 
-        from fasttr.model import load_model
+        from fasttr.models.load import load_model
 
         self.trees, self.args, self.device, self.bf16 = trees, args, device, device.type == "cuda"
         load = lambda **more: load_model(folder, device=device, bf16=self.bf16, **more)  # noqa: E731
@@ -242,7 +242,7 @@ def case(lengths: str, folder: str, args: argparse.Namespace, device: torch.devi
 
 def _mfu(trainer: Trainer, seconds: float) -> dict[str, float]:
     """Useful operations of the packed step over the peak: the same numerator for every line, so that it compares."""
-    from fasttr.perf import Speed
+    from fasttr.metrics.throughput import Speed
 
     speed = Speed(trainer.policy.model, trainer.device)
     for batch, rows in baselines.packed_shared(trainer.trees, trainer.args.max_tokens_per_batch):

@@ -131,7 +131,7 @@ def process_peak_bytes(device: torch.device) -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    from fasttr.perf import peak_bytes
+    from fasttr.metrics.throughput import peak_bytes
 
     return peak_bytes(device)
 

@@ -41,7 +41,7 @@ def workspace(tmp_path_factory) -> Path:
     """A folder with a tiny model, a perturbed copy of it (`reference`), and files of pairs."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fasttr.scratch import init_model
+    from fasttr.models.scratch import init_model
     from tests.tiny import perturb
 
     folder = tmp_path_factory.mktemp("workspace")

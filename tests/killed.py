@@ -11,16 +11,16 @@ from typing import Any
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  # what every run would import first
 
-import fasttr.checkpoint
-import fasttr.logps
-import fasttr.scoring
-import fasttr.trainer
+import fasttr.checkpoint.folder
+import fasttr.models.packed
+import fasttr.training.loop
+import fasttr.training.window
 from fasttr import TrainConfig, train
 
 OWNERS = {
-    "step": (fasttr.trainer, "_step"),
-    "score": (fasttr.logps.PackedModel, "score"),
-    "save": (fasttr.checkpoint, "save_model"),
+    "step": (fasttr.training.loop, "_step"),
+    "score": (fasttr.models.packed.PackedModel, "score"),
+    "save": (fasttr.checkpoint.folder, "save_model"),
     "rename": (os, "rename"),
 }
 
@@ -50,6 +50,6 @@ def signalled_run(
         os.dup2(file.fileno(), 2)
     sys.stdout = open(1, "w", buffering=1)  # noqa: SIM115  # lives as long as the process
     torch.set_num_threads(1)
-    fasttr.scoring.PARTIAL_SECONDS = 0.0  # save the sweep after every pack
+    fasttr.training.window.PARTIAL_SECONDS = 0.0  # save the sweep after every pack
     signal_at(what, calls, signum, after)
     train(TrainConfig(**settings))

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 
 from fasttr import TrainConfig, train
 from fasttr.cli import parse_train
+from fasttr.config.trl_table import TABLE
 from fasttr.errors import FasttrError
 from fasttr.losses import LOSSES
-from fasttr.scratch import init_model
-from fasttr.trl_table import TABLE
+from fasttr.models.scratch import init_model
 
 EXAMPLES = int(os.environ.get("FASTTR_FUZZ_EXAMPLES", "0"))
 SEED = int(os.environ.get("FASTTR_FUZZ_SEED", "0"))

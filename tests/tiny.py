@@ -7,9 +7,9 @@ import copy
 import numpy as np
 import torch
 
-from fasttr import attention
 from fasttr.batch import Tree
-from fasttr.logps import HeadSpec, PackedModel
+from fasttr.models import attention
+from fasttr.models.packed import HeadSpec, PackedModel
 
 VOCAB = 97
 WINDOW = 5

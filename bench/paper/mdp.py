@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttr.losses import Loss, Scored
-from fasttr.reference import MovingReference, Schedule
+from fasttr.reference.moving import MovingReference, Schedule
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 from bench.paper.curves import ARMS, GRID, NAMES, Run, curve, reach, seeds_of, select
 from bench.paper.stats import interval
 from bench.paper.toy_plots import ARM_COLOURS, _figure, _finish, _save
-from fasttr.plots import INK
+from fasttr.metrics.plots import INK
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
 ROWS = {"gold": "gold reward", "kl": "KL to the initial policy", "length": "length",

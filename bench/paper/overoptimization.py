@@ -29,15 +29,15 @@ from tqdm import tqdm
 
 from bench.paper.curves import ARMS, Run, compare, table, verdict
 from bench.paper.overopt_plots import plot_gold_against_kl, plot_steps
-from fasttr.checkpoint import list_checkpoints
-from fasttr.config import TrainConfig
+from fasttr.checkpoint.folder import list_checkpoints
+from fasttr.config.train_config import TrainConfig
 from fasttr.errors import FasttrError
-from fasttr.generated import NOISE, label_pair, prompts, sft_rows, write_jsonl
-from fasttr.model import load_model, load_tokenizer
-from fasttr.plots import read_metrics
-from fasttr.sampling import judge, sample
-from fasttr.scratch import init_model
-from fasttr.trainer import train
+from fasttr.metrics.plots import read_metrics
+from fasttr.models.load import load_model, load_tokenizer
+from fasttr.models.scratch import init_model
+from fasttr.toy.judge import judge, sample
+from fasttr.toy.task import NOISE, label_pair, prompts, sft_rows, write_jsonl
+from fasttr.training.loop import train
 
 ANCHORED = {  # of a checkpoint's evaluation: on held-out pairs, under the policy or against the initial policy
     "logps_chosen": "eval_logps/chosen", "logps_rejected": "eval_logps/rejected",

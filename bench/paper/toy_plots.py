@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from bench.paper.mdp import History
-from fasttr.plots import BLUE, DPI, FAINT, GREEN, INK, ORANGE, PURPLE, VERMILION
-from fasttr.reference import Schedule, Soft
+from fasttr.metrics.plots import BLUE, DPI, FAINT, GREEN, INK, ORANGE, PURPLE, VERMILION
+from fasttr.reference.moving import Schedule, Soft
 
 ARM_COLOURS = {"fixed": BLUE, "soft": VERMILION, "hard": GREEN}
 

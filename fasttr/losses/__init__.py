@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from fasttr.losses.base import Loss, Scored, Weighted, group_loss
 from fasttr.losses.coupled import Aot, AotUnpaired, ApoZeroUnpaired, Kto, KtoPaired, kl_estimate
 from fasttr.losses.pairs import (
     DIVERGENCES,
@@ -34,7 +35,6 @@ from fasttr.losses.pairs import (
     Simpo,
     SppoHard,
 )
-from fasttr.losses.scored import Loss, Scored, Weighted, group_loss
 
 LOSSES: dict[str, type[Loss]] = {
     "sigmoid": Sigmoid, "sigmoid_norm": SigmoidNorm, "hinge": Hinge, "ipo": Ipo, "ipo_sum": IpoSum, "cdpo": Cdpo,

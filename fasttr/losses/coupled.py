@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasttr.losses.scored import Loss, Scored
+from fasttr.losses.base import Loss, Scored
 
 
 def kl_estimate(scored: Scored) -> Tensor:

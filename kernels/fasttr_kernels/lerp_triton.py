@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fasttr_kernels.lerp import Item
+from fasttr_kernels.lerp_torch import Item
 
 # Long units keep the search for a unit's tensor a small part of its work.
 UNIT = 32768

@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 from fasttr_kernels import multi_tensor_lerp_
-from fasttr_kernels.lerp import Item, join_halves, lerp_ref, split_halves
+from fasttr_kernels.lerp import lerp_ref
+from fasttr_kernels.lerp_torch import Item, join_halves, split_halves
 from torch import Tensor, nn
 
 from tests.kernels.accuracy import DEVICE, bare

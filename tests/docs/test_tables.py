@@ -1,0 +1,28 @@
+"""The tables that readers see are those of the code."""
+
+from pathlib import Path
+
+from docs.tables import filled, formats_table, losses_table
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_reference_tables_are_made_from_the_code():
+    page = (ROOT / "REFERENCE.md").read_text()
+    assert page == filled(page), "run: python -m docs.tables REFERENCE.md"
+
+
+def test_every_loss_has_an_equation_and_a_source():
+    from fasttr.losses import LOSSES
+
+    rows = losses_table().splitlines()[2:]
+    assert len(rows) == len(LOSSES)
+    for name, row in zip(LOSSES, rows, strict=True):
+        assert "arXiv:" in row or name in ("sigmoid_norm", "sft"), row
+        assert any(sign in row for sign in "cuhdx"), row
+
+
+def test_every_format_is_one_that_the_reader_knows():
+    assert {row.split("|")[3].split(":")[0].strip() for row in formats_table().splitlines()[2:]} == {
+        "paired", "unpaired", "hh_rlhf", "paired_ids", "unpaired_ids",
+    }  # fmt: skip
