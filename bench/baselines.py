@@ -1,6 +1,7 @@
 """Log-probs as trainers without packing and fused heads make them: the baselines of `bench step`.
 
-Each takes trees (a prompt with two completions) and gives summed log-probs (N,), row after row, with gradients.
+Each takes trees (a prompt with two completions) and gives summed log-probs (N,), row after row,
+with gradients.
 
 Legend: B sequences, L the longest, T packed tokens, R scored rows, N completions.
 """
@@ -24,7 +25,8 @@ Score = Callable[[Any], Tensor]
 
 
 def padded(model: Any, trees: Sequence[Tree], bf16: bool) -> Tensor:
-    """One right-padded batch with an attention mask, logits of every position, log-softmax in fp32."""
+    """One right-padded batch with an attention mask, logits of every position, log-softmax in
+    fp32."""
     sequences = [np.concatenate([t.prompt_ids, c]) for t in trees for c in t.completions]
     starts = [max(len(t.prompt_ids) - 1, 0) for t in trees for _ in t.completions]
     device = next(model.parameters()).device
@@ -42,15 +44,20 @@ def padded(model: Any, trees: Sequence[Tree], bf16: bool) -> Tensor:
     return (token * scored_BL).sum(1)
 
 
-def packed_alone(trees: Sequence[Tree], budget: int) -> Iterator[tuple[PackedBatch, tuple[int, ...]]]:
-    """Packs of whole pairs in which every completion has its prompt to itself, and the rows of each pack."""
+def packed_alone(
+    trees: Sequence[Tree], budget: int
+) -> Iterator[tuple[PackedBatch, tuple[int, ...]]]:
+    """Packs of whole pairs in which every completion has its prompt to itself, and the rows of each
+    pack."""
     sizes = [sum(len(t.prompt_ids) + len(c) for c in t.completions) for t in trees]
     for members in first_fit_decreasing(sizes, budget):
         alone = [trees[i]._replace(completions=(c,)) for i in members for c in trees[i].completions]
         yield pack(alone), tuple(trees[i].row for i in members)
 
 
-def packed_shared(trees: Sequence[Tree], budget: int) -> Iterator[tuple[PackedBatch, tuple[int, ...]]]:
+def packed_shared(
+    trees: Sequence[Tree], budget: int
+) -> Iterator[tuple[PackedBatch, tuple[int, ...]]]:
     """Packs of trees: each prompt once."""
     sizes = [len(t.prompt_ids) + sum(map(len, t.completions)) for t in trees]
     for members in first_fit_decreasing(sizes, budget):
@@ -58,7 +65,8 @@ def packed_shared(trees: Sequence[Tree], budget: int) -> Iterator[tuple[PackedBa
 
 
 def full_head(model: PackedModel, batch: PackedBatch) -> Tensor:
-    """Logits of every packed row, as a model's own forward makes them; then the scored rows are picked."""
+    """Logits of every packed row, as a model's own forward makes them; then the scored rows are
+    picked."""
     batch = batch.to(model.device)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
         logits_TV = model.model.get_output_embeddings()(model.hidden_states(batch))

@@ -1,6 +1,7 @@
-"""All benchmarks within a budget of time, the most valuable first; what is done when the time is up is kept.
+"""All benchmarks within a budget of time, the most valuable first; what is done when the time is up
+is kept.
 
-    python -m bench all --budget 9m --out runs/bench
+python -m bench all --budget 9m --out runs/bench
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     parser.add_argument("--data", help="preference file of `peers`; none: generated pairs")
     parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--tiny", action="store_true", help="toy sizes: a check that everything runs")
+    parser.add_argument(
+        "--tiny", action="store_true", help="toy sizes: a check that everything runs"
+    )
 
 
 def seconds(text: str) -> float:
@@ -36,7 +39,9 @@ def seconds(text: str) -> float:
     try:
         return float(text) if unit is None else float(text[:-1]) * unit
     except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}; wanted a time such as 9m, 240s or 1h") from None
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}; wanted a time such as 9m, 240s or 1h"
+        ) from None
 
 
 def plan(args: argparse.Namespace) -> list[tuple[str, float, list[str]]]:
@@ -50,18 +55,41 @@ def plan(args: argparse.Namespace) -> list[tuple[str, float, list[str]]]:
             ("lerp", 0.9, ["lerp", "--models", "tiny", *brief]),
             ("head", 0.9, ["head", "--shapes", "tiny", "--tokens", "64", *brief]),
             ("step", 0.6, ["step", "--lengths", "tiny", "--size", "tiny", "--pairs", "4", *brief]),
-            (f"peers-{named}", 0.9, ["peers", *data, "--size", "tiny", "--steps", "3", "--batch", "4"]),
+            (
+                f"peers-{named}",
+                0.9,
+                ["peers", *data, "--size", "tiny", "--steps", "3", "--batch", "4"],
+            ),
             ("overhead", 1.0, ["overhead", "--steps", "6", "--rows", "0"]),
         ]
     if gpu:
         return [
-            ("head", 0.4, ["head", "--shapes", "llama-3-8b,llama-3.2-1b,qwen2.5-0.5b,qwen3-8b,pythia-2.8b",
-                           "--tokens", "8192,2048,16384,4096", "--seconds", "1.5"]),
-            ("lerp", 0.2, ["lerp", "--models", "llama-3.2-1b,llama-3-8b,qwen2.5-0.5b", "--seconds", "2"]),
+            (
+                "head",
+                0.4,
+                [
+                    "head",
+                    "--shapes",
+                    "llama-3-8b,llama-3.2-1b,qwen2.5-0.5b,qwen3-8b,pythia-2.8b",
+                    "--tokens",
+                    "8192,2048,16384,4096",
+                    "--seconds",
+                    "1.5",
+                ],
+            ),
+            (
+                "lerp",
+                0.2,
+                ["lerp", "--models", "llama-3.2-1b,llama-3-8b,qwen2.5-0.5b", "--seconds", "2"],
+            ),
             ("step", 0.5, ["step", "--seconds", "15"]),
-            (f"peers-{named}", 0.7, ["peers", *data, "--size", "1b", "--batch", "64", "--steps", "6"]),
+            (
+                f"peers-{named}",
+                0.7,
+                ["peers", *data, "--size", "1b", "--batch", "64", "--steps", "6"],
+            ),
             ("overhead", 1.0, ["overhead"]),
-        ]  # fmt: skip
+        ]
     return [
         (f"peers-{named}", 0.5, ["peers", *data, "--steps", "6"]),
         ("head", 0.4, ["head", "--tokens", "1024", "--seconds", "4"]),
@@ -75,7 +103,9 @@ def main(args: argparse.Namespace) -> None:
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + args.budget
-    (out / "environment.json").write_text(json.dumps(header("python -m bench " + " ".join(sys.argv[1:])), indent=1))
+    (out / "environment.json").write_text(
+        json.dumps(header("python -m bench " + " ".join(sys.argv[1:])), indent=1)
+    )
     notes = [_device_line(args)]
     for folder, share, arguments in plan(args):
         left = until - time.monotonic()
@@ -89,7 +119,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _run(arguments: list[str], out: Path, left: float, share: float, cpu: bool) -> str:
-    """Run one benchmark in a process; say how it ended. Each writes its JSON case by case, so a cut keeps the rest."""
+    """Run one benchmark in a process; say how it ended. Each writes its JSON case by case, so a cut
+    keeps the rest."""
     limit = max(share * left, SHORTEST)
     out.mkdir(parents=True, exist_ok=True)
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
@@ -97,8 +128,13 @@ def _run(arguments: list[str], out: Path, left: float, share: float, cpu: bool) 
     command = [sys.executable, "-m", "bench", *arguments, "--out", str(out), *flags]
     began = time.monotonic()
     with (out / "log.txt").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": path},
-                                   start_new_session=True)  # fmt: skip
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"PYTHONPATH": path},
+            start_new_session=True,
+        )
         try:
             status = process.wait(timeout=limit)
         except BaseException as error:
@@ -119,5 +155,7 @@ def _device_line(args: argparse.Namespace) -> str:
     facts = header("")
     devices = [] if args.cpu else facts["devices"]
     machine = devices[0]["name"] if devices else f"{facts['cpu_count']}-core CPU"
-    return (f"{machine}, driver {facts['driver']}, torch {facts['versions']['torch']}, triton "
-            f"{facts['versions']['triton']}, commit {facts['git_commit']}, {facts['time']}\n")  # fmt: skip
+    return (
+        f"{machine}, driver {facts['driver']}, torch {facts['versions']['torch']}, triton "
+        f"{facts['versions']['triton']}, commit {facts['git_commit']}, {facts['time']}\n"
+    )

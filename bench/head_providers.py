@@ -1,9 +1,10 @@
 """The loss heads that `bench head` compares: each maps hidden states to a loss and its gradients.
 
-Two objectives: `preference` (DPO on summed log-probs, with beta 0.1) and `cross_entropy` (the mean over tokens), for
-heads that know no weight per sequence.
+Two objectives: `preference` (DPO on summed log-probs, with beta 0.1) and `cross_entropy` (the mean
+over tokens), for heads that know no weight per sequence.
 
-Legend: T rows, N completions of L rows each, V vocabulary, D hidden size. Chosen completions come first, then rejected.
+Legend: T rows, N completions of L rows each, V vocabulary, D hidden size. Chosen completions come
+first, then rejected.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ BETA = 0.1
 
 
 class Problem(NamedTuple):
-    """Leaves of one case; `ref_hidden` and `ref_weight` are None where the reference's log-probs are 0."""
+    """Leaves of one case; `ref_hidden` and `ref_weight` are None where the reference's log-probs
+    are 0."""
 
     hidden: Tensor  # (T, D), requires grad
     weight: Tensor  # (V, D), requires grad
@@ -44,7 +46,8 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Provider:
-    """A head. `passes` counts its T x V x D products, forward and backward, without the reference."""
+    """A head. `passes` counts its T x V x D products, forward and backward, without the
+    reference."""
 
     call: Callable[[Problem], Output]
     objective: str
@@ -66,21 +69,27 @@ def dpo(logp_N: Tensor, ref_logp_N: Tensor | None) -> Tensor:
     return -F.logsigmoid(BETA * (chosen - rejected)).mean()
 
 
-def _preference(token_logp: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Problem], Output]:
+def _preference(
+    token_logp: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Callable[[Problem], Output]:
     """DPO on top of a function that gives log-probs of tokens."""
 
     def call(p: Problem) -> Output:
         ref_N = None
         if p.ref_hidden is not None and p.ref_weight is not None:
             with torch.no_grad():
-                ref_N = token_logp(p.ref_hidden, p.ref_weight, p.target).view(p.completions, -1).sum(1)
+                ref_N = (
+                    token_logp(p.ref_hidden, p.ref_weight, p.target).view(p.completions, -1).sum(1)
+                )
         logp_N = token_logp(p.hidden, p.weight, p.target).view(p.completions, -1).sum(1)
         return Output(dpo(logp_N, ref_N), logp_N)
 
     return call
 
 
-def _cross_entropy(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Problem], Output]:
+def _cross_entropy(
+    function: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Callable[[Problem], Output]:
     return lambda p: Output(function(p.hidden, p.weight, p.target), None)
 
 
@@ -96,7 +105,14 @@ def _fused(p: Problem) -> Output:
     if p.ref_hidden is not None and p.ref_weight is not None:
         with torch.no_grad():
             ref_N = linear_preference_loss(
-                place(p.ref_hidden), p.ref_weight, target, cu_completions, cu_groups, None, ref_logp=None, normalizer=1
+                place(p.ref_hidden),
+                p.ref_weight,
+                target,
+                cu_completions,
+                cu_groups,
+                None,
+                ref_logp=None,
+                normalizer=1,
             ).logp
 
     def loss_fn(logp: Tensor, ref_logp: Tensor | None, groups: slice) -> Tensor:
@@ -104,7 +120,14 @@ def _fused(p: Problem) -> Output:
         return -F.logsigmoid(BETA * (ratio[::2] - ratio[1::2])).sum()
 
     out = linear_preference_loss(
-        place(p.hidden), p.weight, target, cu_completions, cu_groups, loss_fn, ref_logp=ref_N, normalizer=pairs
+        place(p.hidden),
+        p.weight,
+        target,
+        cu_completions,
+        cu_groups,
+        loss_fn,
+        ref_logp=ref_N,
+        normalizer=pairs,
     )
     back = torch.empty_like(out.logp)
     back[order.to(back.device)] = out.logp
@@ -131,25 +154,42 @@ def _liger_dpo(p: Problem) -> Output:
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     with_reference = p.ref_hidden is not None
-    head = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=with_reference, compiled=p.hidden.is_cuda)
+    head = LigerFusedLinearDPOLoss(
+        beta=BETA, use_ref_model=with_reference, compiled=p.hidden.is_cuda
+    )
     shape = (p.completions, p.length, -1)
     ref = None if p.ref_hidden is None else p.ref_hidden.view(shape)
     loss, (chosen, rejected, *_) = head(
-        p.weight, p.hidden.view(shape), p.target.view(p.completions, -1), ref_input=ref, ref_weight=p.ref_weight
+        p.weight,
+        p.hidden.view(shape),
+        p.target.view(p.completions, -1),
+        ref_input=ref,
+        ref_weight=p.ref_weight,
     )
     return Output(loss, torch.cat([chosen, rejected]))
 
 
 def _liger_kto(p: Problem) -> Output:
-    """KTO with its baseline at 0, the first half desirable: its own objective, beside that of DPO."""
+    """KTO with its baseline at 0, the first half desirable: its own objective, beside that of
+    DPO."""
     from liger_kernel.chunked_loss import LigerFusedLinearKTOLoss
 
-    head = LigerFusedLinearKTOLoss(beta=BETA, use_ref_model=p.ref_hidden is not None, compiled=p.hidden.is_cuda)
+    head = LigerFusedLinearKTOLoss(
+        beta=BETA, use_ref_model=p.ref_hidden is not None, compiled=p.hidden.is_cuda
+    )
     shape = (p.completions, p.length, -1)
     labels = torch.arange(p.completions, device=p.hidden.device) < p.completions // 2
     ref = None if p.ref_hidden is None else p.ref_hidden.view(shape)
-    loss, *_ = head(p.hidden.view(shape), p.weight, p.target.view(p.completions, -1), None, labels,
-                    ref_input=ref, ref_weight=p.ref_weight, kl=torch.zeros((), device=p.hidden.device))  # fmt: skip
+    loss, *_ = head(
+        p.hidden.view(shape),
+        p.weight,
+        p.target.view(p.completions, -1),
+        None,
+        labels,
+        ref_input=ref,
+        ref_weight=p.ref_weight,
+        kl=torch.zeros((), device=p.hidden.device),
+    )
     return Output(loss, None)
 
 
@@ -172,19 +212,27 @@ def _quack(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def _torch_ce(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return F.linear_cross_entropy(hidden, weight, target, options=torch.nn.LinearCrossEntropyOptions())
+    return F.linear_cross_entropy(
+        hidden, weight, target, options=torch.nn.LinearCrossEntropyOptions()
+    )
 
 
 PROVIDERS = {
     "fasttr": Provider(_fused, "preference", 3),
-    "fasttr linear_logprob": Provider(_preference(lambda h, w, t: linear_logprob(h, w, t).logp), "preference", 4),
+    "fasttr linear_logprob": Provider(
+        _preference(lambda h, w, t: linear_logprob(h, w, t).logp), "preference", 4
+    ),
     "eager": Provider(_preference(eager_logp), "preference", 3),
     "torch.compile": Provider(_preference(lambda h, w, t: _compiled()(h, w, t)), "preference", 3),
     "TRL": Provider(_preference(_trl_logp), "preference", 4, ("trl",)),
     "Liger chunked DPO": Provider(_liger_dpo, "preference", 3, ("liger_kernel",)),
     "Liger chunked KTO": Provider(_liger_kto, "kto", 3, ("liger_kernel",)),
-    "Liger fused linear CE": Provider(_cross_entropy(_liger_ce), "cross_entropy", 3, ("liger_kernel",), True),
-    "cut-cross-entropy": Provider(_cross_entropy(_cce), "cross_entropy", 4, ("cut_cross_entropy",), True),
+    "Liger fused linear CE": Provider(
+        _cross_entropy(_liger_ce), "cross_entropy", 3, ("liger_kernel",), True
+    ),
+    "cut-cross-entropy": Provider(
+        _cross_entropy(_cce), "cross_entropy", 4, ("cut_cross_entropy",), True
+    ),
     "QuACK": Provider(_cross_entropy(_quack), "cross_entropy", 3, ("quack",), True),
     "torch linear_cross_entropy": Provider(_cross_entropy(_torch_ce), "cross_entropy", 3),
 }
@@ -198,7 +246,8 @@ def installed(name: str, device: torch.device) -> str | None:
 
 
 def objective(kind: str, p: Problem, token_logp_T: Tensor, ref_logp_N: Tensor | None) -> Tensor:
-    """The loss of an objective from log-probs of tokens: the specification that every head is held to."""
+    """The loss of an objective from log-probs of tokens: the specification that every head is held
+    to."""
     if kind == "cross_entropy":
         return -token_logp_T.mean()
     logp_N = token_logp_T.view(p.completions, -1).sum(1)

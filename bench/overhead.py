@@ -2,8 +2,8 @@
 
     python -m bench overhead --pairs 64 --rows 100000
 
-Own time is a step (planning, packing, statistics, logging) minus what runs inside the model's forward, the backward,
-the gradient's norm and the optimizer.
+Own time is a step (planning, packing, statistics, logging) minus what runs inside the model's
+forward, the backward, the gradient's norm and the optimizer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from bench.timing import Times, header, process_peak_bytes
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=int, default=64, help="pairs per step")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--rows", type=int, default=100_000, help="pairs to tokenise and plan; 0: none")
+    parser.add_argument(
+        "--rows", type=int, default=100_000, help="pairs to tokenise and plan; 0: none"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/overhead"))
     parser.add_argument("--encode_only", action="store_true", help=argparse.SUPPRESS)
 
@@ -40,7 +42,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if args.encode_only:
         print(json.dumps(_encode(args)))
         return {}
-    result: dict[str, Any] = {"cases": [], "environment": header("python -m bench " + " ".join(sys.argv[1:]))}
+    result: dict[str, Any] = {
+        "cases": [],
+        "environment": header("python -m bench " + " ".join(sys.argv[1:])),
+    }
     missing = [p for p in ("datasets",) if importlib.util.find_spec(p) is None]
     cases = [("own time of a step", lambda: own_time(args))]
     if args.rows:
@@ -88,12 +93,13 @@ def own_time(args: argparse.Namespace) -> dict[str, Any]:
         return out
 
     patches = [
-        (PackedModel, "forward", timed(PackedModel.forward)), (torch.Tensor, "backward", timed(torch.Tensor.backward)),
+        (PackedModel, "forward", timed(PackedModel.forward)),
+        (torch.Tensor, "backward", timed(torch.Tensor.backward)),
         (torch.optim.AdamW, "step", timed(torch.optim.AdamW.step)),
         (torch.nn.utils, "get_total_norm", timed(torch.nn.utils.get_total_norm)),
         (torch.nn.utils, "clip_grads_with_norm_", timed(torch.nn.utils.clip_grads_with_norm_)),
         (fasttr.training.loop, "_step", timed_step),
-    ]  # fmt: skip
+    ]
     before = [getattr(owner, name) for owner, name, _ in patches]
     for owner, name, new in patches:
         setattr(owner, name, new)
@@ -101,11 +107,20 @@ def own_time(args: argparse.Namespace) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as cache, open(os.devnull, "w") as nowhere:
             out, sys.stdout = sys.stdout, nowhere
             try:
-                train(TrainConfig(
-                    model_name_or_path=str(folder), dataset_name=str(data), output_dir=str(Path(cache) / "run"),
-                    train_batch_size=args.pairs, max_steps=args.steps, logging_steps=1, save_strategy="no",
-                    disable_tqdm=True, use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False,
-                ))  # fmt: skip
+                train(
+                    TrainConfig(
+                        model_name_or_path=str(folder),
+                        dataset_name=str(data),
+                        output_dir=str(Path(cache) / "run"),
+                        train_batch_size=args.pairs,
+                        max_steps=args.steps,
+                        logging_steps=1,
+                        save_strategy="no",
+                        disable_tqdm=True,
+                        use_cpu=not torch.cuda.is_available(),
+                        gradient_checkpointing=False,
+                    )
+                )
             finally:
                 sys.stdout = out
     finally:
@@ -124,25 +139,43 @@ def own_time(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def many_rows(args: argparse.Namespace) -> dict[str, Any]:
-    """Tokenise and plan in processes of their own: with few rows and with many, and again from the cache."""
+    """Tokenise and plan in processes of their own: with few rows and with many, and again from the
+    cache."""
     generated_file(args.out / f"rows-{args.rows}.jsonl", args.rows)
     few = max(args.rows // 10, 1)
     generated_file(args.out / f"rows-{few}.jsonl", few)
     with tempfile.TemporaryDirectory() as cache:
         runs = [_encode_apart(args, rows, cache) for rows in (few, args.rows, args.rows)]
     return {
-        "tokenise and index": (runs[1]["tokenise"], "s"), "again, from the cache": (runs[2]["tokenise"], "s"),
-        "plan and pack one epoch": (runs[1]["plan"], "s"), "memory grown by": (runs[1]["grown"] / 2**20, "MiB"),
+        "tokenise and index": (runs[1]["tokenise"], "s"),
+        "again, from the cache": (runs[2]["tokenise"], "s"),
+        "plan and pack one epoch": (runs[1]["plan"], "s"),
+        "memory grown by": (runs[1]["grown"] / 2**20, "MiB"),
         f"memory grown by, {few:,} pairs": (runs[0]["grown"] / 2**20, "MiB"),
-    }  # fmt: skip
+    }
 
 
 def _encode_apart(args: argparse.Namespace, rows: int, cache: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "bench", "overhead", "--encode_only", "--rows", str(rows), "--out", str(args.out)]
+    command = [
+        sys.executable,
+        "-m",
+        "bench",
+        "overhead",
+        "--encode_only",
+        "--rows",
+        str(rows),
+        "--out",
+        str(args.out),
+    ]
     root = Path(__file__).resolve().parents[1]
     path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True,
-                          env=os.environ | {"HF_DATASETS_CACHE": cache, "PYTHONPATH": path})  # fmt: skip
+    done = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=os.environ | {"HF_DATASETS_CACHE": cache, "PYTHONPATH": path},
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -163,6 +196,7 @@ def _encode(args: argparse.Namespace) -> dict[str, float]:
     packs = sum(len(plan.packs(step)) for step in range(plan.total_steps))
     assert packs > 0
     return {
-        "tokenise": tokenised - began, "plan": time.perf_counter() - tokenised,
+        "tokenise": tokenised - began,
+        "plan": time.perf_counter() - tokenised,
         "grown": process_peak_bytes(torch.device("cpu")) - before,
-    }  # fmt: skip
+    }

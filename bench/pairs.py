@@ -1,4 +1,5 @@
-"""The model folder and the pairs that every provider gets: the same rows, dropped once, by fasttr's rules."""
+"""The model folder and the pairs that every provider gets: the same rows, dropped once, by fasttr's
+rules."""
 
 from __future__ import annotations
 
@@ -20,13 +21,33 @@ BLOCK = 256  # rows tokenised together
 MODELS: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 400},
     "10m": {"hidden_size": 256, "num_layers": 8, "num_heads": 4, "vocab_size": 8000},
-    "1b": {"hidden_size": 2048, "num_layers": 16, "num_heads": 32, "num_kv_heads": 8, "intermediate_size": 8192,
-           "vocab_size": 128256, "tie_word_embeddings": True},
-    "3b": {"hidden_size": 3072, "num_layers": 28, "num_heads": 24, "num_kv_heads": 8, "intermediate_size": 8192,
-           "vocab_size": 128256, "tie_word_embeddings": True},
-    "8b": {"hidden_size": 4096, "num_layers": 32, "num_heads": 32, "num_kv_heads": 8, "intermediate_size": 14336,
-           "vocab_size": 128256},
-}  # fmt: skip
+    "1b": {
+        "hidden_size": 2048,
+        "num_layers": 16,
+        "num_heads": 32,
+        "num_kv_heads": 8,
+        "intermediate_size": 8192,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+    "3b": {
+        "hidden_size": 3072,
+        "num_layers": 28,
+        "num_heads": 24,
+        "num_kv_heads": 8,
+        "intermediate_size": 8192,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+    "8b": {
+        "hidden_size": 4096,
+        "num_layers": 32,
+        "num_heads": 32,
+        "num_kv_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+    },
+}
 
 
 class Rows(NamedTuple):
@@ -46,7 +67,9 @@ class ListTrees:
     def __init__(self, trees: list[Tree]):
         self.trees = trees
         self.prompt_lengths = np.array([len(t.prompt_ids) for t in trees], dtype=np.int32)
-        self.completion_lengths = np.array([[len(c) for c in t.completions] for t in trees], dtype=np.int32)
+        self.completion_lengths = np.array(
+            [[len(c) for c in t.completions] for t in trees], dtype=np.int32
+        )
         self.fingerprint = "in memory"
 
     def __len__(self) -> int:
@@ -57,7 +80,8 @@ class ListTrees:
 
 
 def model_folder(out: Path, size: str, tokenizer_data: Path) -> Path:
-    """A folder with a random model of that size and a tokenizer trained on the data, made unless it is there."""
+    """A folder with a random model of that size and a tokenizer trained on the data, made unless it
+    is there."""
     folder = out / f"model-{size}"
     if not folder.is_dir():
         from fasttr.models.scratch import init_model
@@ -76,7 +100,8 @@ def generated_file(path: Path, rows: int) -> Path:
 
 
 def read_file(name: str) -> Iterator[dict[str, Any]]:
-    """Rows of a preference file: JSON lines without any package, whatever else the trainer reads through `datasets`."""
+    """Rows of a preference file: JSON lines without any package, whatever else the trainer reads
+    through `datasets`."""
     path = Path(name)
     if path.is_file() and path.name.removesuffix(".gz").endswith(".jsonl"):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
@@ -87,7 +112,9 @@ def read_file(name: str) -> Iterator[dict[str, Any]]:
     yield from read_rows(name)
 
 
-def survivors(rows: Iterator[dict[str, Any]], tokenizer: Any, max_length: int | None, wanted: int) -> Rows:
+def survivors(
+    rows: Iterator[dict[str, Any]], tokenizer: Any, max_length: int | None, wanted: int
+) -> Rows:
     """The first `wanted` rows that fasttr would train on."""
     kept, trees, read, block = [], [], 0, []
     for row in rows:
@@ -101,7 +128,13 @@ def survivors(rows: Iterator[dict[str, Any]], tokenizer: Any, max_length: int | 
     return Rows(kept[:wanted], trees[:wanted], read)
 
 
-def _keep(block: list[dict[str, Any]], tokenizer: Any, max_length: int | None, kept: list, trees: list[Tree]) -> int:
+def _keep(
+    block: list[dict[str, Any]],
+    tokenizer: Any,
+    max_length: int | None,
+    kept: list,
+    trees: list[Tree],
+) -> int:
     if not block:
         return 0
     row_format = find_format(list(block[0]))
@@ -127,5 +160,6 @@ def _fitting(ids: Encoded, max_length: int | None) -> Encoded | None:
 
 
 def counted_tokens(trees: list[Tree]) -> int:
-    """Tokens without padding, the prompt once per completion: the same number for every provider."""
+    """Tokens without padding, the prompt once per completion: the same number for every
+    provider."""
     return sum(len(t.completions) * len(t.prompt_ids) + sum(map(len, t.completions)) for t in trees)

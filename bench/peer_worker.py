@@ -1,8 +1,10 @@
-"""One provider of `bench peers` in a process of its own: the trainer's own entry point, run turn by turn.
+"""One provider of `bench peers` in a process of its own: the trainer's own entry point, run turn by
+turn.
 
-A turn ends where an optimizer step (or a sweep of the reference) ends; the worker then reports its seconds and waits
-until it is its turn again, so that providers alternate on one machine. Between two turns nothing runs, and what a
-trainer does between steps (reading, packing, logging, moving the reference) falls into the next step's turn.
+A turn ends where an optimizer step (or a sweep of the reference) ends; the worker then reports its
+seconds and waits until it is its turn again, so that providers alternate on one machine. Between
+two turns nothing runs, and what a trainer does between steps (reading, packing, logging, moving the
+reference) falls into the next step's turn.
 """
 
 from __future__ import annotations
@@ -75,12 +77,20 @@ def run_fasttr(spec: dict[str, Any], turns: Turns) -> dict[str, Any]:
         import datasets  # noqa: F401  # its import is no tokenising
 
     tokenise: list[float] = []
-    load, step, sweep = fasttr.training.setup.load_rows, fasttr.training.loop._step, fasttr.training.loop.score_window
+    load, step, sweep = (
+        fasttr.training.setup.load_rows,
+        fasttr.training.loop._step,
+        fasttr.training.loop.score_window,
+    )
     move = fasttr.reference.moving.MovingReference.move
 
     def timed_load(*args, **kwargs):
         began = time.perf_counter()
-        trees = load(*args, **kwargs) if importlib.util.find_spec("datasets") else _trees_in_memory(spec)
+        trees = (
+            load(*args, **kwargs)
+            if importlib.util.find_spec("datasets")
+            else _trees_in_memory(spec)
+        )
         tokenise.append(time.perf_counter() - began)
         return trees
 
@@ -105,15 +115,31 @@ def run_fasttr(spec: dict[str, Any], turns: Turns) -> dict[str, Any]:
             move(self)
 
     fasttr.training.setup.load_rows, fasttr.training.loop._step = timed_load, timed_step
-    fasttr.training.loop.score_window, fasttr.reference.moving.MovingReference.move = timed_sweep, timed_move
+    fasttr.training.loop.score_window, fasttr.reference.moving.MovingReference.move = (
+        timed_sweep,
+        timed_move,
+    )
     out = Path(spec["out"])
     config = TrainConfig(
-        model_name_or_path=spec["model"], dataset_name=spec["data"], output_dir=str(out), overwrite_output_dir=True,
-        max_length=spec["max_length"], beta=spec["beta"], train_batch_size=spec["batch"],
-        learning_rate=spec["learning_rate"], lr_scheduler_type="constant", max_steps=spec["steps"], seed=spec["seed"],
-        adam_epsilon=spec["adam_epsilon"], bf16=spec["bf16"], use_cpu=spec["device"] == "cpu", logging_steps=1,
-        save_strategy="no", disable_tqdm=True, **spec["settings"],
-    )  # fmt: skip
+        model_name_or_path=spec["model"],
+        dataset_name=spec["data"],
+        output_dir=str(out),
+        overwrite_output_dir=True,
+        max_length=spec["max_length"],
+        beta=spec["beta"],
+        train_batch_size=spec["batch"],
+        learning_rate=spec["learning_rate"],
+        lr_scheduler_type="constant",
+        max_steps=spec["steps"],
+        seed=spec["seed"],
+        adam_epsilon=spec["adam_epsilon"],
+        bf16=spec["bf16"],
+        use_cpu=spec["device"] == "cpu",
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        **spec["settings"],
+    )
     train(config)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "grad_norm" in line]
@@ -126,14 +152,19 @@ def _trees_in_memory(spec: dict[str, Any]) -> Any:
     from bench.pairs import ListTrees, read_file, survivors
     from fasttr.models.load import load_tokenizer
 
-    found = survivors(read_file(spec["data"]), load_tokenizer(spec["model"]), spec["max_length"], 1 << 60)
+    found = survivors(
+        read_file(spec["data"]), load_tokenizer(spec["model"]), spec["max_length"], 1 << 60
+    )
     trees = ListTrees(found.trees)
-    trees.report = SimpleNamespace(lines=lambda: [f"read {found.read} rows in memory, kept {len(found.trees)}"])
+    trees.report = SimpleNamespace(
+        lines=lambda: [f"read {found.read} rows in memory, kept {len(found.trees)}"]
+    )
     return trees
 
 
 def run_trl(spec: dict[str, Any], turns: Turns) -> dict[str, Any]:
-    """TRL's DPOTrainer with a turn that ends where its optimizer step ends, after its own callbacks."""
+    """TRL's DPOTrainer with a turn that ends where its optimizer step ends, after its own
+    callbacks."""
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
@@ -170,20 +201,41 @@ def run_trl(spec: dict[str, Any], turns: Turns) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
     reference = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32).eval()
     settings = dict(spec["settings"])
-    settings.setdefault("gradient_accumulation_steps", spec["batch"] // settings["per_device_train_batch_size"])
+    settings.setdefault(
+        "gradient_accumulation_steps", spec["batch"] // settings["per_device_train_batch_size"]
+    )
     config = DPOConfig(
-        output_dir=spec["out"], max_length=spec["max_length"], beta=spec["beta"], learning_rate=spec["learning_rate"],
-        lr_scheduler_type="constant", max_steps=spec["steps"], seed=spec["seed"], adam_epsilon=spec["adam_epsilon"],
-        bf16=spec["bf16"], use_cpu=spec["device"] == "cpu", logging_steps=1, save_strategy="no", report_to=[],
-        disable_tqdm=True, dataloader_pin_memory=spec["device"] != "cpu", **settings,
-    )  # fmt: skip
+        output_dir=spec["out"],
+        max_length=spec["max_length"],
+        beta=spec["beta"],
+        learning_rate=spec["learning_rate"],
+        lr_scheduler_type="constant",
+        max_steps=spec["steps"],
+        seed=spec["seed"],
+        adam_epsilon=spec["adam_epsilon"],
+        bf16=spec["bf16"],
+        use_cpu=spec["device"] == "cpu",
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=spec["device"] != "cpu",
+        **settings,
+    )
     trainer = DPOTrainer(
-        model=model, ref_model=reference, args=config, train_dataset=rows,
+        model=model,
+        ref_model=reference,
+        args=config,
+        train_dataset=rows,
         processing_class=AutoTokenizer.from_pretrained(spec["model"]),
-    )  # fmt: skip
-    trainer.add_callback(GiveTurns())  # after TRL's own, so that its moves of the reference belong to the step
+    )
+    trainer.add_callback(
+        GiveTurns()
+    )  # after TRL's own, so that its moves of the reference belong to the step
     if len(trainer.train_dataset) != spec["rows"]:
-        raise SystemExit(f"TRL kept {len(trainer.train_dataset)} of the {spec['rows']} rows that fasttr kept")
+        raise SystemExit(
+            f"TRL kept {len(trainer.train_dataset)} of the {spec['rows']} rows that fasttr kept"
+        )
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "grad_norm" in line]
     return {"losses": losses, "tokenise_seconds": reading + sum(tokenise)}

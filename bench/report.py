@@ -9,9 +9,12 @@ from typing import Any
 from bench.tables import NAMES, tables_of
 
 TITLES = {
-    "peers": "fasttr and its peers", "head": "The loss head", "lerp": "The reference update",
-    "step": "One optimizer step", "overhead": "What is not compute",
-}  # fmt: skip
+    "peers": "fasttr and its peers",
+    "head": "The loss head",
+    "lerp": "The reference update",
+    "step": "One optimizer step",
+    "overhead": "What is not compute",
+}
 
 
 def write(out: Path, notes: list[str]) -> Path:
@@ -21,7 +24,13 @@ def write(out: Path, notes: list[str]) -> Path:
         # Under `out` as under results/: one folder a benchmark takes the place of the device's.
         if any(out.glob(f"*/**/{name}.json")):
             text = tables_of(name, out)
-            lines += ["", f"## {TITLES[name]}", "", *(f"![]({p.name})\n" for p in plots(name, out)), text]
+            lines += [
+                "",
+                f"## {TITLES[name]}",
+                "",
+                *(f"![]({p.name})\n" for p in plots(name, out)),
+                text,
+            ]
     path = out / "report.md"
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -41,7 +50,9 @@ def plots(name: str, out: Path) -> list[Path]:
         groups, label = bars(name, json.loads(path.read_text()))
         if not groups:
             continue
-        figure, axes = plt.subplots(1, len(groups), figsize=(1 + 4.5 * len(groups), 3.2), squeeze=False)
+        figure, axes = plt.subplots(
+            1, len(groups), figsize=(1 + 4.5 * len(groups), 3.2), squeeze=False
+        )
         for axis, (title, values) in zip(axes[0], groups.items(), strict=True):
             axis.barh(list(values), list(values.values()), color="#4c72b0")
             axis.invert_yaxis()
@@ -56,17 +67,24 @@ def plots(name: str, out: Path) -> list[Path]:
 
 
 def bars(name: str, result: dict[str, Any]) -> tuple[dict[str, dict[str, float]], str]:
-    """(title -> provider -> value, what the value is); at most four groups, so that a plot stays readable."""
+    """(title -> provider -> value, what the value is); at most four groups, so that a plot stays
+    readable."""
     if name == "peers":
         return {"": {k: p["pairs_per_second"] for k, p in result["providers"].items()}}, "pairs/s"
-    keys = {"head": ("providers", "share_of_bare_products", "share of the bare products"),
-            "lerp": ("providers", "share_of_copy", "share of the copy's bandwidth"),
-            "step": ("settings", "pairs_per_second", "pairs/s")}  # fmt: skip
+    keys = {
+        "head": ("providers", "share_of_bare_products", "share of the bare products"),
+        "lerp": ("providers", "share_of_copy", "share of the copy's bandwidth"),
+        "step": ("settings", "pairs_per_second", "pairs/s"),
+    }
     if name not in keys:
         return {}, ""
     group, key, label = keys[name]
     groups = {}
     for case in result["cases"][:4]:
-        title = " ".join(str(case[k]) for k in ("shape", "tokens", "inputs", "model", "case", "lengths") if k in case)
+        title = " ".join(
+            str(case[k])
+            for k in ("shape", "tokens", "inputs", "model", "case", "lengths")
+            if k in case
+        )
         groups[title] = {k: row[key] for k, row in case[group].items()}
     return {k: v for k, v in groups.items() if v}, label

@@ -1,9 +1,10 @@
-"""One optimizer step, and what each part of fasttr brings to it: an ablation from padded batches to the trainer.
+"""One optimizer step, and what each part of fasttr brings to it: an ablation from padded batches to
+the trainer.
 
     python -m bench step --lengths hh,ultrafeedback,tldr --size 10m
 
-Each line keeps what the line above it has. Rows, weights, optimizer and dtype are the same; the loss and the gradient's
-norm must equal those of the padded baseline before a line gets a number.
+Each line keeps what the line above it has. Rows, weights, optimizer and dtype are the same; the
+loss and the gradient's norm must equal those of the padded baseline before a line gets a number.
 """
 
 from __future__ import annotations
@@ -38,14 +39,24 @@ class Lengths(NamedTuple):
 
 # Close to what 7B tokenizers count on these sets; fixed here, so that nothing is downloaded.
 LENGTHS = {
-    "hh": Lengths((110.0, 0.85), (55.0, 0.85)),  # dialogues: long shared prompts, short answers of unequal length
+    "hh": Lengths(
+        (110.0, 0.85), (55.0, 0.85)
+    ),  # dialogues: long shared prompts, short answers of unequal length
     "ultrafeedback": Lengths((110.0, 1.0), (300.0, 0.65)),
     "tldr": Lengths((340.0, 0.45), (35.0, 0.35)),
     "tiny": Lengths((8.0, 0.5), (6.0, 0.5)),
 }
 # What each line adds to the one above it.
-SETTINGS = ("padded", "packed", "prefix sharing", "completion-only head", "fused loss", "window cache", "liger norms",
-            "compile")  # fmt: skip
+SETTINGS = (
+    "padded",
+    "packed",
+    "prefix sharing",
+    "completion-only head",
+    "fused loss",
+    "window cache",
+    "liger norms",
+    "compile",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,10 +64,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", default="hh,ultrafeedback,tldr")
     parser.add_argument("--size", choices=MODELS, default="1b" if gpu else "10m")
     parser.add_argument("--pairs", type=int, default=64 if gpu else 16, help="pairs per step")
-    parser.add_argument("--padded_batch", type=int, default=8, help="pairs per forward of the padded baseline")
+    parser.add_argument(
+        "--padded_batch", type=int, default=8, help="pairs per forward of the padded baseline"
+    )
     parser.add_argument("--max_tokens_per_batch", type=int, default=16384 if gpu else 8192)
     parser.add_argument("--settings", default=",".join(SETTINGS), help="comma-separated")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of timing per length distribution")
+    parser.add_argument(
+        "--seconds", type=float, default=20.0, help="of timing per length distribution"
+    )
     parser.add_argument("--least", type=int, default=3, help="steps of each line")
     parser.add_argument("--out", type=Path, default=Path("runs/step"))
     parser.add_argument("--cpu", action="store_true")
@@ -65,7 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     args.out.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"cases": [], "environment": header("python -m bench " + " ".join(sys.argv[1:]))}
+    result: dict[str, Any] = {
+        "cases": [],
+        "environment": header("python -m bench " + " ".join(sys.argv[1:])),
+    }
     folder = model_folder(args.out, args.size, _words(args.out / "words.txt"))
     for lengths in args.lengths.split(","):
         one = case(lengths, str(folder), args, device)
@@ -95,9 +113,12 @@ def make_trees(lengths: str, rows: int, vocabulary: int, seed: int = 0) -> list[
 
 
 class Trainer:
-    """A policy with its optimizer, a live reference and a table of its scores: everything a line may use."""
+    """A policy with its optimizer, a live reference and a table of its scores: everything a line
+    may use."""
 
-    def __init__(self, folder: str, trees: list[Tree], args: argparse.Namespace, device: torch.device):
+    def __init__(
+        self, folder: str, trees: list[Tree], args: argparse.Namespace, device: torch.device
+    ):
         from transformers import AutoModelForCausalLM
 
         from fasttr.models.load import load_model
@@ -106,12 +127,17 @@ class Trainer:
         load = lambda **more: load_model(folder, device=device, bf16=self.bf16, **more)  # noqa: E731
         self.load, self.policy, self.reference = load, load(), load()
         self.plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
-        self.plain_reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+        self.plain_reference = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+        )
         with torch.no_grad():
             self.initial = [p.detach().clone() for p in self.policy.model.parameters()]
-        self.scores = torch.cat([
-            self.reference.score(batch).cpu() for batch, _ in self._by_row(baselines.packed_shared)
-        ]).view(-1, 2)  # fmt: skip
+        self.scores = torch.cat(
+            [
+                self.reference.score(batch).cpu()
+                for batch, _ in self._by_row(baselines.packed_shared)
+            ]
+        ).view(-1, 2)
         self.loss = self.norm = 0.0
 
     def _by_row(self, packs: Callable[..., Any]) -> Any:
@@ -138,7 +164,11 @@ class Trainer:
             return self._padded(), self.plain
         if setting in ("packed", "prefix sharing", "completion-only head"):
             packs = baselines.packed_alone if setting == "packed" else baselines.packed_shared
-            head = baselines.completion_head if setting == "completion-only head" else baselines.full_head
+            head = (
+                baselines.completion_head
+                if setting == "completion-only head"
+                else baselines.full_head
+            )
             return self._unfused(packs, head), self.policy.model
         model = self.policy
         if setting in ("liger norms", "compile"):
@@ -156,7 +186,9 @@ class Trainer:
                 rows = self.trees[first : first + self.args.padded_batch]
                 with torch.no_grad():
                     ref = baselines.padded(self.plain_reference, rows, self.bf16)
-                loss = baselines.dpo_sum(baselines.padded(self.plain, rows, self.bf16), ref, BETA) / len(self.trees)
+                loss = baselines.dpo_sum(
+                    baselines.padded(self.plain, rows, self.bf16), ref, BETA
+                ) / len(self.trees)
                 loss.backward()
                 total += loss.detach()
             self.finish(self.plain, optimizer, total)
@@ -185,7 +217,11 @@ class Trainer:
             total = torch.zeros((), device=self.device)
             for host, rows in baselines.packed_shared(self.trees, self.args.max_tokens_per_batch):
                 batch = host.to(self.device)
-                ref = self.reference.score(batch) if live else self.scores[list(rows)].flatten().to(self.device)
+                ref = (
+                    self.reference.score(batch)
+                    if live
+                    else self.scores[list(rows)].flatten().to(self.device)
+                )
                 fn = group_loss(Sigmoid(BETA), batch.token_counts, batch.weights)
                 out = model(batch, fn, ref, normalizer=len(self.trees))
                 out.loss.backward()
@@ -199,7 +235,9 @@ def _adamw(model: Any) -> Any:
     return adamw(model, learning_rate=1e-6, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
 
 
-def case(lengths: str, folder: str, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def case(
+    lengths: str, folder: str, args: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
     """All settings on one distribution of lengths."""
     trees = make_trees(lengths, args.pairs, MODELS[args.size]["vocab_size"])
     trainer = Trainer(folder, trees, args, device)
@@ -217,8 +255,12 @@ def case(lengths: str, folder: str, args: argparse.Namespace, device: torch.devi
             found[setting] = (float(trainer.loss), float(trainer.norm))
             peaks[setting] = process_peak_bytes(device) if device.type == "cuda" else None
             trainer.restore(model)
-        except Exception as error:  # a setting that this machine cannot run is named, and the others go on
-            absent[setting] = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+        except (
+            Exception
+        ) as error:  # a setting that this machine cannot run is named, and the others go on
+            absent[setting] = (
+                f"failed: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+            )
             continue
         base = found[next(iter(found))]
         off = max(abs(a - b) / abs(b) for a, b in zip(found[setting], base, strict=True))
@@ -229,19 +271,33 @@ def case(lengths: str, folder: str, args: argparse.Namespace, device: torch.devi
     times = interleaved(steps, device, seconds=args.seconds, warm_seconds=0.0, least=args.least)
     tokens = sum(2 * len(t.prompt_ids) + sum(map(len, t.completions)) for t in trees)
     rows = {
-        name: {**t.as_dict(), "pairs_per_second": len(trees) / t.median, "tokens_per_second": tokens / t.median,
-               "peak_bytes": peaks[name], **_mfu(trainer, t.median)}
+        name: {
+            **t.as_dict(),
+            "pairs_per_second": len(trees) / t.median,
+            "tokens_per_second": tokens / t.median,
+            "peak_bytes": peaks[name],
+            **_mfu(trainer, t.median),
+        }
         for name, t in times.items()
-    }  # fmt: skip
+    }
     return {
-        "lengths": lengths, "distribution": LENGTHS[lengths]._asdict(), "pairs": len(trees), "size": args.size,
-        "padded_batch": args.padded_batch, "max_tokens_per_batch": args.max_tokens_per_batch, "tokens": tokens,
-        "device": str(device), "settings": rows, "absent": absent, "wrong": wrong,
-    }  # fmt: skip
+        "lengths": lengths,
+        "distribution": LENGTHS[lengths]._asdict(),
+        "pairs": len(trees),
+        "size": args.size,
+        "padded_batch": args.padded_batch,
+        "max_tokens_per_batch": args.max_tokens_per_batch,
+        "tokens": tokens,
+        "device": str(device),
+        "settings": rows,
+        "absent": absent,
+        "wrong": wrong,
+    }
 
 
 def _mfu(trainer: Trainer, seconds: float) -> dict[str, float]:
-    """Useful operations of the packed step over the peak: the same numerator for every line, so that it compares."""
+    """Useful operations of the packed step over the peak: the same numerator for every line, so
+    that it compares."""
     from fasttr.metrics.throughput import Speed
 
     speed = Speed(trainer.policy.model, trainer.device)

@@ -3,7 +3,8 @@
     python -m bench tables                   # write the tables of both READMEs from bench/results
     python -m bench tables --keep runs/bench # first keep the results of a run there
 
-A table stands between `<!-- bench:NAME -->` and `<!-- /bench -->`; bench/results/DEVICE/ holds what it shows.
+A table stands between `<!-- bench:NAME -->` and `<!-- /bench -->`; bench/results/DEVICE/ holds what
+it shows.
 """
 
 from __future__ import annotations
@@ -24,8 +25,12 @@ _MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--keep", type=Path, help="folder of a run whose JSON goes to bench/results/DEVICE first")
-    parser.add_argument("--check", action="store_true", help="change nothing; fail when a table differs")
+    parser.add_argument(
+        "--keep", type=Path, help="folder of a run whose JSON goes to bench/results/DEVICE first"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; fail when a table differs"
+    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -36,7 +41,9 @@ def main(args: argparse.Namespace) -> None:
         text = page.read_text()
         new = regenerate(text, RESULTS)
         if args.check and new != text:
-            raise SystemExit(f"the tables of {page} differ from bench/results: run python -m bench tables")
+            raise SystemExit(
+                f"the tables of {page} differ from bench/results: run python -m bench tables"
+            )
         page.write_text(new)
 
 
@@ -48,7 +55,12 @@ def keep(run: Path) -> list[Path]:
             continue
         folder = _device_of(json.loads(path.read_text())["environment"])
         # Runs of peers differ by their data: each has a folder of its own.
-        place = RESULTS / folder / (path.parent.name if path.stem.startswith("peers") else "") / path.name
+        place = (
+            RESULTS
+            / folder
+            / (path.parent.name if path.stem.startswith("peers") else "")
+            / path.name
+        )
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, place)
         kept.append(place)
@@ -64,7 +76,9 @@ def _device_of(environment: dict[str, Any]) -> str:
 
 def regenerate(text: str, results: Path) -> str:
     """`text` with every marked table made anew from `results`."""
-    return _MARKED.sub(lambda found: found[1] + tables_of(found[2], results) + "\n" + found[3], text)
+    return _MARKED.sub(
+        lambda found: found[1] + tables_of(found[2], results) + "\n" + found[3], text
+    )
 
 
 def tables_of(name: str, results: Path) -> str:
@@ -79,7 +93,9 @@ def tables_of(name: str, results: Path) -> str:
         on_gpu = on_gpu or not path.relative_to(results).parts[0].startswith("cpu")
         parts.append(caption(result["environment"]))
         if name == "peers":
-            parts.append(peers_table(result, json.loads(path.with_name("peers_detail.json").read_text())))
+            parts.append(
+                peers_table(result, json.loads(path.with_name("peers_detail.json").read_text()))
+            )
         else:
             parts += [TABLES[name](case) for case in result["cases"]]
     return "\n\n".join([*parts, *([] if on_gpu else [f"GPU: {NOT_MEASURED}."])])
@@ -87,12 +103,19 @@ def tables_of(name: str, results: Path) -> str:
 
 def caption(environment: dict[str, Any]) -> str:
     devices = environment["devices"]
-    machine = devices[0]["name"] if devices else f"{environment['cpu_count']}-core CPU ({environment['cpu']})"
+    machine = (
+        devices[0]["name"]
+        if devices
+        else f"{environment['cpu_count']}-core CPU ({environment['cpu']})"
+    )
     known = environment["versions"]
     versions = ", ".join(f"{k} {known[k]}" for k in ("torch", "triton", "trl") if known.get(k))
     commit = (environment["git_commit"] or "no checkout")[:12]
-    return (f"`{environment['command']}` on {machine}, {environment['threads']} threads, load average "
-            f"{environment['load_average']:.1f}, {versions}, commit {commit}, {environment['time'][:10]}:")  # fmt: skip
+    return (
+        f"`{environment['command']}` on {machine}, {environment['threads']} threads, load average "
+        f"{environment['load_average']:.1f}, {versions}, commit {commit}, "
+        f"{environment['time'][:10]}:"
+    )
 
 
 def markdown(columns: list[str], rows: list[list[str]]) -> str:
@@ -117,21 +140,42 @@ def _mib(value: float | None) -> str:
 
 def peers_table(result: dict[str, Any], detail: dict[str, Any]) -> str:
     base = result["providers"].get("trl-default")
-    columns = ["provider", "pairs/s", "over trl-default", "with tokenising", "tokens/s", "peak GiB",
-               "step, s (p20 to p80)", "scoring, s a step", "CPU s a step", "losses differ by"]  # fmt: skip
+    columns = [
+        "provider",
+        "pairs/s",
+        "over trl-default",
+        "with tokenising",
+        "tokens/s",
+        "peak GiB",
+        "step, s (p20 to p80)",
+        "scoring, s a step",
+        "CPU s a step",
+        "losses differ by",
+    ]
     rows = []
     for name, p in result["providers"].items():
         d = detail["detail"][name]
         ratio = f"{p['pairs_per_second'] / base['pairs_per_second']:.2f}x" if base else ""
         differ = detail["largest_difference"].get(name)
-        rows.append([
-            name, f"{p['pairs_per_second']:.2f}", ratio, f"{d['pairs_per_second_with_tokenising']:.2f}",
-            f"{p['tokens_per_second']:,.0f}", f"{p['peak_bytes'] / 2**30:.2f}", _spread(d["step"], 1.0),
-            f"{d['score_s_per_step']:.2f}", f"{d['cpu_s_per_step']:.2f}" if "cpu_s_per_step" in d else "",
-            "" if differ is None else f"{differ:.0e}",
-        ])  # fmt: skip
-    title = (f"{Path(detail['data']).parent.name or detail['data']}: {detail['pairs']} pairs, {detail['steps']} steps "
-             f"of {detail['pairs_per_step']}")  # fmt: skip
+        rows.append(
+            [
+                name,
+                f"{p['pairs_per_second']:.2f}",
+                ratio,
+                f"{d['pairs_per_second_with_tokenising']:.2f}",
+                f"{p['tokens_per_second']:,.0f}",
+                f"{p['peak_bytes'] / 2**30:.2f}",
+                _spread(d["step"], 1.0),
+                f"{d['score_s_per_step']:.2f}",
+                f"{d['cpu_s_per_step']:.2f}" if "cpu_s_per_step" in d else "",
+                "" if differ is None else f"{differ:.0e}",
+            ]
+        )
+    title = (
+        f"{Path(detail['data']).parent.name or detail['data']}: {detail['pairs']} pairs, "
+        f"{detail['steps']} steps "
+        f"of {detail['pairs_per_step']}"
+    )
     return title + "\n\n" + markdown(columns, rows + _reasons(detail, len(columns)))
 
 
@@ -144,25 +188,58 @@ def headline_table(results: Path) -> str:
         data = Path(detail["data"]).parent.name or detail["data"]
         for name, p in providers.items():
             ratio = p["pairs_per_second"] / providers["trl-default"]["pairs_per_second"]
-            rows.append([data, str(detail["pairs_per_step"]), name, f"{p['pairs_per_second']:.2f}", f"{ratio:.2f}x",
-                         f"{p['peak_bytes'] / 2**30:.2f}"])  # fmt: skip
-    return markdown(["data", "pairs a step", "trainer", "pairs/s", "over trl-default", "peak GiB"], rows)
+            rows.append(
+                [
+                    data,
+                    str(detail["pairs_per_step"]),
+                    name,
+                    f"{p['pairs_per_second']:.2f}",
+                    f"{ratio:.2f}x",
+                    f"{p['peak_bytes'] / 2**30:.2f}",
+                ]
+            )
+    return markdown(
+        ["data", "pairs a step", "trainer", "pairs/s", "over trl-default", "peak GiB"], rows
+    )
 
 
 def head_table(case: dict[str, Any]) -> str:
-    columns = ["head", "ms (p20 to p80)", "share of bare products", "TFLOP/s", "peak MiB", "logp, nats", "dX", "dW"]
+    columns = [
+        "head",
+        "ms (p20 to p80)",
+        "share of bare products",
+        "TFLOP/s",
+        "peak MiB",
+        "logp, nats",
+        "dX",
+        "dW",
+    ]
     rows = []
     for name, r in sorted(case["providers"].items(), key=lambda item: item[1]["median_s"]):
         e = r["errors"]
-        what = name if r["objective"] == "preference" else f"{name} ({r['objective'].replace('_', ' ')})"
-        rows.append([
-            what, _spread(r, 1e-3), f"{r['share_of_bare_products']:.0%}", f"{r['tflops']:.3g}", _mib(r["peak_bytes"]),
-            f"{e['logp_nats']:.1e}" if "logp_nats" in e else "", f"{e['d_hidden']:.1e}", f"{e['d_weight']:.1e}",
-        ])  # fmt: skip
-    title = (f"{case['shape']} ({case['vocabulary']} x {case['hidden_size']}), {case['tokens']} tokens, "
-             f"{case['inputs']} ({case['entropy']:.1f} nats), {case['dtype']}, "
-             f"{'with' if case['reference'] else 'without'} the reference; bare products "
-             f"{_spread(case['bare_products'], 1e-3)} ms")  # fmt: skip
+        what = (
+            name
+            if r["objective"] == "preference"
+            else f"{name} ({r['objective'].replace('_', ' ')})"
+        )
+        rows.append(
+            [
+                what,
+                _spread(r, 1e-3),
+                f"{r['share_of_bare_products']:.0%}",
+                f"{r['tflops']:.3g}",
+                _mib(r["peak_bytes"]),
+                f"{e['logp_nats']:.1e}" if "logp_nats" in e else "",
+                f"{e['d_hidden']:.1e}",
+                f"{e['d_weight']:.1e}",
+            ]
+        )
+    title = (
+        f"{case['shape']} ({case['vocabulary']} x {case['hidden_size']}), {case['tokens']} tokens, "
+        f"{case['inputs']} ({case['entropy']:.1f} nats), {case['dtype']}, "
+        f"{'with' if case['reference'] else 'without'} the reference; bare products "
+        f"{_spread(case['bare_products'], 1e-3)} ms"
+    )
     return title + "\n\n" + markdown(columns, rows + _reasons(case, len(columns)))
 
 
@@ -172,22 +249,41 @@ def lerp_table(case: dict[str, Any]) -> str:
         [name, _spread(r, 1e-3), f"{r['gb_per_s']:.3g}", f"{r['share_of_copy']:.0%}"]
         for name, r in sorted(case["providers"].items(), key=lambda item: item[1]["median_s"])
     ]
-    title = (f"{case['model']} ({case['parameters'] / 1e6:,.1f} M parameters in {case['tensors']} tensors), "
-             f"{case['case']}; copy {case['copy']['gb_per_s']:.3g} GB/s")  # fmt: skip
+    title = (
+        f"{case['model']} ({case['parameters'] / 1e6:,.1f} M parameters in {case['tensors']} "
+        "tensors), "
+        f"{case['case']}; copy {case['copy']['gb_per_s']:.3g} GB/s"
+    )
     return title + "\n\n" + markdown(columns, rows + _reasons(case, len(columns)))
 
 
 def step_table(case: dict[str, Any]) -> str:
-    columns = ["setting", "s a step (p20 to p80)", "pairs/s", "over the line above", "tokens/s", "peak MiB", "MFU"]
+    columns = [
+        "setting",
+        "s a step (p20 to p80)",
+        "pairs/s",
+        "over the line above",
+        "tokens/s",
+        "peak MiB",
+        "MFU",
+    ]
     rows, above = [], None
     for name, r in case["settings"].items():
         gain = "" if above is None else f"{r['pairs_per_second'] / above:.2f}x"
-        rows.append([
-            name if above is None else f"+ {name}", _spread(r, 1.0, 3), f"{r['pairs_per_second']:.2f}", gain,
-            f"{r['tokens_per_second']:,.0f}", _mib(r["peak_bytes"]), f"{r['mfu']:.1%}" if "mfu" in r else "",
-        ])  # fmt: skip
+        rows.append(
+            [
+                name if above is None else f"+ {name}",
+                _spread(r, 1.0, 3),
+                f"{r['pairs_per_second']:.2f}",
+                gain,
+                f"{r['tokens_per_second']:,.0f}",
+                _mib(r["peak_bytes"]),
+                f"{r['mfu']:.1%}" if "mfu" in r else "",
+            ]
+        )
         above = r["pairs_per_second"]
-    title = f"{case['lengths']} lengths, model {case['size']}, {case['pairs']} pairs ({case['tokens']:,} tokens)"
+    title = f"{case['lengths']} lengths, model {case['size']}, "
+    title += f"{case['pairs']} pairs ({case['tokens']:,} tokens)"
     return title + "\n\n" + markdown(columns, rows + _reasons(case, len(columns)))
 
 
@@ -197,5 +293,8 @@ def overhead_table(case: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "head": head_table, "lerp": lerp_table, "step": step_table, "overhead": overhead_table,
-}  # fmt: skip
+    "head": head_table,
+    "lerp": lerp_table,
+    "step": step_table,
+    "overhead": overhead_table,
+}

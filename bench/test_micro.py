@@ -1,7 +1,7 @@
 """Micro benchmarks, so that a regression between two commits can be seen:
 
-    pytest bench --benchmark-only --benchmark-json after.json
-    pytest-benchmark compare before.json after.json
+pytest bench --benchmark-only --benchmark-json after.json
+pytest-benchmark compare before.json after.json
 """
 
 from __future__ import annotations
@@ -54,9 +54,16 @@ def test_scores_alone(benchmark, stats):
 
     def call():
         return linear_preference_loss(
-            problem.hidden.detach(), problem.weight.detach(), problem.target, cu, groups, None, ref_logp=None,
-            normalizer=1.0, stats=stats,
-        ).logp  # fmt: skip
+            problem.hidden.detach(),
+            problem.weight.detach(),
+            problem.target,
+            cu,
+            groups,
+            None,
+            ref_logp=None,
+            normalizer=1.0,
+            stats=stats,
+        ).logp
 
     assert bool((benchmark(_synchronized(call)) < 0).all())
 
@@ -65,7 +72,11 @@ def test_scores_alone(benchmark, stats):
 def test_lerp(benchmark, rounding):
     references = [torch.randn(1024, 1024, device=DEVICE).bfloat16() for _ in range(8)]
     policies = [torch.randn(1024, 1024, device=DEVICE) for _ in range(8)]
-    benchmark(_synchronized(lambda: multi_tensor_lerp_(references, policies, 0.6, rounding=rounding, seed=0)))
+    benchmark(
+        _synchronized(
+            lambda: multi_tensor_lerp_(references, policies, 0.6, rounding=rounding, seed=0)
+        )
+    )
     assert float((references[0].float() - policies[0]).abs().max()) < 0.1
 
 

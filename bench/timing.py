@@ -1,4 +1,5 @@
-"""How everything here is timed: correct first, warm by time, interleaved, medians with their 20th and 80th percentiles.
+"""How everything here is timed: correct first, warm by time, interleaved, medians with their 20th
+and 80th percentiles.
 
 Providers take turns within one process, so that a machine that slows down slows all of them.
 """
@@ -29,7 +30,9 @@ class Times(NamedTuple):
     @classmethod
     def of(cls, seconds: list[float]) -> Times:
         t = torch.tensor(sorted(seconds), dtype=torch.float64)
-        p20, median, p80 = torch.quantile(t, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+        p20, median, p80 = torch.quantile(
+            t, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+        ).tolist()
         return cls(median, p20, p80, len(seconds))
 
     def as_dict(self) -> dict[str, float]:
@@ -37,11 +40,14 @@ class Times(NamedTuple):
 
 
 def header(command: str) -> dict[str, Any]:
-    """What a figure needs beside it: the machine, versions, commit, threads, load, and the command."""
+    """What a figure needs beside it: the machine, versions, commit, threads, load, and the
+    command."""
     return environment() | {
-        "command": command, "threads": torch.get_num_threads(), "load_average": os.getloadavg()[0],
+        "command": command,
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
         "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-    }  # fmt: skip
+    }
 
 
 def device_folder(device: torch.device) -> str:
@@ -78,7 +84,8 @@ def interleaved(
     warm_seconds: float | None = None,
     least: int = 5,
 ) -> dict[str, Times]:
-    """Times of providers that take turns, forwards and backwards, for about `seconds` in all and `least` rounds."""
+    """Times of providers that take turns, forwards and backwards, for about `seconds` in all and
+    `least` rounds."""
     warm = min(0.3, seconds / 10) if warm_seconds is None else warm_seconds
     for call in calls.values():
         began = time.perf_counter()
@@ -98,7 +105,8 @@ def interleaved(
 
 
 def peak_bytes_of(call: Callable[[], Any], device: torch.device) -> int:
-    """Most memory that a call holds beyond what was there: the allocator's on CUDA, counted allocations on a CPU."""
+    """Most memory that a call holds beyond what was there: the allocator's on CUDA, counted
+    allocations on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -121,7 +129,8 @@ def peak_bytes_of(call: Callable[[], Any], device: torch.device) -> int:
 def process_peak_bytes(device: torch.device) -> int:
     """Peak memory of this process so far: the allocator's on CUDA, resident memory elsewhere.
 
-    The kernel's high-water mark of this address space, because the one of getrusage also remembers the parent.
+    The kernel's high-water mark of this address space, because the one of getrusage also remembers
+    the parent.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

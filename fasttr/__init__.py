@@ -1,6 +1,7 @@
 """fasttr: preference alignment with a moving reference model.
 
-`fasttr.losses` and `fasttr_kernels` need torch alone; `train` and `TrainConfig` need the extra `train`.
+`fasttr.losses` and `fasttr_kernels` need torch alone; `train` and `TrainConfig` need the extra
+`train`.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,9 +1,10 @@
 """The one shape of fasttr: a prompt with m completions, and a pack of such trees.
 
-A preference pair is m = 2, a row of plain completions m = 1, a rollout group m = k. Nothing below the loss knows
-"chosen" and "rejected": pairs are index vectors into the N completions of a pack.
+A preference pair is m = 2, a row of plain completions m = 1, a rollout group m = k. Nothing below
+the loss knows "chosen" and "rejected": pairs are index vectors into the N completions of a pack.
 
-Legend: T packed tokens, S gathered key rows, R scored rows, N completions, B trees (rows of data), G groups of trees.
+Legend: T packed tokens, S gathered key rows, R scored rows, N completions, B trees (rows of data),
+G groups of trees.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ from torch import Tensor
 
 def _move(x: Tensor, device: torch.device) -> Tensor:
     """To the device without waiting for it: a copy from pageable memory would be staged."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
+    return (
+        x.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda" and not x.is_cuda
+        else x.to(device)
+    )
 
 
 class Tree(NamedTuple):
@@ -43,10 +48,12 @@ class TreeSource(Protocol):
 
 
 class RowGather(NamedTuple):
-    """A gather of rows with its inverse, so that the backward sums in a fixed order without atomics.
+    """A gather of rows with its inverse, so that the backward sums in a fixed order without
+    atomics.
 
-    `sources[j]` is the source row of output row j. Level k of the inverse pairs each source row that is read more than
-    k times with its k-th reader; source rows within a level are unique. `sources is None` means the identity.
+    `sources[j]` is the source row of output row j. Level k of the inverse pairs each source row
+    that is read more than k times with its k-th reader; source rows within a level are unique.
+    `sources is None` means the identity.
     """
 
     sources: Tensor | None  # (S,) int64
@@ -60,8 +67,9 @@ class RowGather(NamedTuple):
 
 
 class AttentionLayout(NamedTuple):
-    """Which keys each packed query row sees: segments of queries against segments of gathered keys, causal and
-    aligned at their ends. Offsets are explicit; nothing is inferred from position ids."""
+    """Which keys each packed query row sees: segments of queries against segments of gathered keys,
+    causal and aligned at their ends. Offsets are explicit; nothing is inferred from position
+    ids."""
 
     cu_q: Tensor  # (segments + 1,) int32
     cu_k: Tensor  # (segments + 1,) int32
@@ -88,8 +96,11 @@ class PackedBatch(NamedTuple):
     cu_completions: Tensor  # (N + 1,) int64 on the host: offsets into the R scored rows
     cu_groups: Tensor  # (G + 1,) int64 on the host: offsets into the N completions
     cu_rows: tuple[int, ...]  # (G + 1,) the same offsets, into the B trees
-    cu_heads: Tensor  # (2N + 1,) on the host: each completion cut at the length of its tree's shortest one
-    token_counts: Tensor  # (N,) int64: completion tokens, the unscored first one of an empty prompt included
+    # (2N + 1,) on the host: each completion cut at the length of its tree's shortest one
+    cu_heads: Tensor
+    token_counts: (
+        Tensor  # (N,) int64: completion tokens, the unscored first one of an empty prompt included
+    )
     weights: Tensor  # (B,) fp32
     labels: Tensor  # (B,) bool
     rows: tuple[int, ...]  # (B,) data-set rows

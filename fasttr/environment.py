@@ -1,7 +1,7 @@
 """What fasttr runs on: versions, devices, and which back ends are usable here.
 
-`environment()` is the header of every benchmark's JSON; `report()` is what `fasttr env` prints. Both need torch alone
-and look up everything else without importing it.
+`environment()` is the header of every benchmark's JSON; `report()` is what `fasttr env` prints.
+Both need torch alone and look up everything else without importing it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-PACKAGES = ("fasttr", "torch", "triton", "transformers", "datasets", "trl", "liger-kernel", "flash-attn", "numpy")
+PACKAGES = (
+    "fasttr",
+    "torch",
+    "triton",
+    "transformers",
+    "datasets",
+    "trl",
+    "liger-kernel",
+    "flash-attn",
+    "numpy",
+)
 TRITON_ROWS = "fasttr_kernels.rows_triton"
 AMPERE = (8, 0)  # below it neither bf16 nor FlashAttention exists
 
@@ -30,9 +40,11 @@ class Usable(NamedTuple):
 
 
 def environment() -> dict[str, Any]:
-    """Versions (None: not installed), git commit of the checkout (None: no checkout), CPU, devices with memory in GiB.
+    """Versions (None: not installed), git commit of the checkout (None: no checkout), CPU, devices
+    with memory in GiB.
 
-    Plain JSON values. Costs milliseconds, and creates no CUDA context beyond asking for device properties.
+    Plain JSON values. Costs milliseconds, and creates no CUDA context beyond asking for device
+    properties.
     """
     return {
         "python": platform.python_version(),
@@ -53,13 +65,24 @@ def attention_backends() -> list[Usable]:
     varlen = gpu or (
         None
         if _importable("torch.nn.attention.varlen")
-        else f"torch {torch.__version__} has no torch.nn.attention.varlen: install torch 2.11 or newer"
+        else f"torch {torch.__version__} has no varlen attention: install torch 2.11 or newer"
     )
-    flash = gpu or (None if _version("flash-attn") else "flash-attn is not installed: pip install 'fasttr[flash]'")
+    flash = gpu or (
+        None
+        if _version("flash-attn")
+        else "flash-attn is not installed: pip install 'fasttr[flash]'"
+    )
     return [
         _usable("varlen", varlen, "torch.nn.attention.varlen, bf16; the default on CUDA"),
-        _usable("flash_attention_2", flash, f"flash-attn {_version('flash-attn')}, bf16, soft caps"),
-        Usable("sdpa", True, "segment by segment on any device, any dtype" + ("; the default here" if varlen else "")),
+        _usable(
+            "flash_attention_2", flash, f"flash-attn {_version('flash-attn')}, bf16, soft caps"
+        ),
+        Usable(
+            "sdpa",
+            True,
+            "segment by segment on any device, any dtype"
+            + ("; the default here" if varlen else ""),
+        ),
     ]
 
 
@@ -69,7 +92,9 @@ def head_backends() -> list[Usable]:
     if triton is None and not _version("triton"):
         triton = "triton is not installed: pip install triton (Linux)"
     if triton is None and not _importable(TRITON_ROWS):
-        triton = "this version has no Triton rows yet: torch rows run on CUDA as well, nothing to do"
+        triton = (
+            "this version has no Triton rows yet: torch rows run on CUDA as well, nothing to do"
+        )
     return [
         _usable("triton rows", triton, "the default on CUDA"),
         Usable("torch rows", True, "any device" + ("; the default here" if triton else "")),
@@ -78,8 +103,18 @@ def head_backends() -> list[Usable]:
 
 def model_kernels() -> list[Usable]:
     """liger-kernel's norm, rotary and MLP kernels (`use_liger_kernel`)."""
-    missing = None if _version("liger-kernel") else "liger-kernel is not installed: pip install 'fasttr[cuda]'"
-    return [_usable("liger", _no_gpu() or missing, f"liger-kernel {_version('liger-kernel')}; on unless switched off")]
+    missing = (
+        None
+        if _version("liger-kernel")
+        else "liger-kernel is not installed: pip install 'fasttr[cuda]'"
+    )
+    return [
+        _usable(
+            "liger",
+            _no_gpu() or missing,
+            f"liger-kernel {_version('liger-kernel')}; on unless switched off",
+        )
+    ]
 
 
 def report() -> str:
@@ -90,10 +125,14 @@ def report() -> str:
         **{name: text or "not installed" for name, text in env["versions"].items()},
         "git commit": env["git_commit"] or "not a git checkout",
         "cpu": f"{env['cpu']}, {env['cpu_count']} usable cores",
-        "cuda": f"{env['cuda']}, driver {env['driver']}" if env["cuda"] else "torch was built without CUDA",
+        "cuda": f"{env['cuda']}, driver {env['driver']}"
+        if env["cuda"]
+        else "torch was built without CUDA",
     }
     for i, device in enumerate(env["devices"]):
-        facts[f"device {i}"] = f"{device['name']}, {device['memory_gib']:.0f} GiB, sm_{device['capability']}"
+        facts[f"device {i}"] = (
+            f"{device['name']}, {device['memory_gib']:.0f} GiB, sm_{device['capability']}"
+        )
     width = max(map(len, facts))
     lines = [f"{name:<{width}}  {text}" for name, text in facts.items()]
     for title, backends in (
@@ -115,12 +154,15 @@ def _no_gpu() -> str | None:
     if torch.version.hip:
         return "this torch is built for ROCm: the kernels are for CUDA; use sdpa and torch rows"
     if not torch.version.cuda:
-        return f"torch {torch.__version__} is built without CUDA: with an NVIDIA GPU, install torch's CUDA build"
+        built = f"torch {torch.__version__} is built without CUDA"
+        return f"{built}: with an NVIDIA GPU, install torch's CUDA build"
     if not torch.cuda.is_available():
         return "no CUDA device is visible: check nvidia-smi, the driver and CUDA_VISIBLE_DEVICES"
     capability = torch.cuda.get_device_capability()
     if capability < AMPERE:
-        return f"{torch.cuda.get_device_name()} is older than Ampere (sm_80): use sdpa and torch rows"
+        return (
+            f"{torch.cuda.get_device_name()} is older than Ampere (sm_80): use sdpa and torch rows"
+        )
     return None
 
 
@@ -139,9 +181,11 @@ def _importable(module: str) -> bool:
 
 
 def _git_commit() -> str | None:
-    """Commit of the checkout that this file is tracked in, with + when tracked files differ from it."""
+    """Commit of the checkout that this file is tracked in, with + when tracked files differ from
+    it."""
     here = Path(__file__).resolve()
-    # An installed package may lie inside somebody else's repository (a .venv in it): its commit is not ours.
+    # An installed package may lie inside somebody else's repository (a .venv in it): its commit is
+    # not ours.
     if _run("git", "-C", str(here.parent), "ls-files", "--error-unmatch", here.name) is None:
         return None
     commit = _run("git", "-C", str(here.parent), "rev-parse", "HEAD")
@@ -181,5 +225,6 @@ def _devices() -> list[dict[str, Any]]:
         return []
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return [
-        {"name": p.name, "memory_gib": p.total_memory / 2**30, "capability": f"{p.major}{p.minor}"} for p in found
+        {"name": p.name, "memory_gib": p.total_memory / 2**30, "capability": f"{p.major}{p.minor}"}
+        for p in found
     ]

@@ -1,5 +1,5 @@
-"""Without a GPU the Triton kernels of the tests run in Triton's interpreter, chosen before they are decorated.
-Nothing is fetched, and what `datasets` caches goes into a folder that is thrown away."""
+"""Without a GPU the Triton kernels of the tests run in Triton's interpreter, chosen before they are
+decorated. Nothing is fetched, and what `datasets` caches goes into a folder that is thrown away."""
 
 import json
 import os
@@ -17,7 +17,20 @@ torch.set_num_threads(1)  # the models are tiny: more threads only wait for each
 _cache = tempfile.TemporaryDirectory(prefix="fasttr-tests-")
 os.environ["HF_DATASETS_CACHE"] = _cache.name
 
-WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "omicron"]
+WORDS = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "epsilon",
+    "zeta",
+    "eta",
+    "theta",
+    "iota",
+    "kappa",
+    "lambda",
+    "omicron",
+]
 
 
 def write_pairs(path: Path, rows: int, seed: int, weights: bool = False) -> Path:
@@ -29,7 +42,11 @@ def write_pairs(path: Path, rows: int, seed: int, weights: bool = False) -> Path
 
     with path.open("w") as file:
         for i in range(rows):
-            row = {"prompt": text(1, 12) + "?", "chosen": " " + text(1, 9), "rejected": " " + text(10, 14) + str(i)}
+            row = {
+                "prompt": text(1, 12) + "?",
+                "chosen": " " + text(1, 9),
+                "rejected": " " + text(10, 14) + str(i),
+            }
             if weights:
                 row["weight"] = rng.choice([0.25, 1.0, 2.0])
             file.write(json.dumps(row) + "\n")
@@ -49,9 +66,14 @@ def workspace(tmp_path_factory) -> Path:
     write_pairs(folder / "test.jsonl", 10, seed=1)
     write_pairs(folder / "weighted.jsonl", 8, seed=2, weights=True)
     init_model(
-        "llama", hidden_size=32, num_layers=2, num_heads=4, vocab_size=300, tokenizer_data=folder / "train.jsonl",
+        "llama",
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        vocab_size=300,
+        tokenizer_data=folder / "train.jsonl",
         output_dir=folder / "model",
-    )  # fmt: skip
+    )
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     # Weights large enough that rows differ: at 0.02 every log-prob is near log V.
     perturb(model, 0.2, seed=5)

@@ -1,5 +1,5 @@
-"""Runs that send their own process a signal at a chosen point, for the tests of resuming. They are forked from a
-server that has imported everything and computed nothing."""
+"""Runs that send their own process a signal at a chosen point, for the tests of resuming. They are
+forked from a server that has imported everything and computed nothing."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ OWNERS = {
 
 
 def signal_at(what: str, calls: int, signum: int, after: Path | None) -> None:
-    """Make the named function send this process a signal when it is entered for the `calls`-th time since the folder
-    `after` exists."""
+    """Make the named function send this process a signal when it is entered for the `calls`-th time
+    since the folder `after` exists."""
     owner, name = OWNERS[what]
     original, count = getattr(owner, name), 0
 

@@ -16,10 +16,20 @@ from fasttr import TrainConfig, train
 def settings(workspace: Path, output_dir: Path, **changes: Any) -> dict[str, Any]:
     """A short CPU run that logs every step and saves nothing but the final model."""
     return {
-        "model_name_or_path": str(workspace / "model"), "dataset_name": str(workspace / "train.jsonl"),
-        "output_dir": str(output_dir), "max_steps": 6, "train_batch_size": 4, "learning_rate": 3e-3, "max_length": 64,
-        "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "bf16": False, **changes,
-    }  # fmt: skip
+        "model_name_or_path": str(workspace / "model"),
+        "dataset_name": str(workspace / "train.jsonl"),
+        "output_dir": str(output_dir),
+        "max_steps": 6,
+        "train_batch_size": 4,
+        "learning_rate": 3e-3,
+        "max_length": 64,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        **changes,
+    }
 
 
 def run(workspace: Path, output_dir: Path, **changes: Any):
@@ -41,7 +51,11 @@ def evaluations(output_dir: Path) -> list[dict[str, Any]]:
 
 def timeless(line: dict[str, Any]) -> dict[str, Any]:
     """Without what depends on the clock or the machine."""
-    return {k: v for k, v in line.items() if not k.startswith(("perf/", "memory/", "train_runtime", "train_pairs"))}
+    return {
+        k: v
+        for k, v in line.items()
+        if not k.startswith(("perf/", "memory/", "train_runtime", "train_pairs"))
+    }
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

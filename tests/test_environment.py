@@ -22,7 +22,8 @@ def test_environment_is_plain_json_and_names_torch():
 def test_only_torch_is_imported():
     code = (
         "import sys; from fasttr import environment; environment.report();"
-        "print(*[m for m in ('transformers', 'datasets', 'trl', 'matplotlib', 'liger_kernel') if m in sys.modules])"
+        "print(*[m for m in ('transformers', 'datasets', 'trl', 'matplotlib', 'liger_kernel') if m "
+        "in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == ""
@@ -41,14 +42,18 @@ def machine(monkeypatch, capability=(9, 0), installed=(), modules=True, cuda="13
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
-    properties = SimpleNamespace(name="Some GPU", total_memory=80 * 2**30, major=capability[0], minor=capability[1])
+    properties = SimpleNamespace(
+        name="Some GPU", total_memory=80 * 2**30, major=capability[0], minor=capability[1]
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: properties)
     monkeypatch.setattr(environment, "_version", lambda name: "1.0" if name in installed else None)
     monkeypatch.setattr(environment, "_importable", lambda name: modules)
 
 
 def usable():
-    backends = environment.attention_backends() + environment.head_backends() + environment.model_kernels()
+    backends = (
+        environment.attention_backends() + environment.head_backends() + environment.model_kernels()
+    )
     return {b.name for b in backends if b.usable}, {b.name: b.why for b in backends if not b.usable}
 
 
@@ -83,7 +88,9 @@ def test_an_old_torch_is_the_reason_for_a_missing_varlen(monkeypatch):
         ({"capability": (7, 5)}, "older than Ampere"),
     ],
 )
-def test_without_a_fit_gpu_the_torch_back_ends_remain_and_the_others_say_why(monkeypatch, changes, reason):
+def test_without_a_fit_gpu_the_torch_back_ends_remain_and_the_others_say_why(
+    monkeypatch, changes, reason
+):
     machine(monkeypatch, installed=("triton", "flash-attn", "liger-kernel"), **changes)
     names, why_not = usable()
     assert names == {"sdpa", "torch rows"}
@@ -99,7 +106,9 @@ def test_commit_is_that_of_the_checkout_and_none_outside(monkeypatch, tmp_path):
     git("init", "-q")
     (tmp_path / "environment.py").write_text("")
     monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))
-    assert environment.environment()["git_commit"] is None  # a repository that does not track us, as around a .venv
+    assert (
+        environment.environment()["git_commit"] is None
+    )  # a repository that does not track us, as around a .venv
     git("add", "environment.py")
     git("commit", "-qm", "first")
     commit = git("rev-parse", "HEAD").stdout.strip()

@@ -1,7 +1,8 @@
-"""Whatever the rows and the settings: a run trains, or it stops with one line; never a traceback, a hang or a folder
-that is half written.
+"""Whatever the rows and the settings: a run trains, or it stops with one line; never a traceback, a
+hang or a folder that is half written.
 
-FASTTR_FUZZ_EXAMPLES=10000 draws that many cases from FASTTR_FUZZ_SEED (0) instead of the few fixed ones.
+FASTTR_FUZZ_EXAMPLES=10000 draws that many cases from FASTTR_FUZZ_SEED (0) instead of the few fixed
+ones.
 """
 
 import contextlib
@@ -31,16 +32,40 @@ EXAMPLES = int(os.environ.get("FASTTR_FUZZ_EXAMPLES", "0"))
 SEED = int(os.environ.get("FASTTR_FUZZ_SEED", "0"))
 SECONDS = 60  # a tiny run takes a fraction of one: more is a hang
 few = settings(
-    max_examples=EXAMPLES or 40, derandomize=not EXAMPLES, deadline=None, database=None, print_blob=True,
+    max_examples=EXAMPLES or 40,
+    derandomize=not EXAMPLES,
+    deadline=None,
+    database=None,
+    print_blob=True,
     phases=[Phase.generate] if not EXAMPLES else [Phase.generate, Phase.shrink],
     suppress_health_check=list(HealthCheck),
-)  # fmt: skip
+)
 
-ODD = ["", " ", "\n", "a", "ab", "the sky is blue", "\x00", "\ufeff", "\ud83d", "é\u0301", "שלום", "<|im_end|>",
-       "<|bos|>", "\n\nHuman: a\n\nAssistant: b", "\n\nHuman: a\n\nAssistant: c", "x" * 300, "{{ 1/0 }}", "null",
-       "\U0001f642\U0001f469\u200d\U0001f469\u200d\U0001f467"]  # fmt: skip
+ODD = [
+    "",
+    " ",
+    "\n",
+    "a",
+    "ab",
+    "the sky is blue",
+    "\x00",
+    "\ufeff",
+    "\ud83d",
+    "é\u0301",
+    "שלום",
+    "<|im_end|>",
+    "<|bos|>",
+    "\n\nHuman: a\n\nAssistant: b",
+    "\n\nHuman: a\n\nAssistant: c",
+    "x" * 300,
+    "{{ 1/0 }}",
+    "null",
+    "\U0001f642\U0001f469\u200d\U0001f469\u200d\U0001f467",
+]
 TEXT = st.sampled_from(ODD) | st.text(max_size=12)
-NUMBER = st.sampled_from([0, 1, -1, 2, 0.5, -0.0, 1e-320, 1e30, 1e308, -1e308, 2**31, 2**63, 2**70, math.nan, math.inf])
+NUMBER = st.sampled_from(
+    [0, 1, -1, 2, 0.5, -0.0, 1e-320, 1e30, 1e308, -1e308, 2**31, 2**63, 2**70, math.nan, math.inf]
+)
 ROLE = st.sampled_from(["user", "assistant", "assistant", "system", "tool", "", "x"])
 PART = st.fixed_dictionaries({"type": st.just("text"), "text": TEXT})
 MESSAGE = st.fixed_dictionaries({"role": ROLE, "content": TEXT})
@@ -49,17 +74,28 @@ ODD_MESSAGE = st.one_of(
     st.fixed_dictionaries({"content": TEXT}),
     st.fixed_dictionaries({"role": ROLE}),
     st.fixed_dictionaries({"role": st.none() | NUMBER, "content": TEXT}),
-    st.fixed_dictionaries({"role": ROLE, "content": st.none() | NUMBER | st.lists(TEXT, max_size=2)}),
+    st.fixed_dictionaries(
+        {"role": ROLE, "content": st.none() | NUMBER | st.lists(TEXT, max_size=2)}
+    ),
     st.fixed_dictionaries({"role": ROLE, "content": st.just([{"type": "image", "text": None}])}),
     st.fixed_dictionaries({"role": ROLE, "content": st.lists(PART, max_size=2)}),
     TEXT,
-)  # fmt: skip
+)
 MESSAGES = st.lists(MESSAGE, min_size=1, max_size=3)
 ANSWERED = MESSAGES.map(lambda messages: [{"role": "user", "content": "a"}, *messages])
 IDS = st.lists(st.integers(0, 259), max_size=6)
-ANYTHING = st.one_of(st.none(), st.booleans(), NUMBER, TEXT, st.lists(ODD_MESSAGE, max_size=3), MESSAGES, IDS,
-                     st.lists(st.integers(-5, 2**40), max_size=3), st.dictionaries(TEXT, TEXT | NUMBER, max_size=2),
-                     st.lists(st.lists(TEXT, max_size=2), max_size=2))  # fmt: skip
+ANYTHING = st.one_of(
+    st.none(),
+    st.booleans(),
+    NUMBER,
+    TEXT,
+    st.lists(ODD_MESSAGE, max_size=3),
+    MESSAGES,
+    IDS,
+    st.lists(st.integers(-5, 2**40), max_size=3),
+    st.dictionaries(TEXT, TEXT | NUMBER, max_size=2),
+    st.lists(st.lists(TEXT, max_size=2), max_size=2),
+)
 COLUMNS = {
     "paired": {"prompt": TEXT, "chosen": TEXT, "rejected": TEXT},
     "implicit": {"chosen": TEXT, "rejected": TEXT},
@@ -71,8 +107,17 @@ COLUMNS = {
     "ids": {"prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS},
     "unpaired ids": {"prompt_ids": IDS, "completion_ids": IDS, "label": st.booleans()},
 }
-EXTRA = {"weight": NUMBER, "tools": ANYTHING, "chat_template_kwargs": ANYTHING, "score": NUMBER, "image": TEXT,
-         "": TEXT, "label": ANYTHING, "completion": ANYTHING, "prompt": ANYTHING}  # fmt: skip
+EXTRA = {
+    "weight": NUMBER,
+    "tools": ANYTHING,
+    "chat_template_kwargs": ANYTHING,
+    "score": NUMBER,
+    "image": TEXT,
+    "": TEXT,
+    "label": ANYTHING,
+    "completion": ANYTHING,
+    "prompt": ANYTHING,
+}
 
 
 @st.composite
@@ -96,12 +141,18 @@ def files(draw):
     """A name and the bytes of a data file."""
     wild = draw(st.integers(0, 2)) == 0
     rows = draw(tables(wild))
-    kind = draw(st.sampled_from(["jsonl", "jsonl", "json", "jsonl.gz", "parquet"] + (["csv", "jsonl"] if wild else [])))
+    kind = draw(
+        st.sampled_from(
+            ["jsonl", "jsonl", "json", "jsonl.gz", "parquet"] + (["csv", "jsonl"] if wild else [])
+        )
+    )
     if kind == "parquet":
         import pyarrow
         import pyarrow.parquet
 
-        with contextlib.suppress(pyarrow.ArrowException, OverflowError, UnicodeEncodeError, TypeError, ValueError):
+        with contextlib.suppress(
+            pyarrow.ArrowException, OverflowError, UnicodeEncodeError, TypeError, ValueError
+        ):
             buffer = io.BytesIO()
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
             return "data.parquet", buffer.getvalue()
@@ -111,7 +162,9 @@ def files(draw):
     content = (json.dumps(rows) if kind == "json" else text).encode("utf-8", "surrogatepass")
     if wild and draw(st.integers(0, 9)) == 0:
         cut = draw(st.integers(0, len(content)))
-        content = content[:cut] + draw(st.binary(max_size=4)) + content[cut + draw(st.integers(0, 3)) :]
+        content = (
+            content[:cut] + draw(st.binary(max_size=4)) + content[cut + draw(st.integers(0, 3)) :]
+        )
     return f"data.{kind}", gzip.compress(content) if kind.endswith("gz") else content
 
 
@@ -141,9 +194,18 @@ GOOD = {
     "max_tokens_per_batch": of(512, 1, 16),
     "max_steps": of(1, 2),
     "learning_rate": of(1e-3, 0.0, 1e30),
-    "lr_scheduler_type": of("linear", "constant", "cosine", "polynomial", "inverse_sqrt", "cosine_with_min_lr",
-                            "warmup_stable_decay"),
-    "lr_scheduler_kwargs": of(None, None, {}, {}, {"num_cycles": 2}, {"min_lr": 1e-5}, {"lr_end": 1e-9}),
+    "lr_scheduler_type": of(
+        "linear",
+        "constant",
+        "cosine",
+        "polynomial",
+        "inverse_sqrt",
+        "cosine_with_min_lr",
+        "warmup_stable_decay",
+    ),
+    "lr_scheduler_kwargs": of(
+        None, None, {}, {}, {"num_cycles": 2}, {"min_lr": 1e-5}, {"lr_end": 1e-9}
+    ),
     "warmup_steps": of(0, 1, 0.5, 1000),
     "weight_decay": of(0.0, 0.1, 1e30),
     "adam_epsilon": of(1e-8, 1e30),
@@ -166,7 +228,7 @@ GOOD = {
     "gradient_checkpointing": st.booleans(),
     "attn_implementation": of(None, "sdpa", "eager"),
     "resume_from_checkpoint": of(None, True),
-}  # fmt: skip
+}
 BAD = {
     "loss_type": of("hunge", [], ["kto", "sft"], ["sigmoid", "sigmoid"], ""),
     "beta": of(0.0, -1.0, math.nan, math.inf, 1e-320),
@@ -190,8 +252,15 @@ BAD = {
     "num_train_epochs": of(0.0, -1.0, math.nan, 0.01),
     "learning_rate": of(-1.0, math.nan, math.inf, 1e308),
     "lr_scheduler_type": of("", "greedy", "reduce_lr_on_plateau", "nope"),
-    "lr_scheduler_kwargs": of({"nope": 1}, {"num_cycles": "x"}, {"num_cycles": 0}, {"power": "x"},
-                              {"lr_end": 1.0}, {"num_warmup_steps": 3}, {"min_lr": None}),
+    "lr_scheduler_kwargs": of(
+        {"nope": 1},
+        {"num_cycles": "x"},
+        {"num_cycles": 0},
+        {"power": "x"},
+        {"lr_end": 1.0},
+        {"num_warmup_steps": 3},
+        {"min_lr": None},
+    ),
     "warmup_steps": of(-1, math.nan, math.inf),
     "weight_decay": of(-1.0, math.nan, math.inf),
     "adam_beta1": of(1.0, -0.1, math.nan),
@@ -204,10 +273,18 @@ BAD = {
     "model_name_or_path": of("/nowhere", "", ".", "a b"),
     "dataset_name": of("/nowhere.jsonl", "", "nope", "json", ".", "~nobody/x", "\x00", "a" * 5000),
     "dataset_config": of("x", ""),
-    "dataset_train_split": of("test", "", "train[", "train[:50%]", "train[9:]", "train[:0]", "all", "../x"),
-    "datasets": of([], [{}], [{"path": "nope"}], [{"path": "DATA", "columns": ["x"]}],
-                   [{"path": "DATA", "fraction": 0}], [{"path": "json", "data_files": "DATA"}],
-                   [{"path": "DATA"}, {"path": "DATA", "fraction": 0.5}]),
+    "dataset_train_split": of(
+        "test", "", "train[", "train[:50%]", "train[9:]", "train[:0]", "all", "../x"
+    ),
+    "datasets": of(
+        [],
+        [{}],
+        [{"path": "nope"}],
+        [{"path": "DATA", "columns": ["x"]}],
+        [{"path": "DATA", "fraction": 0}],
+        [{"path": "json", "data_files": "DATA"}],
+        [{"path": "DATA"}, {"path": "DATA", "fraction": 0.5}],
+    ),
     "test_split_size": of(0.0, 1.0, 0.5, -1.0, math.nan, 1e9, math.inf),
     "eval_dataset_name": of("/nowhere.json", "", "nope"),
     "dataset_num_proc": of(0, -1),
@@ -223,7 +300,7 @@ BAD = {
     "report_to": of("nope", "wandb", [], ["none", "tensorboard"]),
     "resume_from_checkpoint": of("/nowhere", "", "checkpoint-1", False),
     "output_dir": of("\x00", "/dev/null", "/proc/x", "a" * 300),
-}  # fmt: skip
+}
 
 
 @st.composite
@@ -240,8 +317,15 @@ def configs(draw):
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
     for i, name in enumerate(("model", "other")):
-        init_model("llama", hidden_size=16, num_layers=1, num_heads=2, output_dir=folder / name, seed=i,
-                   max_position_embeddings=1024)  # fmt: skip
+        init_model(
+            "llama",
+            hidden_size=16,
+            num_layers=1,
+            num_heads=2,
+            output_dir=folder / name,
+            seed=i,
+            max_position_embeddings=1024,
+        )
     return folder
 
 
@@ -264,7 +348,8 @@ def time_limit(seconds: int):
 
 
 def one_line_or_none(act) -> str | None:
-    """What a FasttrError says, which must be one line; None when there is none. Any other exception goes through."""
+    """What a FasttrError says, which must be one line; None when there is none. Any other exception
+    goes through."""
     told = None
     try:
         act()
@@ -285,26 +370,48 @@ def check(model: Path, file: tuple[str, bytes], chosen: dict) -> bool:
                 return [placed(item) for item in value]
             if isinstance(value, dict):
                 return {key: placed(item) for key, item in value.items()}
-            known = {"DATA": str(data), "MODEL": str(model / "model"), "OTHER": str(model / "other")}
+            known = {
+                "DATA": str(data),
+                "MODEL": str(model / "model"),
+                "OTHER": str(model / "other"),
+            }
             return known.get(value, value) if isinstance(value, str) else value
 
-        base = {"model_name_or_path": "MODEL", "dataset_name": "DATA", "eval_dataset_name": "DATA",
-                "output_dir": str(out), "max_steps": 2, "train_batch_size": 2, "use_cpu": True, "disable_tqdm": True,
-                "logging_steps": 1, "save_strategy": "no"}  # fmt: skip
+        base = {
+            "model_name_or_path": "MODEL",
+            "dataset_name": "DATA",
+            "eval_dataset_name": "DATA",
+            "output_dir": str(out),
+            "max_steps": 2,
+            "train_batch_size": 2,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "logging_steps": 1,
+            "save_strategy": "no",
+        }
         values = {key: placed(value) for key, value in (base | chosen).items()}
         with contextlib.chdir(folder), time_limit(SECONDS):
             told = one_line_or_none(lambda: train(TrainConfig(**values)))
         trained = told is None
         left = sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*"))
-        assert not [path for path in left if path.endswith((".tmp", ".partial")) or "/.checkpoint" in path], left
+        assert not [
+            path for path in left if path.endswith((".tmp", ".partial")) or "/.checkpoint" in path
+        ], left
         for checkpoint in Path(folder).rglob("checkpoint-*"):
             assert (checkpoint / "fasttr" / "state.json").is_file(), left
             assert (checkpoint / "model.safetensors").is_file(), left
         if trained:
             written = Path(folder) / values["output_dir"]
             assert (written / "model.safetensors").is_file(), left
-            lines = [json.loads(line) for line in (written / "metrics.jsonl").read_text().splitlines()]
-            numbers = {k: v for line in lines for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
+            lines = [
+                json.loads(line) for line in (written / "metrics.jsonl").read_text().splitlines()
+            ]
+            numbers = {
+                k: v
+                for line in lines
+                for k, v in line.items()
+                if isinstance(v, float) and not math.isfinite(v)
+            }
             assert not numbers, numbers
         else:
             assert not (out / "model.safetensors").exists(), left
@@ -328,8 +435,27 @@ def test_a_run_trains_or_stops_with_one_line(model):
 
 
 KEYS = of(*TrainConfig.__dataclass_fields__, *TABLE, "preset", "config", "nope")
-WORD = TEXT | of("none", "null", "true", "no", "1", "-1", "0.5", "1e400", "nan", "[", "[1,2]", "{}", "{a: 1}", "!!x",
-                 "*a", "[sigmoid, hinge]", "a: b", "--", "@")  # fmt: skip
+WORD = TEXT | of(
+    "none",
+    "null",
+    "true",
+    "no",
+    "1",
+    "-1",
+    "0.5",
+    "1e400",
+    "nan",
+    "[",
+    "[1,2]",
+    "{}",
+    "{a: 1}",
+    "!!x",
+    "*a",
+    "[sigmoid, hinge]",
+    "a: b",
+    "--",
+    "@",
+)
 
 
 def test_a_command_line_is_read_or_is_one_line():

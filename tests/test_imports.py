@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# A folder (or a file that lies in fasttr/ itself) imports what stands on a lower floor, and nothing else of fasttr.
+# A folder (or a file that lies in fasttr/ itself) imports what stands on a lower floor, and nothing
+# else of fasttr.
 FLOORS = [
     {"errors"},
     {"batch", "environment"},
@@ -39,7 +40,8 @@ def modules_of(root: Path, package: str) -> dict[str, Path]:
 
 
 def imported(path: Path, known: set[str]) -> set[str]:
-    """The modules of `known` that a file imports: at its top, in functions and under TYPE_CHECKING."""
+    """The modules of `known` that a file imports: at its top, in functions and under
+    TYPE_CHECKING."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -90,15 +92,24 @@ def test_imports_lead_to_lower_floors():
     assert arrows_upward(import_graph(ROOT, "fasttr")) == []
 
 
-@pytest.mark.parametrize(("root", "package"), [(ROOT, "fasttr"), (ROOT / "kernels", "fasttr_kernels"), (ROOT, "bench")])
+@pytest.mark.parametrize(
+    ("root", "package"), [(ROOT, "fasttr"), (ROOT / "kernels", "fasttr_kernels"), (ROOT, "bench")]
+)
 def test_no_circle_of_imports_inside_a_folder_or_between_folders(root, package):
     graph = import_graph(root, package)
     assert len(graph) > 10
     assert circle_of(graph) is None
 
 
-@pytest.mark.parametrize("import_of_a", ["from pack import a", "import pack.a", "def f():\n    from pack.a import x",
-                                         "if TYPE_CHECKING:\n    from pack.a import x"])  # fmt: skip
+@pytest.mark.parametrize(
+    "import_of_a",
+    [
+        "from pack import a",
+        "import pack.a",
+        "def f():\n    from pack.a import x",
+        "if TYPE_CHECKING:\n    from pack.a import x",
+    ],
+)
 def test_a_circle_that_is_put_in_is_found(tmp_path, import_of_a):
     (tmp_path / "pack").mkdir()
     (tmp_path / "pack" / "a.py").write_text("from pack import b\n")
@@ -109,7 +120,10 @@ def test_a_circle_that_is_put_in_is_found(tmp_path, import_of_a):
 
 
 def test_an_arrow_upward_that_is_put_in_is_found():
-    graph = {"fasttr.data.load": {"fasttr.training.loop"}, "fasttr.training.loop": {"fasttr.data.load"}}
+    graph = {
+        "fasttr.data.load": {"fasttr.training.loop"},
+        "fasttr.training.loop": {"fasttr.data.load"},
+    }
     assert arrows_upward(graph) == ["fasttr.data.load -> fasttr.training.loop"]
 
 
@@ -126,7 +140,8 @@ def test_kernels_know_nothing_of_the_trainer():
 
 
 def test_the_kernels_folder_is_not_a_package():
-    """A regular package named `kernels` in the working directory shadows the one that transformers imports."""
+    """A regular package named `kernels` in the working directory shadows the one that transformers
+    imports."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
@@ -135,9 +150,11 @@ def test_imports_with_torch_and_triton_alone(module):
     """Everything else that is installed is hidden from the child process."""
     code = f"""
 import importlib.metadata, sys
-allowed = {{"torch", "triton", "numpy", "torchgen", "functorch", "sympy", "mpmath", "networkx", "jinja2", "markupsafe",
-           "filelock", "fsspec", "typing_extensions", "setuptools", "pkg_resources", "_distutils_hack", "fasttr",
-           "fasttr_kernels", "nvidia", "cuda", "packaging"}}
+allowed = {{
+    "torch", "triton", "numpy", "torchgen", "functorch", "sympy", "mpmath", "networkx", "jinja2",
+    "markupsafe", "filelock", "fsspec", "typing_extensions", "setuptools", "pkg_resources",
+    "_distutils_hack", "fasttr", "fasttr_kernels", "nvidia", "cuda", "packaging",
+}}
 names = importlib.metadata.packages_distributions()
 class Hide:
     def find_spec(self, name, path=None, target=None):
@@ -154,7 +171,11 @@ else:
 import {module}
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
-        env={"PYTHONPATH": ".:kernels", "PATH": "/usr/bin:/bin", "HOME": "/tmp"}, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={"PYTHONPATH": ".:kernels", "PATH": "/usr/bin:/bin", "HOME": "/tmp"},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr

@@ -16,39 +16,64 @@ WINDOW = 5
 
 
 def tiny_config(arch: str, **overrides):
-    """A two-layer config of `arch` whose features (windows, soft caps, partial rotary, tied heads) are all on."""
+    """A two-layer config of `arch` whose features (windows, soft caps, partial rotary, tied heads)
+    are all on."""
     from transformers import AutoConfig
 
     common = {
-        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.2,
-        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     special = {
         "llama": {},
         "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
         "qwen3": {"head_dim": 8, "tie_word_embeddings": True},
         "mistral": {"sliding_window": WINDOW, "head_dim": 8},
-        "gemma2": {"sliding_window": WINDOW, "head_dim": 8, "query_pre_attn_scalar": 8,
-                   "layer_types": ["sliding_attention", "full_attention"], "final_logit_softcapping": 3.0,
-                   "attn_logit_softcapping": 2.0},
-        "gemma3_text": {"sliding_window": WINDOW, "head_dim": 8, "query_pre_attn_scalar": 8,
-                        "layer_types": ["sliding_attention", "full_attention"]},
+        "gemma2": {
+            "sliding_window": WINDOW,
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "final_logit_softcapping": 3.0,
+            "attn_logit_softcapping": 2.0,
+        },
+        "gemma3_text": {
+            "sliding_window": WINDOW,
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
         "phi3": {"sliding_window": WINDOW},
         "olmo2": {},
         "gpt_neox": {"rotary_pct": 0.25, "num_key_value_heads": None},
-    }[arch]  # fmt: skip
-    values = {key: value for key, value in {**common, **special, **overrides}.items() if value is not None}
+    }[arch]
+    values = {
+        key: value for key, value in {**common, **special, **overrides}.items() if value is not None
+    }
     return AutoConfig.for_model(arch, **values)
 
 
 def tiny_model(arch: str = "llama", seed: int = 0, implementation: str = "sdpa", **overrides):
-    """A transformers model with random fp32 weights; the same seed gives the same weights for any implementation."""
+    """A transformers model with random fp32 weights; the same seed gives the same weights for any
+    implementation."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
     config = tiny_config(arch, **overrides)
-    return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=implementation).float().train()
+    return (
+        AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=implementation)
+        .float()
+        .train()
+    )
 
 
 def packed(model) -> PackedModel:
@@ -84,7 +109,9 @@ class ListSource:
     def __init__(self, trees: list[Tree]):
         self.trees = trees
         self.prompt_lengths = np.array([len(t.prompt_ids) for t in trees], dtype=np.int32)
-        self.completion_lengths = np.array([[len(c) for c in t.completions] for t in trees], dtype=np.int32)
+        self.completion_lengths = np.array(
+            [[len(c) for c in t.completions] for t in trees], dtype=np.int32
+        )
         self.fingerprint = "list"
 
     def __len__(self) -> int:
@@ -95,7 +122,8 @@ class ListSource:
 
 
 def alone_logps(model, trees: list[Tree]) -> torch.Tensor:
-    """The specification: each completion alone, unpadded, through the model's own forward and a plain log-softmax."""
+    """The specification: each completion alone, unpadded, through the model's own forward and a
+    plain log-softmax."""
     out = []
     for tree in trees:
         for completion in tree.completions:
@@ -118,7 +146,9 @@ def padded_logps(model, trees: list[Tree]) -> torch.Tensor:
         ids[i, : len(row)], mask[i, : len(row)] = torch.from_numpy(row).long(), 1
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
     token = torch.log_softmax(logits, -1).gather(2, ids[:, 1:, None])[..., 0]
-    return torch.stack([token[i, s : len(r) - 1].sum() for i, (s, r) in enumerate(zip(starts, rows, strict=True))])
+    return torch.stack(
+        [token[i, s : len(r) - 1].sum() for i, (s, r) in enumerate(zip(starts, rows, strict=True))]
+    )
 
 
 def gradients(model) -> dict[str, torch.Tensor]:

@@ -1,13 +1,17 @@
-"""The toy of the TR paper's Figure 2 (arXiv:2404.09656, after arXiv:2406.02900): a tree of actions, many seeds at once.
+"""The toy of the TR paper's Figure 2 (arXiv:2404.09656, after arXiv:2406.02900): a tree of actions,
+many seeds at once.
 
-One start state, the same actions at every state, each leading to a child of its own: a completion is a path to a leaf.
-There is no prompt, and the probability of every path is known exactly. The seeds are a leading dimension of every
-weight, so that a step of all of them is one step of a batched network; no operation mixes seeds.
+One start state, the same actions at every state, each leading to a child of its own: a completion
+is a path to a leaf. There is no prompt, and the probability of every path is known exactly. The
+seeds are a leading dimension of every weight, so that a step of all of them is one step of a
+batched network; no operation mixes seeds.
 
-The loss is one of `fasttr.losses`, the schedule one of `fasttr.reference`, and the reference a `MovingReference`: the
-objects of the trainer, called in the trainer's order (score a window, train on it, move).
+The loss is one of `fasttr.losses`, the schedule one of `fasttr.reference`, and the reference a
+`MovingReference`: the objects of the trainer, called in the trainer's order (score a window, train
+on it, move).
 
-Legend: S seeds, N nodes of a level, A actions, H hidden, L leaves, P pairs, n completions read by the loss.
+Legend: S seeds, N nodes of a level, A actions, H hidden, L leaves, P pairs, n completions read by
+the loss.
 """
 
 from __future__ import annotations
@@ -28,7 +32,8 @@ from fasttr.reference.moving import MovingReference, Schedule
 
 @dataclass(frozen=True)
 class Tree:
-    """`actions` ** `depth` leaves; leaf i has the digits of i in base `actions` as its path, the first one leading."""
+    """`actions` ** `depth` leaves; leaf i has the digits of i in base `actions` as its path, the
+    first one leading."""
 
     depth: int = 3
     actions: int = 3
@@ -39,7 +44,10 @@ class Tree:
 
     def shared_prefix(self, a: int, b: int) -> int:
         """How many leading actions two leaves have in common."""
-        return next((k for k in range(self.depth) if self._prefix(a, k + 1) != self._prefix(b, k + 1)), self.depth)
+        return next(
+            (k for k in range(self.depth) if self._prefix(a, k + 1) != self._prefix(b, k + 1)),
+            self.depth,
+        )
 
     def _prefix(self, leaf: int, length: int) -> int:
         return leaf // self.actions ** (self.depth - length)
@@ -70,18 +78,29 @@ class TreePolicy(nn.Module, abc.ABC):
 
 
 class Rnn(TreePolicy):
-    """An Elman network over the path: h <- tanh(W x + U h + b), x a learned embedding of the start or of an action."""
+    """An Elman network over the path: h <- tanh(W x + U h + b), x a learned embedding of the start
+    or of an action."""
 
     def __init__(self, tree: Tree, seeds: list[int], hidden: int = 16):
         super().__init__(tree)
         bound = hidden**-0.5
-        shapes = {"W": (hidden, hidden), "U": (hidden, hidden), "b": (1, hidden), "V": (hidden, tree.actions),
-                  "c": (1, tree.actions)}  # fmt: skip
+        shapes = {
+            "W": (hidden, hidden),
+            "U": (hidden, hidden),
+            "b": (1, hidden),
+            "V": (hidden, tree.actions),
+            "c": (1, tree.actions),
+        }
 
         def draw(seed: int) -> dict[str, Tensor]:
-            rng = torch.Generator().manual_seed(seed)  # of its own: a seed's weights do not depend on the others
+            rng = torch.Generator().manual_seed(
+                seed
+            )  # of its own: a seed's weights do not depend on the others
             out = {"x": torch.randn(1 + tree.actions, hidden, generator=rng)}
-            return out | {k: (2 * torch.rand(*shape, generator=rng) - 1) * bound for k, shape in shapes.items()}
+            return out | {
+                k: (2 * torch.rand(*shape, generator=rng) - 1) * bound
+                for k, shape in shapes.items()
+            }
 
         drawn = [draw(seed) for seed in seeds]
         for name in drawn[0]:
@@ -98,16 +117,22 @@ class Rnn(TreePolicy):
 
 
 class Tabular(TreePolicy):
-    """Logits of its own at every state: nothing is shared between paths beyond their common states."""
+    """Logits of its own at every state: nothing is shared between paths beyond their common
+    states."""
 
     def __init__(self, tree: Tree, seeds: list[int], hidden: int = 0):
         super().__init__(tree)
         states = sum(tree.actions**level for level in range(tree.depth))
-        drawn = [torch.randn(states, tree.actions, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        drawn = [
+            torch.randn(states, tree.actions, generator=torch.Generator().manual_seed(seed))
+            for seed in seeds
+        ]
         self.logits = nn.Parameter(torch.stack(drawn))
 
     def levels(self) -> list[Tensor]:
-        return list(self.logits.split([self.tree.actions**level for level in range(self.tree.depth)], dim=1))
+        return list(
+            self.logits.split([self.tree.actions**level for level in range(self.tree.depth)], dim=1)
+        )
 
 
 NETWORKS: dict[str, type[Rnn] | type[Tabular]] = {"rnn": Rnn, "tabular": Tabular}
@@ -116,26 +141,39 @@ NETWORKS: dict[str, type[Rnn] | type[Tabular]] = {"rnn": Rnn, "tabular": Tabular
 def draw_pairs(tree: Tree, seeds: list[int], pairs: int, shared: int | None) -> Tensor:
     """(S, P, 2) leaves (chosen, rejected), all different within a seed.
 
-    shared: how many leading actions the two sides of a pair have in common, exactly; None draws any two leaves.
+    shared: how many leading actions the two sides of a pair have in common, exactly; None draws any
+    two leaves.
     """
     if pairs < 1 or (shared is not None and not 0 <= shared < tree.depth):
-        raise ValueError(f"got {pairs} pairs that share {shared} actions; wanted 1 or more, and 0..{tree.depth - 1}")
-    return torch.tensor([_draw_pairs(tree, np.random.default_rng([seed, 1]), pairs, shared) for seed in seeds])
+        raise ValueError(
+            f"got {pairs} pairs that share {shared} actions; wanted 1 or more, and "
+            f"0..{tree.depth - 1}"
+        )
+    return torch.tensor(
+        [_draw_pairs(tree, np.random.default_rng([seed, 1]), pairs, shared) for seed in seeds]
+    )
 
 
-def _draw_pairs(tree: Tree, rng: np.random.Generator, pairs: int, shared: int | None) -> list[list[int]]:
+def _draw_pairs(
+    tree: Tree, rng: np.random.Generator, pairs: int, shared: int | None
+) -> list[list[int]]:
     for _ in range(1000):
         free, found = list(rng.permutation(tree.leaves).tolist()), list[list[int]]()
         while free and len(found) < pairs:
             chosen = free.pop()
-            partner = next((b for b in free if shared is None or tree.shared_prefix(chosen, b) == shared), None)
+            partner = next(
+                (b for b in free if shared is None or tree.shared_prefix(chosen, b) == shared), None
+            )
             if partner is None:
                 break
             free.remove(partner)
             found.append([chosen, partner])
         if len(found) == pairs:
             return found
-    raise ValueError(f"got {pairs} disjoint pairs that share {shared} actions; the tree of {tree.leaves} has no room")
+    raise ValueError(
+        f"got {pairs} disjoint pairs that share {shared} actions; the tree of {tree.leaves} has no "
+        "room"
+    )
 
 
 class Rows(NamedTuple):
@@ -148,8 +186,8 @@ class Rows(NamedTuple):
 
 
 def rows_of(tree: Tree, pairs: Tensor, loss: Loss) -> Rows:
-    """Pairs as they are; for an unpaired loss taken apart as `fasttr.unpaired` does: all chosen, then all rejected,
-    each with the completion of the row before it as its mismatched one."""
+    """Pairs as they are; for an unpaired loss taken apart as `fasttr.unpaired` does: all chosen,
+    then all rejected, each with the completion of the row before it as its mismatched one."""
     if not loss.unpaired:
         leaf, labels = pairs.flatten(1), None
     else:
@@ -161,7 +199,9 @@ def rows_of(tree: Tree, pairs: Tensor, loss: Loss) -> Rows:
 
 def seed_losses(loss: Loss, rows: Rows, logp: Tensor, ref_logp: Tensor) -> Tensor:
     """(S,) mean loss of each seed's rows, which are one group; logp, ref_logp (S, n)."""
-    return torch.vmap(lambda p, r: loss(Scored(p, r, rows.tokens, rows.per_row, rows.labels)).mean())(logp, ref_logp)
+    return torch.vmap(
+        lambda p, r: loss(Scored(p, r, rows.tokens, rows.per_row, rows.labels)).mean()
+    )(logp, ref_logp)
 
 
 def fit(policy: TreePolicy, pairs: Tensor, steps: int, learning_rate: float) -> None:
@@ -174,7 +214,8 @@ def fit(policy: TreePolicy, pairs: Tensor, steps: int, learning_rate: float) -> 
 
 
 class History(NamedTuple):
-    """(steps + 1, S) each, before the first step and after every one; probabilities by enumeration."""
+    """(steps + 1, S) each, before the first step and after every one; probabilities by
+    enumeration."""
 
     ood: np.ndarray  # of all paths in no pair
     chosen: np.ndarray  # of all chosen paths together
@@ -191,9 +232,11 @@ def align(
     learning_rate: float,
     watch: Callable[[int, TreePolicy, MovingReference], None] | None = None,
 ) -> History:
-    """Train a copy of `initial`, full batch, Adam; the reference starts as `initial` and moves as `schedule` says.
+    """Train a copy of `initial`, full batch, Adam; the reference starts as `initial` and moves as
+    `schedule` says.
 
-    watch: called with (steps done, policy, reference) after every step, the reference's move included.
+    watch: called with (steps done, policy, reference) after every step, the reference's move
+    included.
     """
     policy = copy.deepcopy(initial)
     reference = MovingReference(schedule, policy)

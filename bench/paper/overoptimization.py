@@ -1,12 +1,14 @@
-"""`python -m bench.paper.overoptimization`: gold reward against KL, as the TR paper's Figure 5, on a generated task.
+"""`python -m bench.paper.overoptimization`: gold reward against KL, as the TR paper's Figure 5, on
+a generated task.
 
-A small language model is fitted to the base distribution of `fasttr.generated` (SFT, once); for each seed pairs are
-sampled from it and labelled with noise; DPO, IPO and KTO then train on them through `fasttr.train`, each with a fixed,
-a soft and a hard reference, over a grid of beta. The rate is constant after its warm-up, so that a checkpoint at step k
-is the end of a run of k steps. Each checkpoint is judged by fresh samples for held-out prompts.
+A small language model is fitted to the base distribution of `fasttr.generated` (SFT, once); for
+each seed pairs are sampled from it and labelled with noise; DPO, IPO and KTO then train on them
+through `fasttr.train`, each with a fixed, a soft and a hard reference, over a grid of beta. The
+rate is constant after its warm-up, so that a checkpoint at step k is the end of a run of k steps.
+Each checkpoint is judged by fresh samples for held-out prompts.
 
-Arms of a seed share pairs, order, prompts and sampling noise. A finished run is not repeated. Written into DIR:
-runs/*.json, results.json, table.md, verdict.md and the pictures.
+Arms of a seed share pairs, order, prompts and sampling noise. A finished run is not repeated.
+Written into DIR: runs/*.json, results.json, table.md, verdict.md and the pictures.
 """
 
 from __future__ import annotations
@@ -39,16 +41,20 @@ from fasttr.toy.judge import judge, sample
 from fasttr.toy.task import NOISE, label_pair, prompts, sft_rows, write_jsonl
 from fasttr.training.loop import train
 
-ANCHORED = {  # of a checkpoint's evaluation: on held-out pairs, under the policy or against the initial policy
-    "logps_chosen": "eval_logps/chosen", "logps_rejected": "eval_logps/rejected",
-    "logratio_chosen": "eval_anchor/logratios/chosen", "logratio_rejected": "eval_anchor/logratios/rejected",
+# of a checkpoint's evaluation: on held-out pairs, under the policy or against the initial policy
+ANCHORED = {
+    "logps_chosen": "eval_logps/chosen",
+    "logps_rejected": "eval_logps/rejected",
+    "logratio_chosen": "eval_anchor/logratios/chosen",
+    "logratio_rejected": "eval_anchor/logratios/rejected",
     "accuracy": "eval_anchor/rewards/accuracies",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of the whole study; `losses`, `beta` and `seeds` may grow from one call to the next, the others bind a folder."""
+    """Of the whole study; `losses`, `beta` and `seeds` may grow from one call to the next, the
+    others bind a folder."""
 
     losses: tuple[str, ...] = ("sigmoid", "ipo_sum", "kto_paired")
     beta: tuple[float, ...] = (0.1, 0.3, 1.0)
@@ -70,21 +76,35 @@ class Settings:
 
     @property
     def bound(self) -> dict[str, Any]:
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in ("losses", "beta", "seeds")}
+        return {
+            k: v
+            for k, v in dataclasses.asdict(self).items()
+            if k not in ("losses", "beta", "seeds")
+        }
 
     def reference(self, arm: str) -> dict[str, Any]:
         """The keys of a TrainConfig."""
         return {
             "fixed": {"ref_update": "none"},
-            "soft": {"ref_update": "soft", "ref_update_alpha": self.alpha, "ref_update_every": self.soft_every},
+            "soft": {
+                "ref_update": "soft",
+                "ref_update_alpha": self.alpha,
+                "ref_update_every": self.soft_every,
+            },
             "hard": {"ref_update": "hard", "ref_update_every": self.tau},
         }[arm]
 
 
-QUICK = Settings(beta=(0.3,), seeds=2, steps=60, pairs=800, test_pairs=64, samples=128, sft_steps=250)
+QUICK = Settings(
+    beta=(0.3,), seeds=2, steps=60, pairs=800, test_pairs=64, samples=128, sft_steps=250
+)
 COMMON: dict[str, Any] = {
-    "gradient_checkpointing": False, "max_length": 128, "use_cpu": True, "bf16": False, "disable_tqdm": True,
-}  # fmt: skip
+    "gradient_checkpointing": False,
+    "max_length": 128,
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+}
 
 
 def study(settings: Settings, out: Path, progress: bool = True) -> list[Run]:
@@ -93,7 +113,9 @@ def study(settings: Settings, out: Path, progress: bool = True) -> list[Run]:
     _bind(settings, out)
     sft = _sft(settings, out)
     runs = []
-    for seed, beta, loss, arm in tqdm(cells, desc="over-optimisation", unit="run", disable=None if progress else True):
+    for seed, beta, loss, arm in tqdm(
+        cells, desc="over-optimisation", unit="run", disable=None if progress else True
+    ):
         path = out / "runs" / f"{loss}-{arm}-beta{beta:g}-seed{seed}.json"
         if not path.exists():
             rows = _align(settings, out, sft, loss, arm, beta, seed)
@@ -103,13 +125,21 @@ def study(settings: Settings, out: Path, progress: bool = True) -> list[Run]:
 
 
 def _bind(settings: Settings, out: Path) -> None:
-    """A folder belongs to one setting: what was run under another would be mixed into the same picture."""
+    """A folder belongs to one setting: what was run under another would be mixed into the same
+    picture."""
     path = out / "settings.json"
     if path.exists():
         saved = json.loads(path.read_text())
-        changed = [f"{k}: {saved.get(k)!r} -> {v!r}" for k, v in settings.bound.items() if saved.get(k) != v]
+        changed = [
+            f"{k}: {saved.get(k)!r} -> {v!r}"
+            for k, v in settings.bound.items()
+            if saved.get(k) != v
+        ]
         if changed:
-            raise SystemExit(f"--out: {out} holds runs of other settings ({'; '.join(changed)}); name another folder")
+            raise SystemExit(
+                f"--out: {out} holds runs of other settings ({'; '.join(changed)}); name another "
+                "folder"
+            )
     else:
         _write_json(path, settings.bound)
 
@@ -123,31 +153,59 @@ def _sft(settings: Settings, out: Path) -> Path:
     shutil.rmtree(making, ignore_errors=True)
     write_jsonl(sft_rows(settings.sft_pairs, seed=0), making / "sft.jsonl")
     with _quiet(out / "sft.log"):
-        init_model("llama", hidden_size=settings.width, num_layers=2, num_heads=4, vocab_size=260,
-                   tokenizer_data=making / "sft.jsonl", output_dir=making / "untrained", seed=0)  # fmt: skip
-        train(TrainConfig(
-            model_name_or_path=str(making / "untrained"), dataset_name=str(making / "sft.jsonl"), loss_type="sft",
-            output_dir=str(making / "trained"), max_steps=settings.sft_steps, train_batch_size=64, learning_rate=3e-3,
-            lr_scheduler_type="cosine", warmup_steps=20, save_strategy="no", seed=0, **COMMON,
-        ))  # fmt: skip
+        init_model(
+            "llama",
+            hidden_size=settings.width,
+            num_layers=2,
+            num_heads=4,
+            vocab_size=260,
+            tokenizer_data=making / "sft.jsonl",
+            output_dir=making / "untrained",
+            seed=0,
+        )
+        train(
+            TrainConfig(
+                model_name_or_path=str(making / "untrained"),
+                dataset_name=str(making / "sft.jsonl"),
+                loss_type="sft",
+                output_dir=str(making / "trained"),
+                max_steps=settings.sft_steps,
+                train_batch_size=64,
+                learning_rate=3e-3,
+                lr_scheduler_type="cosine",
+                warmup_steps=20,
+                save_strategy="no",
+                seed=0,
+                **COMMON,
+            )
+        )
     (making / "trained").rename(folder)
     shutil.rmtree(making)
     return folder
 
 
 def _data(settings: Settings, out: Path, sft: Path, seed: int) -> tuple[Path, Path]:
-    """Pairs of a seed to train on and held-out ones, sampled from the initial policy and labelled with noise."""
+    """Pairs of a seed to train on and held-out ones, sampled from the initial policy and labelled
+    with noise."""
     paths = []
     for k, (split, n) in enumerate((("train", settings.pairs), ("test", settings.test_pairs))):
         path = out / f"{split}-seed{seed}.jsonl"
         paths.append(path)
         if path.exists():
             continue
-        tokenizer, model = load_tokenizer(str(sft)), load_model(str(sft), device=torch.device("cpu"))
+        tokenizer, model = (
+            load_tokenizer(str(sft)),
+            load_model(str(sft), device=torch.device("cpu")),
+        )
         own = 10_000 * (seed + 1) + 10 * k
-        asked = prompts(n + n // 10 + 8, seed=own, held_out=split == "test")  # some draws are equal, or empty
+        asked = prompts(
+            n + n // 10 + 8, seed=own, held_out=split == "test"
+        )  # some draws are equal, or empty
         sides = [
-            [tokenizer.decode(ids, skip_special_tokens=True) for _, ids in sample(model, tokenizer, asked, own + side)]
+            [
+                tokenizer.decode(ids, skip_special_tokens=True)
+                for _, ids in sample(model, tokenizer, asked, own + side)
+            ]
             for side in (1, 2)
         ]
         rng = np.random.default_rng(own + 3)
@@ -164,18 +222,38 @@ def _align(
     folder = out / "runs" / f"{loss}-{arm}-beta{beta:g}-seed{seed}"
     every = settings.checkpoint_every
     with _quiet(out / "runs.log"):
-        train(TrainConfig(
-            model_name_or_path=str(sft), dataset_name=str(train_file), eval_dataset_name=str(test_file),
-            output_dir=str(folder), overwrite_output_dir=True, loss_type=loss, beta=beta, max_steps=settings.steps,
-            train_batch_size=settings.batch, learning_rate=settings.learning_rate, warmup_steps=10,
-            lr_scheduler_type="constant_with_warmup", eval_strategy="steps", eval_steps=every, eval_on_start=True,
-            save_strategy="steps", save_steps=every, logging_steps=every, seed=seed, **settings.reference(arm),
-            **COMMON,
-        ))  # fmt: skip
+        train(
+            TrainConfig(
+                model_name_or_path=str(sft),
+                dataset_name=str(train_file),
+                eval_dataset_name=str(test_file),
+                output_dir=str(folder),
+                overwrite_output_dir=True,
+                loss_type=loss,
+                beta=beta,
+                max_steps=settings.steps,
+                train_batch_size=settings.batch,
+                learning_rate=settings.learning_rate,
+                warmup_steps=10,
+                lr_scheduler_type="constant_with_warmup",
+                eval_strategy="steps",
+                eval_steps=every,
+                eval_on_start=True,
+                save_strategy="steps",
+                save_steps=every,
+                logging_steps=every,
+                seed=seed,
+                **settings.reference(arm),
+                **COMMON,
+            )
+        )
     measured = {line["step"]: line for line in read_metrics(folder) if "eval_loss" in line}
     asked = prompts(settings.samples, seed=500 + seed, held_out=True)
     rows = []
-    for step, checkpoint in [(0, sft), *((int(c.name.split("-")[1]), c) for c in list_checkpoints(folder))]:
+    for step, checkpoint in [
+        (0, sft),
+        *((int(c.name.split("-")[1]), c) for c in list_checkpoints(folder)),
+    ]:
         found = judge(checkpoint, sft, asked, seed)._asdict()
         del found["completions"]
         row = {"step": step} | found
@@ -206,11 +284,19 @@ def _write_json(path: Path, content: Any) -> None:
 def write(settings: Settings, runs: list[Run], out: Path) -> None:
     """Tables, pictures and the verdict of the runs."""
     compared = [
-        {"loss": loss, "arm": arm} | {k: v._asdict() for k, v in compare(runs, loss, arm)._asdict().items()}
+        {"loss": loss, "arm": arm}
+        | {k: v._asdict() for k, v in compare(runs, loss, arm)._asdict().items()}
         for loss, arm in itertools.product(settings.losses, ARMS[1:])
     ]
-    _write_json(out / "results.json", {"settings": dataclasses.asdict(settings), "torch": torch.__version__,
-                                       "compared": compared, "runs": [run._asdict() for run in runs]})  # fmt: skip
+    _write_json(
+        out / "results.json",
+        {
+            "settings": dataclasses.asdict(settings),
+            "torch": torch.__version__,
+            "compared": compared,
+            "runs": [run._asdict() for run in runs],
+        },
+    )
     (out / "table.md").write_text(table(runs) + "\n")
     (out / "verdict.md").write_text("\n".join(f"- {line}" for line in verdict(runs)) + "\n")
     plot_gold_against_kl(runs, out / "gold-against-kl.png")
@@ -220,13 +306,21 @@ def write(settings: Settings, runs: list[Run], out: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     d = Settings()
     about = __doc__.split("\n\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m bench.paper.overoptimization", description=about)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.paper.overoptimization", description=about
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/paper/overoptimization"))
-    parser.add_argument("--quick", action="store_true", help="one beta, two seeds, half the steps: 2 to 3 minutes")
+    parser.add_argument(
+        "--quick", action="store_true", help="one beta, two seeds, half the steps: 2 to 3 minutes"
+    )
     for field in dataclasses.fields(Settings):
         value = getattr(d, field.name)
-        several: dict[str, Any] = {"nargs": "+", "type": type(value[0])} if isinstance(value, tuple) else {}
-        parser.add_argument(f"--{field.name}", help=f"default {value}", **{"type": type(value), **several})
+        several: dict[str, Any] = (
+            {"nargs": "+", "type": type(value[0])} if isinstance(value, tuple) else {}
+        )
+        parser.add_argument(
+            f"--{field.name}", help=f"default {value}", **{"type": type(value), **several}
+        )
     asked = vars(parser.parse_args(argv))
     out, quick = asked.pop("out"), asked.pop("quick")
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in asked.items() if v is not None}
@@ -240,7 +334,10 @@ def main(argv: list[str] | None = None) -> None:
     write(settings, runs, out)
     print((out / "table.md").read_text())
     print((out / "verdict.md").read_text())
-    print(f"{len(runs)} runs in {time.perf_counter() - began:.0f} s, those found finished included; all in {out}")
+    print(
+        f"{len(runs)} runs in {time.perf_counter() - began:.0f} s, those found finished included; "
+        f"all in {out}"
+    )
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Student's 97.5 % points by degrees of freedom; beyond them Cornish and Fisher's expansion is right to 3 digits.
+# Student's 97.5 % points by degrees of freedom; beyond them Cornish and Fisher's expansion is right
+# to 3 digits.
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 class Interval(NamedTuple):
-    """A mean over seeds with its 95 % Student interval; NaN bounds when one seed is all there is."""
+    """A mean over seeds with its 95 % Student interval; NaN bounds when one seed is all there
+    is."""
 
     mean: float
     low: float
@@ -22,7 +24,8 @@ class Interval(NamedTuple):
 
     @property
     def sign(self) -> int:
-        """+1 or -1 where the interval leaves zero out, else 0: the only threshold in the verdicts."""
+        """+1 or -1 where the interval leaves zero out, else 0: the only threshold in the
+        verdicts."""
         return 1 if self.low > 0 else -1 if self.high < 0 else 0
 
     def text(self, digits: int = 3) -> str:
@@ -54,5 +57,6 @@ def interval(values: Iterable[float]) -> Interval:
 
 
 def words(difference: Interval, up: str, down: str, none: str) -> str:
-    """What an interval of a difference says: `up`, `down`, or `none` where it holds zero or there is no interval."""
+    """What an interval of a difference says: `up`, `down`, or `none` where it holds zero or there
+    is no interval."""
     return {1: up, -1: down, 0: none}[difference.sign] + f" ({difference.text()})"

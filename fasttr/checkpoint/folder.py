@@ -1,5 +1,6 @@
-"""Checkpoints: a Hugging Face folder `checkpoint-N` with a folder `fasttr/` beside the weights that holds everything
-else a run needs to go on exactly. Written aside and renamed, so that a folder of that name is always complete."""
+"""Checkpoints: a Hugging Face folder `checkpoint-N` with a folder `fasttr/` beside the weights that
+holds everything else a run needs to go on exactly. Written aside and renamed, so that a folder of
+that name is always complete."""
 
 from __future__ import annotations
 
@@ -35,7 +36,11 @@ class RunState(NamedTuple):
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path)
+        for path in output_dir.glob("checkpoint-*")
+        if (match := _NAME.fullmatch(path.name))
+    ]
     return [path for _, path in sorted(found)]
 
 
@@ -44,10 +49,16 @@ def folder_of(output_dir: Path, step: int) -> Path:
 
 
 def save_checkpoint(
-    output_dir: Path, step: int, policy: PackedModel, tokenizer: Any, state: RunState | None, keep: int | None,
+    output_dir: Path,
+    step: int,
+    policy: PackedModel,
+    tokenizer: Any,
+    state: RunState | None,
+    keep: int | None,
     best: Path | None = None,
-) -> Path:  # fmt: skip
-    """Write `checkpoint-STEP`, then delete the oldest beyond `keep`, which `best` is counted among and outlives.
+) -> Path:
+    """Write `checkpoint-STEP`, then delete the oldest beyond `keep`, which `best` is counted among
+    and outlives.
 
     Without a state it holds the model alone. On failure the earlier ones stand untouched.
     """
@@ -75,8 +86,15 @@ def _write_state(folder: Path, state: RunState) -> None:
     files = {"state": state.tensors, "optimizer": state.optimizer, "reference": state.reference}
     for name, tensors in files.items():
         if tensors:
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, inner / f"{name}.safetensors")
-    sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+            save_file(
+                {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
+                inner / f"{name}.safetensors",
+            )
+    sizes = {
+        str(p.relative_to(folder)): p.stat().st_size
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
     facts = {**state.facts, "format": FORMAT, "files": sizes}
     (inner / "state.json").write_text(json.dumps(facts, indent=1) + "\n")
 
@@ -113,23 +131,31 @@ def load_state(folder: Path) -> RunState:
 
     path = folder / STATE_DIR / "state.json"
     if not folder.is_dir():
-        raise FasttrError(f"resume_from_checkpoint: no folder {folder}; give true or a checkpoint-N folder")
+        raise FasttrError(
+            f"resume_from_checkpoint: no folder {folder}; give true or a checkpoint-N folder"
+        )
     if not path.is_file():
         raise FasttrError(
-            f"resume_from_checkpoint: {folder} has no {STATE_DIR}/state.json, so it holds no reference, position or "
+            f"resume_from_checkpoint: {folder} has no {STATE_DIR}/state.json, so it holds no "
+            "reference, position or "
             "window; wanted a folder that fasttr saved"
         )
     try:
         facts = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise FasttrError(f"resume_from_checkpoint: {path} is not JSON: {error}; use an earlier checkpoint") from error
+        raise FasttrError(
+            f"resume_from_checkpoint: {path} is not JSON: {error}; use an earlier checkpoint"
+        ) from error
     if facts.get("format") != FORMAT:
-        raise FasttrError(f"resume_from_checkpoint: {folder} has format {facts.get('format')}; wanted {FORMAT}")
+        raise FasttrError(
+            f"resume_from_checkpoint: {folder} has format {facts.get('format')}; wanted {FORMAT}"
+        )
     for name, size in facts["files"].items():
         got = (folder / name).stat().st_size if (folder / name).is_file() else None
         if got != size:
             raise FasttrError(
-                f"resume_from_checkpoint: {folder} is incomplete: {name} has {got} bytes, wanted {size}; "
+                f"resume_from_checkpoint: {folder} is incomplete: {name} has {got} bytes, wanted "
+                f"{size}; "
                 "use an earlier checkpoint"
             )
     parts = {}
@@ -153,7 +179,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             keys = ("exp_avg", "exp_avg_sq", "step")
-            optimizer.state[parameter] = {key: tensors[f"{name}.{key}"].to(parameter.device) for key in keys}
+            optimizer.state[parameter] = {
+                key: tensors[f"{name}.{key}"].to(parameter.device) for key in keys
+            }
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -197,8 +225,12 @@ def _one_line_on_full_disk(aside: Path, target: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         good = list_checkpoints(aside.parent)
-        last = f"the last good checkpoint is {good[-1]}" if good else "there is no earlier checkpoint"
-        raise FasttrError(f"saving {target} failed: {error}; {last}; free some space and resume from it") from error
+        last = (
+            f"the last good checkpoint is {good[-1]}" if good else "there is no earlier checkpoint"
+        )
+        raise FasttrError(
+            f"saving {target} failed: {error}; {last}; free some space and resume from it"
+        ) from error
 
 
 def remove_torn(output_dir: Path) -> None:

@@ -10,12 +10,15 @@ from fasttr.config.trl import nearest
 from fasttr.errors import FasttrError
 
 COMMANDS = {
-    "train": "train on preferences: fasttr train --config run.yaml, or flags; --print_config shows all settings",
+    "train": "train on preferences: fasttr train --config run.yaml, or flags; --print_config shows "
+    "all settings",
     "eval": "score a split, by itself or against a fixed anchor; or sample for a file of prompts",
-    "init": "write a small untrained model with a tokenizer, so that anything runs without a download",
+    "init": "write a small untrained model with a tokenizer, so that anything runs without a "
+    "download",
     "plot": "draw the metrics of a run: fasttr plot RUN",
     "env": "versions, devices and usable back ends",
-    "demo": "the main job on generated data: SFT, then DPO beside TR-DPO, with a table and pictures",
+    "demo": "the main job on generated data: SFT, then DPO beside TR-DPO, with a table and "
+    "pictures",
 }
 
 
@@ -29,7 +32,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args[0] not in COMMANDS:
             raise FasttrError(
-                f"got command {args[0]!r}; wanted one of {', '.join(COMMANDS)}{nearest(args[0], COMMANDS)}"
+                f"got command {args[0]!r}; wanted one of "
+                f"{', '.join(COMMANDS)}{nearest(args[0], COMMANDS)}"
             )
         globals()[f"_{args[0]}"](args[1:])
     except FasttrError as error:
@@ -39,7 +43,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def _train(args: list[str]) -> None:
     if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
-        raise FasttrError("got several processes; one process trains until sharding is built: start without torchrun")
+        raise FasttrError(
+            "got several processes; one process trains until sharding is built: start without "
+            "torchrun"
+        )
     config = parse_train(args)
     from fasttr.training.loop import train
 
@@ -55,7 +62,9 @@ def _eval(args: list[str]) -> None:
 def _init(args: list[str]) -> None:
     from fasttr.models.scratch import init_model
 
-    parser = new_parser("fasttr init", "Write a Hugging Face folder with random weights and a trained tokenizer.")
+    parser = new_parser(
+        "fasttr init", "Write a Hugging Face folder with random weights and a trained tokenizer."
+    )
     parser.add_function_arguments(init_model)
     init_model(**vars(parse(parser, args)))
 
@@ -79,6 +88,8 @@ def _env(args: list[str]) -> None:
 def _demo(args: list[str]) -> None:
     from fasttr.toy.demo import demo
 
-    parser = new_parser("fasttr demo", "SFT, then DPO beside TR-DPO on generated data with a known gold reward.")
+    parser = new_parser(
+        "fasttr demo", "SFT, then DPO beside TR-DPO on generated data with a known gold reward."
+    )
     parser.add_function_arguments(demo)
     demo(**vars(parse(parser, args)))

@@ -27,9 +27,15 @@ def parse_train(args: list[str]):
 
     values = merge(file, flag_values(flags))
     preset = values.pop("preset", None)
-    parser = new_parser("fasttr train", "Train a language model on preferences, with a reference that may move.")
-    parser.add_argument("--config", action="config", help="a flat YAML file whose keys are the flags, or TRL's keys")
-    parser.add_argument("--preset", type=str, help=f"settings of the TR paper: {' or '.join(PRESETS)}")
+    parser = new_parser(
+        "fasttr train", "Train a language model on preferences, with a reference that may move."
+    )
+    parser.add_argument(
+        "--config", action="config", help="a flat YAML file whose keys are the flags, or TRL's keys"
+    )
+    parser.add_argument(
+        "--preset", type=str, help=f"settings of the TR paper: {' or '.join(PRESETS)}"
+    )
     parser.add_class_arguments(TrainConfig)
     if preset is not None:
         if not isinstance(preset, str) or preset not in PRESETS:
@@ -37,7 +43,11 @@ def parse_train(args: list[str]):
         parser.set_defaults(PRESETS[preset])
     ours, notices = translate(values)
     # Text goes the way of a flag, which jsonargparse reads as the type of its key.
-    texts = {k: v for k, v in ours.items() if isinstance(v, str) or (isinstance(v, float) and not math.isfinite(v))}
+    texts = {
+        k: v
+        for k, v in ours.items()
+        if isinstance(v, str) or (isinstance(v, float) and not math.isfinite(v))
+    }
     objects = {key: value for key, value in ours.items() if key not in texts}
     try:
         content = json.dumps(objects, default=str)
@@ -61,7 +71,9 @@ def new_parser(prog: str, description: str) -> Any:
     try:
         from jsonargparse import ArgumentParser
     except ImportError as error:
-        raise FasttrError("the command line needs jsonargparse; run pip install 'fasttr[train]'") from error
+        raise FasttrError(
+            "the command line needs jsonargparse; run pip install 'fasttr[train]'"
+        ) from error
     return ArgumentParser(prog=prog, description=description, exit_on_error=False)
 
 
@@ -77,7 +89,9 @@ def parse(parser: Any, args: list[str]) -> Any:
 
 def _one_line(message: str, keys: list[str]) -> str:
     text = " ".join(message.split())
-    if unknown := re.search(r"[Uu]nrecognized arguments: --([\w-]+)|Option '([\w.-]+)' is not accepted", text):
+    if unknown := re.search(
+        r"[Uu]nrecognized arguments: --([\w-]+)|Option '([\w.-]+)' is not accepted", text
+    ):
         key = (unknown[1] or unknown[2]).replace("-", "_")
         return f"unknown key {key!r}{nearest(key, keys)}; --help lists all"
     if wrong := re.search(r'Parser key "(\w+)": (.*)', text):
@@ -91,7 +105,8 @@ def _one_line(message: str, keys: list[str]) -> str:
 
 
 def read_args(args: list[str]) -> tuple[dict[str, Any], dict[str, list[str]], list[str]]:
-    """The keys of all config files, the flags with their words, and what the parser itself answers (--help)."""
+    """The keys of all config files, the flags with their words, and what the parser itself answers
+    (--help)."""
     file: dict[str, Any] = {}
     flags: dict[str, list[str]] = {}
     rest: list[str] = []
@@ -122,7 +137,8 @@ def _environment(file: dict[str, Any]) -> dict[str, Any]:
 
 
 def flag_values(flags: dict[str, list[str]]) -> dict[str, Any]:
-    """Flags as TRL's parser takes them: a bare one is true, `--no_x` is x false, several words are a list."""
+    """Flags as TRL's parser takes them: a bare one is true, `--no_x` is x false, several words are
+    a list."""
     out: dict[str, Any] = {}
     for key, words in flags.items():
         negated = key.removeprefix("no_")

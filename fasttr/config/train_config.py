@@ -1,4 +1,5 @@
-"""The configuration of a run: TRL's names and defaults wherever the meaning is TRL's, ours beside them."""
+"""The configuration of a run: TRL's names and defaults wherever the meaning is TRL's, ours beside
+them."""
 
 from __future__ import annotations
 
@@ -14,19 +15,49 @@ from fasttr.losses import Loss, Weighted, make_loss
 from fasttr.reference.moving import Fixed, Hard, Schedule, Soft
 
 # Settings that may change when a run is resumed: they do not touch what is computed.
-FREE_ON_RESUME = frozenset({
-    "output_dir", "logging_steps", "save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint",
-    "report_to", "run_name", "project", "overwrite_output_dir", "disable_tqdm", "dataset_num_proc",
-    "max_dropped_fraction", "max_boundary_mismatch", "logging_strategy", "logging_first_step", "save_only_model",
-})  # fmt: skip
+FREE_ON_RESUME = frozenset(
+    {
+        "output_dir",
+        "logging_steps",
+        "save_strategy",
+        "save_steps",
+        "save_total_limit",
+        "resume_from_checkpoint",
+        "report_to",
+        "run_name",
+        "project",
+        "overwrite_output_dir",
+        "disable_tqdm",
+        "dataset_num_proc",
+        "max_dropped_fraction",
+        "max_boundary_mismatch",
+        "logging_strategy",
+        "logging_first_step",
+        "save_only_model",
+    }
+)
 
 # What losses read beside their names.
-LOSS_SETTINGS = ("beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "discopop_tau",
-                 "simpo_gamma", "desirable_weight", "undesirable_weight")  # fmt: skip
+LOSS_SETTINGS = (
+    "beta",
+    "label_smoothing",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
+    "discopop_tau",
+    "simpo_gamma",
+    "desirable_weight",
+    "undesirable_weight",
+)
 
 # The settings of the TR paper (arXiv:2404.09656), one preset for each of its two updates.
-_PAPER = {"beta": 0.05, "learning_rate": 1e-6, "num_train_epochs": 1.0, "max_length": 1024, "max_grad_norm": 2.0,
-          "warmup_steps": 100.0}  # fmt: skip
+_PAPER = {
+    "beta": 0.05,
+    "learning_rate": 1e-6,
+    "num_train_epochs": 1.0,
+    "max_length": 1024,
+    "max_grad_norm": 2.0,
+    "warmup_steps": 100.0,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "tr-soft": {**_PAPER, "ref_update": "soft", "ref_update_alpha": 0.6, "ref_update_every": 64},
     "tr-hard": {**_PAPER, "ref_update": "hard", "ref_update_every": 512},
@@ -40,15 +71,19 @@ class TrainConfig:
     Args:
         model_name_or_path: hub id or folder of the policy; its weights are held in float32.
         model_revision: branch, tag or commit of a hub model.
-        disable_dropout: false is refused for a model with dropout, since dropout is off in both models.
+        disable_dropout: false is refused for a model with dropout, since dropout is off in both
+            models.
         dataset_name: hub id, folder or file (json, jsonl, parquet, also gz) of preference rows.
-        datasets: a mixture, which wins over dataset_name: a list of path, name, data_dir, data_files, split, columns,
-            fraction; fraction is for all or none, and nothing is used twice.
-        test_split_size: rows of the mixture, or a share below 1, set aside as its test split, drawn from seed.
+        datasets: a mixture, which wins over dataset_name: a list of path, name, data_dir,
+            data_files, split, columns, fraction; fraction is for all or none, and nothing is used
+            twice.
+        test_split_size: rows of the mixture, or a share below 1, set aside as its test split, drawn
+            from seed.
         dataset_config: configuration of a hub data set.
         dataset_train_split: split to train on.
         dataset_test_split: split to evaluate on.
-        dataset_format: none reads the columns as TRL does; hh_rlhf splits raw transcripts at the last Assistant turn.
+        dataset_format: none reads the columns as TRL does; hh_rlhf splits raw transcripts at the
+            last Assistant turn.
         dataset_num_proc: processes for tokenising.
         eval_dataset_name: data set to evaluate on; none means the test split of dataset_name.
         weight_column: column of row weights that multiply the loss.
@@ -57,11 +92,12 @@ class TrainConfig:
         max_boundary_mismatch: stop when more rows than this merge a token across the prompt's end.
         output_dir: folder for checkpoints, metrics and the final model.
         overwrite_output_dir: start over in a folder that already holds a run.
-        loss_type: name of a loss, or a list of names whose losses are summed; absent means sigmoid for pairs and kto
-            for unpaired rows.
+        loss_type: name of a loss, or a list of names whose losses are summed; absent means sigmoid
+            for pairs and kto for unpaired rows.
         loss_weights: weight of each loss of a list; none means 1.
         beta: strength of the pull towards the reference; tau of ipo.
-        label_smoothing: share of wrong labels that cdpo, robust, exo_pair, aot and aot_unpaired expect.
+        label_smoothing: share of wrong labels that cdpo, robust, exo_pair, aot and aot_unpaired
+            expect.
         f_divergence_type: reverse_kl, forward_kl, js_divergence or alpha_divergence.
         f_alpha_divergence_coef: alpha of alpha_divergence.
         ld_alpha: weight of the log-probs beyond the length of a pair's shorter side; none means 1.
@@ -69,16 +105,19 @@ class TrainConfig:
         simpo_gamma: target margin of simpo.
         desirable_weight: factor on the losses of desirable rows.
         undesirable_weight: factor on the losses of undesirable rows.
-        group_size: rows whose losses are computed together where a loss couples rows; none means train_batch_size.
+        group_size: rows whose losses are computed together where a loss couples rows; none means
+            train_batch_size.
         ref_update: how the reference moves: none, soft or hard.
         ref_update_alpha: share of the policy in a soft update.
         ref_update_every: optimizer steps between updates.
-        ref_model_name_or_path: another model as the first reference; none means the policy at its start.
+        ref_model_name_or_path: another model as the first reference; none means the policy at its
+            start.
         train_sampling_strategy: random (TRL's permutation) or sequential, the order of the data.
-        dataloader_drop_last: leave out an epoch's last rows that do not fill group_size, or a step without one.
+        dataloader_drop_last: leave out an epoch's last rows that do not fill group_size, or a step
+            without one.
         train_batch_size: rows per optimizer step.
-        max_tokens_per_batch: tokens per forward pass; memory follows it, results do not. Absent means 8192 on CUDA and
-            1024 on a CPU, where larger passes are not faster.
+        max_tokens_per_batch: tokens per forward pass; memory follows it, results do not. Absent
+            means 8192 on CUDA and 1024 on a CPU, where larger passes are not faster.
         learning_rate: peak rate of AdamW.
         lr_scheduler_type: name of a transformers schedule.
         lr_scheduler_kwargs: further arguments of that schedule.
@@ -97,12 +136,14 @@ class TrainConfig:
         dtype: dtype of weights and optimizer; float32 alone.
         gradient_checkpointing: recompute activations in the backward pass.
         attn_implementation: none picks; sdpa, eager, varlen, flash_attention_2.
-        use_liger_kernel: Liger's norm, rotary and MLP kernels; absent means where CUDA and liger-kernel are present.
+        use_liger_kernel: Liger's norm, rotary and MLP kernels; absent means where CUDA and
+            liger-kernel are present.
         logging_strategy: no, steps or epoch.
         logging_steps: steps between lines of metrics; below 1 a share of all steps.
         logging_first_step: a line after the first step too.
         eval_strategy: no, steps or epoch; with steps the last one is evaluated too.
-        eval_steps: steps between evaluations, below 1 a share of all steps; none means logging_steps.
+        eval_steps: steps between evaluations, below 1 a share of all steps; none means
+            logging_steps.
         eval_delay: no evaluation before this many steps, or epochs with eval_strategy epoch.
         eval_on_start: evaluate before the first step.
         save_strategy: no, steps, epoch or best; the last step is saved with steps and epoch.
@@ -111,7 +152,8 @@ class TrainConfig:
         save_only_model: checkpoints without what resuming needs.
         load_best_model_at_end: the final model is the best of the checkpoints.
         metric_for_best_model: what best means, such as loss or rewards/margins; none means loss.
-        greater_is_better: whether a larger value is better; none means not for a metric that ends in loss.
+        greater_is_better: whether a larger value is better; none means not for a metric that ends
+            in loss.
         resume_from_checkpoint: true for the newest in output_dir, or a folder.
         report_to: none, or one or more of tensorboard, wandb, trackio, beside metrics.jsonl.
         run_name: name of the run at wandb and trackio.
@@ -201,7 +243,11 @@ class TrainConfig:
     disable_tqdm: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.loss_type, list) and len(self.loss_type) == 1 and self.loss_weights is None:
+        if (
+            isinstance(self.loss_type, list)
+            and len(self.loss_type) == 1
+            and self.loss_weights is None
+        ):
             object.__setattr__(self, "loss_type", self.loss_type[0])
         check(self)
 
@@ -211,7 +257,9 @@ class TrainConfig:
         names = ["sigmoid"] if self.loss_type is None else self.loss_type
         settings = {key: getattr(self, key) for key in LOSS_SETTINGS}
         try:
-            return make_loss([names] if isinstance(names, str) else names, self.loss_weights, **settings)
+            return make_loss(
+                [names] if isinstance(names, str) else names, self.loss_weights, **settings
+            )
         except ValueError as error:
             raise FasttrError(str(error)) from error
 
@@ -220,7 +268,11 @@ class TrainConfig:
 
     @property
     def loss_name(self) -> str:
-        return self.loss_type if isinstance(self.loss_type, str) else " + ".join(self.loss_type or ["sigmoid"])
+        return (
+            self.loss_type
+            if isinstance(self.loss_type, str)
+            else " + ".join(self.loss_type or ["sigmoid"])
+        )
 
     @property
     def group_rows(self) -> int:
@@ -240,7 +292,11 @@ class TrainConfig:
 
     @property
     def more_is_better(self) -> bool:
-        return not self.best_metric.endswith("loss") if self.greater_is_better is None else self.greater_is_better
+        return (
+            not self.best_metric.endswith("loss")
+            if self.greater_is_better is None
+            else self.greater_is_better
+        )
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

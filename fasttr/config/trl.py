@@ -1,4 +1,5 @@
-"""TRL's keys to ours, before a model or a data set is touched; `python -m fasttr.config.trl` prints the table."""
+"""TRL's keys to ours, before a model or a data set is touched; `python -m fasttr.config.trl` prints
+the table."""
 
 from __future__ import annotations
 
@@ -15,26 +16,34 @@ from fasttr.errors import FasttrError
 
 # Two names of one thing: a flag of one name replaces a file's key of the other.
 _RIVALS = [
-    {"gradient_checkpointing", "activation_checkpointing"}, {"eval_strategy", "evaluation_strategy"},
-    {"dtype", "torch_dtype"}, {"warmup_steps", "warmup_ratio"}, {"ref_update", "sync_ref_model"},
-    {"ref_update_alpha", "ref_model_mixup_alpha"}, {"ref_update_every", "ref_model_sync_steps"},
-    {"train_batch_size", "per_device_train_batch_size"}, {"train_batch_size", "gradient_accumulation_steps"},
-]  # fmt: skip
+    {"gradient_checkpointing", "activation_checkpointing"},
+    {"eval_strategy", "evaluation_strategy"},
+    {"dtype", "torch_dtype"},
+    {"warmup_steps", "warmup_ratio"},
+    {"ref_update", "sync_ref_model"},
+    {"ref_update_alpha", "ref_model_mixup_alpha"},
+    {"ref_update_every", "ref_model_sync_steps"},
+    {"train_batch_size", "per_device_train_batch_size"},
+    {"train_batch_size", "gradient_accumulation_steps"},
+]
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 _KTO = ("kto", "apo_zero_unpaired")
 
 
 def merge(file: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a file and of flags, which win, also over a file's other name for the same thing."""
+    """The values of a file and of flags, which win, also over a file's other name for the same
+    thing."""
     replaced = {other for key in flags for pair in _RIVALS if key in pair for other in pair - {key}}
     return {key: value for key, value in file.items() if key not in replaced} | dict(flags)
 
 
 def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Our settings, and one line for each key that is accepted without effect or that means another thing here.
+    """Our settings, and one line for each key that is accepted without effect or that means another
+    thing here.
 
-    Values are what YAML reads, or text from a command line. FasttrError (key, got, advice) on a key that is refused.
+    Values are what YAML reads, or text from a command line. FasttrError (key, got, advice) on a key
+    that is refused.
     """
     known, optional = our_keys()
     if isinstance(folder := values.get("output_dir"), str):
@@ -43,7 +52,11 @@ def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if key not in TABLE and key not in known:
             raise FasttrError(_unknown(key))
     given = {key: _convert(TABLE[key], value) for key, value in values.items() if key in TABLE}
-    ours = {key: None if key in optional and is_none(v) else v for key, v in values.items() if key not in TABLE}
+    ours = {
+        key: None if key in optional and is_none(v) else v
+        for key, v in values.items()
+        if key not in TABLE
+    }
     notices: list[str] = []
     for name, value in given.items():
         row = TABLE[name]
@@ -59,9 +72,14 @@ def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     _check_values(given)
     _rename(given, ours, notices)
     # Who writes train_batch_size has chosen our keys.
-    if ours.get("loss_type") in _KTO and "train_sampling_strategy" not in given and "train_batch_size" not in values:
+    if (
+        ours.get("loss_type") in _KTO
+        and "train_sampling_strategy" not in given
+        and "train_batch_size" not in values
+    ):
         notices.append(
-            "train_sampling_strategy: absent, so random; TRL's KTO reads rows in their order: write sequential for that"
+            "train_sampling_strategy: absent, so random; TRL's KTO reads rows in their order: "
+            "write sequential for that"
         )
     return ours, notices
 
@@ -102,13 +120,21 @@ def _rename(given: dict[str, Any], ours: dict[str, Any], notices: list[str]) -> 
 
 
 def _rename_batch(given: dict[str, Any], ours: dict[str, Any]) -> None:
-    asked = [key for key in ("per_device_train_batch_size", "gradient_accumulation_steps") if key in given]
+    asked = [
+        key
+        for key in ("per_device_train_batch_size", "gradient_accumulation_steps")
+        if key in given
+    ]
     if not asked:
         return
     if "train_batch_size" in ours:
-        raise FasttrError(f"{asked[0]}: got {given[asked[0]]!r} beside train_batch_size; leave one of them out")
-    rows, times = (given.get(key, TABLE[key].default) for key in
-                   ("per_device_train_batch_size", "gradient_accumulation_steps"))  # fmt: skip
+        raise FasttrError(
+            f"{asked[0]}: got {given[asked[0]]!r} beside train_batch_size; leave one of them out"
+        )
+    rows, times = (
+        given.get(key, TABLE[key].default)
+        for key in ("per_device_train_batch_size", "gradient_accumulation_steps")
+    )
     for key in asked:
         if given[key] < 1:
             raise FasttrError(f"{key}: got {given[key]!r}; wanted a whole number from 1")
@@ -122,9 +148,13 @@ def _rename_reference(given: dict[str, Any], ours: dict[str, Any], notices: list
         moves = "none" if not given["sync_ref_model"] else "hard" if alpha == 1 else "soft"
         if ours.setdefault("ref_update", moves) != moves:
             raise FasttrError(
-                f"sync_ref_model: got {given['sync_ref_model']} beside ref_update {ours['ref_update']}; leave one out"
+                f"sync_ref_model: got {given['sync_ref_model']} beside ref_update "
+                f"{ours['ref_update']}; leave one out"
             )
-    for ours_, theirs in (("ref_update_alpha", "ref_model_mixup_alpha"), ("ref_update_every", "ref_model_sync_steps")):
+    for ours_, theirs in (
+        ("ref_update_alpha", "ref_model_mixup_alpha"),
+        ("ref_update_every", "ref_model_sync_steps"),
+    ):
         if (value := given.get(theirs)) is None:
             continue
         if ours.get("ref_update", "none") != "none":
@@ -136,21 +166,38 @@ def _rename_reference(given: dict[str, Any], ours: dict[str, Any], notices: list
     if every is not None and every < 1:
         raise FasttrError(f"ref_model_sync_steps: got {every!r}; wanted a whole number from 1")
     if given.get("precompute_ref_log_probs") and ours.get("ref_update", "none") != "none":
-        notices.append("precompute_ref_log_probs: TRL refuses it with a moving reference; here each window is scored")
+        notices.append(
+            "precompute_ref_log_probs: TRL refuses it with a moving reference; here each window is "
+            "scored"
+        )
 
 
 def _rename_model(given: dict[str, Any], ours: dict[str, Any], notices: list[str]) -> None:
-    inside = {"dtype": "dtype", "torch_dtype": "dtype", "attn_implementation": "attn_implementation",
-              "revision": "model_revision"}  # fmt: skip
+    inside = {
+        "dtype": "dtype",
+        "torch_dtype": "dtype",
+        "attn_implementation": "attn_implementation",
+        "revision": "model_revision",
+    }
     for key, value in (given.get("model_init_kwargs") or {}).items():
         if key in inside:
             ours[inside[key]] = value
-        elif not (key in ("use_cache", "low_cpu_mem_usage") or (key == "trust_remote_code" and value is False)):
-            raise FasttrError(f"model_init_kwargs: got {key}: {value!r}; wanted only {', '.join(inside)}; leave it out")
+        elif not (
+            key in ("use_cache", "low_cpu_mem_usage")
+            or (key == "trust_remote_code" and value is False)
+        ):
+            raise FasttrError(
+                f"model_init_kwargs: got {key}: {value!r}; wanted only {', '.join(inside)}; leave "
+                "it out"
+            )
     kernel = ours.get("attn_implementation")
-    if isinstance(kernel, str) and (kernel == "flash_attention_3" or kernel.startswith("kernels-community/")):
+    if isinstance(kernel, str) and (
+        kernel == "flash_attention_3" or kernel.startswith("kernels-community/")
+    ):
         del ours["attn_implementation"]
-        notices.append(f"attn_implementation: {kernel}: packed attention picks its own kernel, same values")
+        notices.append(
+            f"attn_implementation: {kernel}: packed attention picks its own kernel, same values"
+        )
 
 
 def _convert(key: Key, value: Any) -> Any:
@@ -161,7 +208,11 @@ def _convert(key: Key, value: Any) -> Any:
     try:
         if kind == "bool":
             return _bool(value)
-        if kind == "int" and not isinstance(value, bool) and (isinstance(value, str) or float(value).is_integer()):
+        if (
+            kind == "int"
+            and not isinstance(value, bool)
+            and (isinstance(value, str) or float(value).is_integer())
+        ):
             return int(value)
         if kind == "float" and not isinstance(value, bool):
             return float(value) if isinstance(value, str) else value + 0
@@ -176,8 +227,12 @@ def _convert(key: Key, value: Any) -> Any:
         if kind in ("dict", "any") and isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
             return json.loads(value)
     except (ValueError, TypeError, OverflowError):
-        wanted = {"names": "a list", "floats": "a list of float", "dict": "a mapping"}.get(kind, kind)
-        raise FasttrError(f"{key.name}: got {value}; wanted {wanted}{' or none' if optional else ''}") from None
+        wanted = {"names": "a list", "floats": "a list of float", "dict": "a mapping"}.get(
+            kind, kind
+        )
+        raise FasttrError(
+            f"{key.name}: got {value}; wanted {wanted}{' or none' if optional else ''}"
+        ) from None
     if kind == "dict" and not isinstance(value, Mapping) and key.kind == "renamed":
         raise FasttrError(f"{key.name}: got {value!r}; wanted a mapping")
     return value
@@ -206,7 +261,8 @@ def takes_list(key: str) -> bool:
 
 
 def stands_alone(key: str) -> bool:
-    """Whether a flag without a value means true. Unknown keys do, so that they are named as such."""
+    """Whether a flag without a value means true. Unknown keys do, so that they are named as
+    such."""
     if key in TABLE:
         return TABLE[key].type.removesuffix("?") in ("bool", "any")
     return key not in our_keys()[0] or "bool" in str(_field_types()[key])
@@ -232,7 +288,9 @@ def our_keys() -> tuple[frozenset[str], frozenset[str]]:
     from fasttr.config.train_config import TrainConfig  # after `env` has been set: it imports torch
 
     fields = dataclasses.fields(TrainConfig)
-    return frozenset(f.name for f in fields), frozenset(f.name for f in fields if "None" in str(f.type))
+    return frozenset(f.name for f in fields), frozenset(
+        f.name for f in fields if "None" in str(f.type)
+    )
 
 
 def _field_types() -> dict[str, Any]:

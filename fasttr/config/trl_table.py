@@ -1,4 +1,5 @@
-"""Every key that a TRL user may bring, with TRL's default and what becomes of it: data alone, read by `trl_keys`.
+"""Every key that a TRL user may bring, with TRL's default and what becomes of it: data alone, read
+by `trl_keys`.
 
 TRL is not a dependency; a test compares names and defaults with the installed one.
 """
@@ -15,7 +16,8 @@ class Key(NamedTuple):
 
     name: str
     default: Any
-    type: str  # int, float, bool, str, names, floats, dict, strategy, any; with ? where none is a value
+    # int, float, bool, str, names, floats, dict, strategy, any; with ? where none is a value
+    type: str
     kind: Kind
     note: str = ""  # honoured: what is special; renamed: how; ignored: why; refused: advice
     ours: str = ""  # the key it is renamed to
@@ -61,32 +63,82 @@ METHOD = [
     _h("discopop_tau", 0.05, "float"),
     _h("desirable_weight", 1.0, "float"),
     _h("undesirable_weight", 1.0, "float"),
-    _n("sync_ref_model", False, "bool", "ref_update", "true: soft, or hard when ref_model_mixup_alpha is 1"),
-    _n("ref_model_mixup_alpha", 0.6, "float", "ref_update_alpha", "read only when the reference moves"),
-    _n("ref_model_sync_steps", 512, "int", "ref_update_every", "read only when the reference moves"),
+    _n(
+        "sync_ref_model",
+        False,
+        "bool",
+        "ref_update",
+        "true: soft, or hard when ref_model_mixup_alpha is 1",
+    ),
+    _n(
+        "ref_model_mixup_alpha",
+        0.6,
+        "float",
+        "ref_update_alpha",
+        "read only when the reference moves",
+    ),
+    _n(
+        "ref_model_sync_steps", 512, "int", "ref_update_every", "read only when the reference moves"
+    ),
     _i("precompute_ref_log_probs", False, "bool", "the reference is always scored ahead"),
     _i("precompute_ref_batch_size", None, "int?", "packing decides; values do not depend on it"),
     _h("max_length", 1024, "int?"),
-    _r("truncation_mode", "keep_start", "str",
-       "keep_start only: keep_end cuts the prompt differently on each side, so nothing can be shared"),
+    _r(
+        "truncation_mode",
+        "keep_start",
+        "str",
+        "keep_start only: keep_end cuts the prompt differently on each side, so nothing can be "
+        "shared",
+    ),
     _i("padding_free", False, "bool", "always packed without padding, same values"),
     _i("pad_to_multiple_of", "auto", "any", "there is no padding"),
     _h("disable_dropout", True, "bool", "false: only for a model without dropout"),
-    _i("activation_offloading", False, "bool", "it saves memory only; lower max_tokens_per_batch for that"),
-    _i("router_aux_loss_coef", None, "float?", "mixture-of-experts models are refused by their architecture"),
-    _n("model_init_kwargs", None, "dict?", "dtype, attn_implementation, model_revision",
-       "those three entries are read and win; others are refused"),
-    _r("trust_remote_code", False, "bool", "a repository's own code cannot be shown to pack exactly; leave it out"),
+    _i(
+        "activation_offloading",
+        False,
+        "bool",
+        "it saves memory only; lower max_tokens_per_batch for that",
+    ),
+    _i(
+        "router_aux_loss_coef",
+        None,
+        "float?",
+        "mixture-of-experts models are refused by their architecture",
+    ),
+    _n(
+        "model_init_kwargs",
+        None,
+        "dict?",
+        "dtype, attn_implementation, model_revision",
+        "those three entries are read and win; others are refused",
+    ),
+    _r(
+        "trust_remote_code",
+        False,
+        "bool",
+        "a repository's own code cannot be shown to pack exactly; leave it out",
+    ),
     _h("dataset_num_proc", None, "int?"),
     _i("pad_token", None, "str?", "no padding token reaches the model"),
-]  # fmt: skip
+]
 
 # TrainingArguments, through DPOConfig and KTOConfig.
 TRAINING = [
     _h("output_dir", None, "str?", "trainer_output when absent"),
-    _n("per_device_train_batch_size", 8, "int", "train_batch_size, group_size",
-       "train_batch_size is it times gradient_accumulation_steps; group_size is it"),
-    _n("gradient_accumulation_steps", 1, "int", "train_batch_size", "times per_device_train_batch_size"),
+    _n(
+        "per_device_train_batch_size",
+        8,
+        "int",
+        "train_batch_size, group_size",
+        "train_batch_size is it times gradient_accumulation_steps; group_size is it",
+    ),
+    _n(
+        "gradient_accumulation_steps",
+        1,
+        "int",
+        "train_batch_size",
+        "times per_device_train_batch_size",
+    ),
     _i("per_device_eval_batch_size", 8, "int", "packing decides; means are over all rows"),
     _h("num_train_epochs", 3.0, "float"),
     _h("max_steps", -1, "int"),
@@ -94,7 +146,12 @@ TRAINING = [
     _h("lr_scheduler_type", "linear", "str", "without reduce_lr_on_plateau and greedy"),
     _h("lr_scheduler_kwargs", None, "dict?"),
     _h("warmup_steps", 0, "float", "below 1 a share of all steps"),
-    _h("optim", "adamw_torch_fused", "str", "adamw_torch and adamw_torch_fused, both the fused kernel"),
+    _h(
+        "optim",
+        "adamw_torch_fused",
+        "str",
+        "adamw_torch and adamw_torch_fused, both the fused kernel",
+    ),
     _r("optim_args", None, "str?", "AdamW is set by adam_beta1, adam_beta2 and adam_epsilon"),
     _r("optim_target_modules", None, "any", "AdamW trains every parameter"),
     _h("weight_decay", 0.0, "float"),
@@ -102,31 +159,67 @@ TRAINING = [
     _h("adam_beta2", 0.999, "float"),
     _h("adam_epsilon", 1e-8, "float"),
     _h("max_grad_norm", 1.0, "float", "0 clips nothing"),
-    _i("average_tokens_across_devices", True, "bool", "it concerns losses that are normalised by tokens"),
-    _i("label_smoothing_factor", 0.0, "float", "TRL ignores it too; label_smoothing is the key of the losses"),
+    _i(
+        "average_tokens_across_devices",
+        True,
+        "bool",
+        "it concerns losses that are normalised by tokens",
+    ),
+    _i(
+        "label_smoothing_factor",
+        0.0,
+        "float",
+        "TRL ignores it too; label_smoothing is the key of the losses",
+    ),
     _h("bf16", None, "bool?", "absent: true on CUDA, false on a CPU"),
     _r("fp16", False, "bool", "use bf16"),
     _r("bf16_full_eval", False, "bool", "use bf16"),
     _r("fp16_full_eval", False, "bool", "use bf16"),
     _h("tf32", None, "bool?"),
-    _n("activation_checkpointing", None, "bool?", "gradient_checkpointing", "wins over the older name"),
+    _n(
+        "activation_checkpointing",
+        None,
+        "bool?",
+        "gradient_checkpointing",
+        "wins over the older name",
+    ),
     _i("activation_checkpointing_kwargs", None, "any", "values do not depend on it"),
     _h("gradient_checkpointing", True, "bool"),
     _i("gradient_checkpointing_kwargs", None, "any", "values do not depend on it"),
     _r("torch_compile", False, "bool", "not needed: the kernels are fused"),
     _r("torch_compile_backend", None, "str?", "not needed: the kernels are fused"),
     _r("torch_compile_mode", None, "str?", "not needed: the kernels are fused"),
-    _h("use_liger_kernel", False, "bool", "Liger's layers, not its losses; absent: where CUDA and liger-kernel are"),
+    _h(
+        "use_liger_kernel",
+        False,
+        "bool",
+        "Liger's layers, not its losses; absent: where CUDA and liger-kernel are",
+    ),
     _i("liger_kernel_config", None, "any", "values do not depend on which of Liger's kernels run"),
     _i("use_cache", False, "bool", "training reads no key-value cache"),
-    _r("neftune_noise_alpha", None, "float?", "it is not built; with it the loss at step 0 is not log 2"),
+    _r(
+        "neftune_noise_alpha",
+        None,
+        "float?",
+        "it is not built; with it the loss at step 0 is not log 2",
+    ),
     _i("torch_empty_cache_steps", None, "int?", "it concerns memory only"),
-    _i("auto_find_batch_size", False, "bool", "memory follows max_tokens_per_batch, not the batch size"),
+    _i(
+        "auto_find_batch_size",
+        False,
+        "bool",
+        "memory follows max_tokens_per_batch, not the batch size",
+    ),
     _h("logging_strategy", "steps", "strategy"),
     _h("logging_steps", 10, "float", "below 1 a share of all steps"),
     _h("logging_first_step", False, "bool"),
     _i("log_on_each_node", True, "bool", _LOG),
-    _i("logging_nan_inf_filter", True, "bool", "a loss that is not finite is never hidden: it stops the run"),
+    _i(
+        "logging_nan_inf_filter",
+        True,
+        "bool",
+        "a loss that is not finite is never hidden: it stops the run",
+    ),
     _i("include_num_input_tokens_seen", "no", "any", "num_tokens is always logged"),
     _i("log_level", "passive", "str", _LOG),
     _i("log_level_replica", "warning", "str", _LOG),
@@ -154,33 +247,66 @@ TRAINING = [
     _i("save_on_each_node", False, "bool", _DDP),
     _i("enable_jit_checkpoint", False, "bool", "a signal always saves before it stops the run"),
     _r("push_to_hub", False, "bool", "upload the output folder afterwards"),
-    *(_i(name, default, type_, _HUB) for name, default, type_ in (
-        ("hub_token", None, "str?"), ("hub_private_repo", None, "bool?"), ("hub_model_id", None, "str?"),
-        ("hub_strategy", "every_save", "str"), ("hub_always_push", False, "bool"), ("hub_revision", None, "str?"))),
+    *(
+        _i(name, default, type_, _HUB)
+        for name, default, type_ in (
+            ("hub_token", None, "str?"),
+            ("hub_private_repo", None, "bool?"),
+            ("hub_model_id", None, "str?"),
+            ("hub_strategy", "every_save", "str"),
+            ("hub_always_push", False, "bool"),
+            ("hub_revision", None, "str?"),
+        )
+    ),
     _h("load_best_model_at_end", False, "bool", "refused with a moving reference"),
     _h("metric_for_best_model", None, "str?", "eval_loss when absent"),
     _h("greater_is_better", None, "bool?", "absent: not for a metric that ends in loss"),
     _r("ignore_data_skip", False, "bool", "a resumed run goes on at its row exactly; leave it out"),
-    _i("restore_callback_states_from_checkpoint", False, "bool", "there are no callbacks to restore"),
+    _i(
+        "restore_callback_states_from_checkpoint",
+        False,
+        "bool",
+        "there are no callbacks to restore",
+    ),
     _h("full_determinism", False, "bool"),
     _h("seed", 42, "int"),
     _h("data_seed", None, "int?"),
     _h("use_cpu", False, "bool"),
-    _r("accelerator_config", None, "any", "accelerate is not used; only its defaults are accepted, leave it out"),
+    _r(
+        "accelerator_config",
+        None,
+        "any",
+        "accelerate is not used; only its defaults are accepted, leave it out",
+    ),
     _r("parallelism_config", None, "any", _ONE),
     _h("dataloader_drop_last", False, "bool"),
-    *(_i(name, default, type_, _LOADER) for name, default, type_ in (
-        ("dataloader_num_workers", 0, "int"), ("dataloader_pin_memory", True, "bool"),
-        ("dataloader_persistent_workers", False, "bool"), ("dataloader_prefetch_factor", None, "int?"),
-        ("dataloader_multiprocessing_context", None, "str?"), ("dataloader_in_order", True, "bool"))),
+    *(
+        _i(name, default, type_, _LOADER)
+        for name, default, type_ in (
+            ("dataloader_num_workers", 0, "int"),
+            ("dataloader_pin_memory", True, "bool"),
+            ("dataloader_persistent_workers", False, "bool"),
+            ("dataloader_prefetch_factor", None, "int?"),
+            ("dataloader_multiprocessing_context", None, "str?"),
+            ("dataloader_in_order", True, "bool"),
+        )
+    ),
     _i("remove_unused_columns", True, "bool", _CLASS),
     _i("label_names", None, "names?", _CLASS),
     _i("length_column_name", "length", "str", _CLASS),
     _h("train_sampling_strategy", "random", "str", "random or sequential; absent with kto: random"),
-    *(_i(name, default, type_, _DDP) for name, default, type_ in (
-        ("ddp_find_unused_parameters", None, "bool?"), ("ddp_bucket_cap_mb", None, "int?"),
-        ("ddp_broadcast_buffers", None, "bool?"), ("ddp_static_graph", None, "bool?"),
-        ("ddp_backend", None, "str?"), ("ddp_timeout", 1800, "int"), ("local_rank", -1, "int"))),
+    *(
+        _i(name, default, type_, _DDP)
+        for name, default, type_ in (
+            ("ddp_find_unused_parameters", None, "bool?"),
+            ("ddp_bucket_cap_mb", None, "int?"),
+            ("ddp_broadcast_buffers", None, "bool?"),
+            ("ddp_static_graph", None, "bool?"),
+            ("ddp_backend", None, "str?"),
+            ("ddp_timeout", 1800, "int"),
+            ("local_rank", -1, "int"),
+        )
+    ),
     _r("fsdp", None, "any", _ONE),
     _r("fsdp_config", None, "any", _ONE),
     _r("deepspeed", None, "any", _ONE),
@@ -190,26 +316,40 @@ TRAINING = [
     _i("do_eval", False, "bool", "eval_strategy decides"),
     _i("do_predict", False, "bool", "fasttr train trains"),
     _h("resume_from_checkpoint", None, "any", "a folder that fasttr saved, or true for the newest"),
-]  # fmt: skip
+]
 
 MODEL = [
     _h("model_name_or_path", None, "str?"),
     _h("model_revision", "main", "str"),
     _h("dtype", "float32", "str", "float32 only; with bf16 the weights stay float32"),
-    _h("attn_implementation", None, "str?",
-       "none, sdpa, eager, flash_attention_2; flash_attention_3 and kernels from the hub become our own, same values"),
+    _h(
+        "attn_implementation",
+        None,
+        "str?",
+        "none, sdpa, eager, flash_attention_2; flash_attention_3 and kernels from the hub become "
+        "our own, same values",
+    ),
     _r("use_peft", False, "bool", "adapters are not built; leave it out for full fine-tuning"),
-    *(_i(name, default, type_, _LORA) for name, default, type_ in (
-        ("lora_r", 16, "int"), ("lora_alpha", 32, "int"), ("lora_dropout", 0.05, "float"),
-        ("lora_target_modules", None, "names?"), ("lora_target_parameters", None, "names?"),
-        ("lora_modules_to_save", None, "names?"), ("lora_task_type", "CAUSAL_LM", "str"),
-        ("use_rslora", False, "bool"), ("use_dora", False, "bool"))),
+    *(
+        _i(name, default, type_, _LORA)
+        for name, default, type_ in (
+            ("lora_r", 16, "int"),
+            ("lora_alpha", 32, "int"),
+            ("lora_dropout", 0.05, "float"),
+            ("lora_target_modules", None, "names?"),
+            ("lora_target_parameters", None, "names?"),
+            ("lora_modules_to_save", None, "names?"),
+            ("lora_task_type", "CAUSAL_LM", "str"),
+            ("use_rslora", False, "bool"),
+            ("use_dora", False, "bool"),
+        )
+    ),
     _r("load_in_8bit", False, "bool", "full-precision weights only; leave it out"),
     _r("load_in_4bit", False, "bool", "full-precision weights only; leave it out"),
     _i("bnb_4bit_quant_type", "nf4", "str", "read only with load_in_4bit"),
     _i("use_bnb_nested_quant", False, "bool", "read only with load_in_4bit"),
     _i("bnb_4bit_quant_storage", None, "str?", "read only with load_in_4bit"),
-]  # fmt: skip
+]
 
 # ScriptArguments, DatasetMixtureConfig, and what the parser itself reads.
 DATA = [
@@ -219,7 +359,12 @@ DATA = [
     _h("dataset_test_split", "test", "str"),
     _r("dataset_streaming", False, "bool", "the plan needs the number of rows; use Parquet files"),
     _i("ignore_bias_buffers", False, "bool", _DDP),
-    _h("datasets", [], "any", "each with path, name, data_dir, data_files, split, columns, fraction"),
+    _h(
+        "datasets",
+        [],
+        "any",
+        "each with path, name, data_dir, data_files, split, columns, fraction",
+    ),
     _r("streaming", False, "bool", "the plan needs the number of rows; use Parquet files"),
     _h("test_split_size", None, "float?", "seeded by seed"),
     _h("env", None, "dict?", "set before anything is imported; in a file only"),
@@ -246,21 +391,44 @@ _ADAPTER = "adapters are not built; leave it out"
 
 # Keys of older TRL that 1.16 no longer has, with their defaults there.
 OLDER = [
-    _n("warmup_ratio", 0.0, "float", "warmup_steps", "a share of all steps; read when warmup_steps is 0 or absent"),
+    _n(
+        "warmup_ratio",
+        0.0,
+        "float",
+        "warmup_steps",
+        "a share of all steps; read when warmup_steps is 0 or absent",
+    ),
     _n("evaluation_strategy", "no", "strategy", "eval_strategy"),
     _n("torch_dtype", None, "str?", "dtype"),
     _i("group_by_length", False, "bool", "packing already removes padding"),
     _r("save_safetensors", True, "bool", "weights are always saved as safetensors"),
-    _h("overwrite_output_dir", False, "bool", "deletes the checkpoints in output_dir and starts over"),
+    _h(
+        "overwrite_output_dir",
+        False,
+        "bool",
+        "deletes the checkpoints in output_dir and starts over",
+    ),
     _i("logging_dir", None, "str?", "TensorBoard writes into runs/ under output_dir"),
-    _i("use_logits_to_keep", False, "bool", "logits of completions alone are always what is computed"),
+    _i(
+        "use_logits_to_keep",
+        False,
+        "bool",
+        "logits of completions alone are always what is computed",
+    ),
     _r("max_prompt_length", None, "int?", _CUTS),
     _r("max_completion_length", None, "int?", _CUTS),
-    _r("rpo_alpha", None, "float?", "use loss_type: [sigmoid, sft] with loss_weights; its normalisation differs"),
+    _r(
+        "rpo_alpha",
+        None,
+        "float?",
+        "use loss_type: [sigmoid, sft] with loss_weights; its normalisation differs",
+    ),
     _r("reference_free", False, "bool", "use a loss without a reference, such as simpo"),
     _r("generate_during_eval", False, "bool", "generate from the saved model afterwards"),
     _r("force_use_ref_model", False, "bool", "ref_model_name_or_path names another reference"),
-    _r("ref_model_init_kwargs", None, "any", "the reference is read as the policy is; leave it out"),
+    _r(
+        "ref_model_init_kwargs", None, "any", "the reference is read as the policy is; leave it out"
+    ),
     _r("model_adapter_name", None, "str?", _ADAPTER),
     _r("ref_adapter_name", None, "str?", _ADAPTER),
     _r("dataset_mixer", None, "any", "use datasets: [{path: ...}]"),
@@ -271,8 +439,13 @@ OLDER = [
 ]
 
 SECTIONS = {
-    "DPO and KTO": METHOD, "Training": TRAINING, "Model": MODEL, "Data": DATA, "Launch": LAUNCH, "Older TRL": OLDER,
-}  # fmt: skip
+    "DPO and KTO": METHOD,
+    "Training": TRAINING,
+    "Model": MODEL,
+    "Data": DATA,
+    "Launch": LAUNCH,
+    "Older TRL": OLDER,
+}
 TABLE: dict[str, Key] = {key.name: key for section in SECTIONS.values() for key in section}
 
 # Where KTOConfig's default is another one.
@@ -280,9 +453,14 @@ KTO_DEFAULTS: dict[str, Any] = {"loss_type": "kto", "train_sampling_strategy": "
 
 # Values of accelerator_config that change nothing.
 ACCELERATOR: dict[str, Any] = {
-    "split_batches": False, "dispatch_batches": None, "even_batches": True, "use_seedable_sampler": True,
-    "non_blocking": False, "gradient_accumulation_kwargs": None, "use_configured_state": False,
-}  # fmt: skip
+    "split_batches": False,
+    "dispatch_batches": None,
+    "even_batches": True,
+    "use_seedable_sampler": True,
+    "non_blocking": False,
+    "gradient_accumulation_kwargs": None,
+    "use_configured_state": False,
+}
 
 # Losses of older TRL.
 OLDER_LOSSES = {

@@ -1,6 +1,7 @@
 """Batches of rows to columns of token ids, with the reason for every row that is not trained on.
 
-The columns are what a tokenising run caches: `ids` is the prompt followed by its m completions; a dropped row has none.
+The columns are what a tokenising run caches: `ids` is the prompt followed by its m completions; a
+dropped row has none.
 """
 
 from __future__ import annotations
@@ -11,7 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from fasttr.data.formats import RowFormat, Skipped, Status, read_batch, read_ids_batch, read_labels, read_weights
+from fasttr.data.formats import (
+    RowFormat,
+    Skipped,
+    Status,
+    read_batch,
+    read_ids_batch,
+    read_labels,
+    read_weights,
+)
 from fasttr.data.tokens import Encoded, Example, cut, encode, vocabulary_size
 from fasttr.errors import FasttrError
 
@@ -23,7 +32,13 @@ class Encoder:
     """Batches of rows to columns of token ids; what `map` runs, here or in its processes."""
 
     def __init__(
-        self, tokenizer: Any, row_format: RowFormat, *, max_length: int | None, sides: int, weight_column: str | None
+        self,
+        tokenizer: Any,
+        row_format: RowFormat,
+        *,
+        max_length: int | None,
+        sides: int,
+        weight_column: str | None,
     ) -> None:
         self.tokenizer = tokenizer
         self.row_format = row_format
@@ -37,7 +52,10 @@ class Encoder:
 
         columns = {"ids": List(Value("int32")), "prompt_length": Value("int32")}
         columns |= {f"completion_length_{i}": Value("int32") for i in range(self.sides)}
-        columns |= {name: Value(kind) for name, kind in (("weight", "float32"), ("status", "int8"), ("flags", "int8"))}
+        columns |= {
+            name: Value(kind)
+            for name, kind in (("weight", "float32"), ("status", "int8"), ("flags", "int8"))
+        }
         columns["digest"] = Value("int64")
         if self.row_format.has_label:
             columns["label"] = Value("bool")
@@ -74,11 +92,17 @@ class Encoder:
             columns["label"] = list(read_labels(batch, rows))
         return columns
 
-    def _encode(self, batch: Mapping[str, list[Any]], rows: Sequence[int]) -> list[Encoded | Skipped]:
+    def _encode(
+        self, batch: Mapping[str, list[Any]], rows: Sequence[int]
+    ) -> list[Encoded | Skipped]:
         if self.row_format.is_tokenised:
             return list(read_ids_batch(batch, rows, self.row_format, self.vocabulary_size))
         examples = read_batch(batch, rows, self.row_format)
-        encoded = iter(encode(self.tokenizer, [example for example in examples if isinstance(example, Example)]))
+        encoded = iter(
+            encode(
+                self.tokenizer, [example for example in examples if isinstance(example, Example)]
+            )
+        )
         return [example if isinstance(example, Skipped) else next(encoded) for example in examples]
 
     def _finish(self, row: Encoded | Skipped) -> tuple[Status, Encoded | None]:
@@ -95,12 +119,16 @@ class Encoder:
         return Status.KEPT, row
 
 
-def _decoded(batch: Mapping[str, list[Any]], rows: Sequence[int], names: Sequence[str]) -> dict[str, list[Any]]:
+def _decoded(
+    batch: Mapping[str, list[Any]], rows: Sequence[int], names: Sequence[str]
+) -> dict[str, list[Any]]:
     """The columns as Python values; JSON and Parquet readers let text through that is not UTF-8."""
     columns = {}
     for name in names:
         try:
             columns[name] = batch[name]
         except UnicodeDecodeError as error:
-            raise FasttrError(f"{name!r} in rows {rows[0]} to {rows[-1]} is not UTF-8 text: {error}") from error
+            raise FasttrError(
+                f"{name!r} in rows {rows[0]} to {rows[-1]} is not UTF-8 text: {error}"
+            ) from error
     return columns

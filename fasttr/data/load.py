@@ -1,7 +1,8 @@
-"""A data set to tokenised trees: read, encode, drop what cannot be trained on, report, and give random access.
+"""A data set to tokenised trees: read, encode, drop what cannot be trained on, report, and give
+random access.
 
-Tokens live in an Arrow file that is memory-mapped and cached between runs; only lengths, weights and labels are read
-into memory.
+Tokens live in an Arrow file that is memory-mapped and cached between runs; only lengths, weights
+and labels are read into memory.
 
 Legend: n rows after dropping, m completions of a row.
 """
@@ -45,15 +46,23 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if not self.name.strip():
-            raise FasttrError("the name of the data set is empty: give a file, a folder or a hub id")
+            raise FasttrError(
+                "the name of the data set is empty: give a file, a folder or a hub id"
+            )
         if self.dataset_format is not None and self.dataset_format not in DATASET_FORMATS:
             raise FasttrError(
-                f"dataset_format {self.dataset_format!r} is unknown: use {', '.join(DATASET_FORMATS)}, or leave it out"
+                f"dataset_format {self.dataset_format!r} is unknown: use "
+                f"{', '.join(DATASET_FORMATS)}, or leave it out"
             )
         if self.max_length is not None and self.max_length < 2:
-            raise FasttrError(f"max_length is {self.max_length}; wanted at least 2 (prompt and completion), or none")
+            raise FasttrError(
+                f"max_length is {self.max_length}; wanted at least 2 (prompt and completion), or "
+                "none"
+            )
         if self.sides not in (1, 2):
-            raise FasttrError(f"sides is {self.sides}; wanted 2 (pairs) or 1 (the chosen side alone)")
+            raise FasttrError(
+                f"sides is {self.sides}; wanted 2 (pairs) or 1 (the chosen side alone)"
+            )
         if self.num_proc is not None and self.num_proc < 1:
             raise FasttrError(f"num_proc is {self.num_proc}; wanted at least 1, or none")
         for key in ("max_dropped_fraction", "max_boundary_mismatch"):
@@ -79,11 +88,16 @@ class DataReport:
         lines = [f"read {self.rows} rows of {self.name} ({self.split}), kept {self.kept}"]
         lines += [f"  dropped {count}: {reason}" for reason, count in self.dropped.items()]
         if self.truncated:
-            lines.append(f"  cut {self.truncated} at max_length {self.max_length}: their last tokens, EOS included")
+            lines.append(
+                f"  cut {self.truncated} at max_length {self.max_length}: their last tokens, EOS "
+                "included"
+            )
         if self.boundary_mismatches:
             lines.append(
-                f"  boundary: in {self.boundary_mismatches} ({self.boundary_mismatches / self.rows:.1%}) the prompt's "
-                "own tokens are not how the whole text begins; their completion starts where the two part"
+                f"  boundary: in {self.boundary_mismatches} "
+                f"({self.boundary_mismatches / self.rows:.1%}) the prompt's "
+                "own tokens are not how the whole text begins; their completion starts where the "
+                "two part"
             )
         return lines
 
@@ -101,12 +115,16 @@ class TreeSet:
     completion_lengths: np.ndarray  # (n, m) int32
     weights: np.ndarray  # (n,) float32
     labels: np.ndarray | None  # (n,) bool, of unpaired rows that have them
-    fingerprint: str  # a digest of tokens, order, weights, labels and options; not of paths or times
+    fingerprint: (
+        str  # a digest of tokens, order, weights, labels and options; not of paths or times
+    )
     report: DataReport
 
     def __init__(self, encoded: Any, report: DataReport, options: Mapping[str, Any]) -> None:
         table = encoded.data
-        column = {name: table.column(name).to_numpy() for name in table.column_names if name != "ids"}
+        column = {
+            name: table.column(name).to_numpy() for name in table.column_names if name != "ids"
+        }
         kept = np.flatnonzero(column["status"] == Status.KEPT)
         sides = [name for name in table.column_names if name.startswith("completion_length")]
         self.prompt_lengths = column["prompt_length"][kept]
@@ -150,15 +168,18 @@ class TreeSet:
 def load_trees(tokenizer: Any, config: DataConfig) -> TreeSet:
     """Read, tokenise (once; cached after that) and index one split.
 
-    Raises FasttrError, one line, on whatever cannot be read or encoded, when no row is left, and above
-    `max_dropped_fraction` or `max_boundary_mismatch`.
+    Raises FasttrError, one line, on whatever cannot be read or encoded, when no row is left, and
+    above `max_dropped_fraction` or `max_boundary_mismatch`.
     """
-    rows = read_rows(config.name, config=config.config, split=config.split, cache_dir=config.cache_dir)
+    rows = read_rows(
+        config.name, config=config.config, split=config.split, cache_dir=config.cache_dir
+    )
     return encode_rows(tokenizer, rows, config)
 
 
 def encode_rows(tokenizer: Any, rows: Any, config: DataConfig) -> TreeSet:
-    """`load_trees` for a `datasets.Dataset` that is already here (a mixture, a split of one's own)."""
+    """`load_trees` for a `datasets.Dataset` that is already here (a mixture, a split of one's
+    own)."""
     require_eos(tokenizer)
     try:
         row_format = find_format(
@@ -236,12 +257,15 @@ def _check(report: DataReport, config: DataConfig) -> None:
         raise FasttrError(f"{where}: none of {report.rows} rows can be trained on ({reasons})")
     if dropped > config.max_dropped_fraction * report.rows:
         raise FasttrError(
-            f"{where}: {dropped} of {report.rows} rows dropped ({reasons}), above max_dropped_fraction "
+            f"{where}: {dropped} of {report.rows} rows dropped ({reasons}), above "
+            "max_dropped_fraction "
             f"{config.max_dropped_fraction}: mend the rows or raise it"
         )
     limit = config.max_boundary_mismatch
     if limit is not None and report.boundary_mismatches > limit * report.rows:
         raise FasttrError(
-            f"{where}: in {report.boundary_mismatches} of {report.rows} rows the prompt's tokens are not how the whole "
-            f"text begins, above max_boundary_mismatch {limit}: end prompts on a token boundary, or raise it"
+            f"{where}: in {report.boundary_mismatches} of {report.rows} rows the prompt's tokens "
+            "are not how the whole "
+            f"text begins, above max_boundary_mismatch {limit}: end prompts on a token boundary, "
+            "or raise it"
         )

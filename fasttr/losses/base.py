@@ -16,7 +16,8 @@ from torch import Tensor
 class Scored(NamedTuple):
     """Rows with the scores of their m completions, row after row.
 
-    A pair is (chosen, rejected); an unpaired row has its own completion first, then, for `kto`, a mismatched one.
+    A pair is (chosen, rejected); an unpaired row has its own completion first, then, for `kto`, a
+    mismatched one.
     """
 
     logp: Tensor  # (n,) policy, summed over completion tokens, nats
@@ -24,7 +25,9 @@ class Scored(NamedTuple):
     tokens: Tensor  # (n,) completion token counts
     per_row: int = 2  # m
     labels: Tensor | None = None  # (B,) bool, of unpaired rows: desirable or not
-    chosen_tokens_mean: Tensor | float = 1.0  # (B,) mean of chosen tokens where sft averages; read by `Sft` alone
+    chosen_tokens_mean: Tensor | float = (
+        1.0  # (B,) mean of chosen tokens where sft averages; read by `Sft` alone
+    )
 
     @property
     def chosen(self) -> Tensor:  # (B,) c
@@ -46,7 +49,10 @@ class Scored(NamedTuple):
     @property
     def _reference(self) -> Tensor:
         if self.ref_logp is None:
-            raise ValueError("got no ref_logp; wanted the reference's log-probs, since this loss compares with it")
+            raise ValueError(
+                "got no ref_logp; wanted the reference's log-probs, since this loss compares with "
+                "it"
+            )
         return self.ref_logp
 
     @property
@@ -68,7 +74,8 @@ class Scored(NamedTuple):
 
 @dataclass(frozen=True)
 class Loss:
-    """One number per row. Subclasses are frozen dataclasses with the equation in their docstring."""
+    """One number per row. Subclasses are frozen dataclasses with the equation in their
+    docstring."""
 
     beta: float = 0.1
     needs_reference: ClassVar[bool] = True
@@ -81,7 +88,8 @@ class Loss:
 
 
 class Weighted(NamedTuple):
-    """Several losses on the same pairs: the sum of weight x loss (a list in `loss_type`, with `loss_weights`)."""
+    """Several losses on the same pairs: the sum of weight x loss (a list in `loss_type`, with
+    `loss_weights`)."""
 
     losses: tuple[Loss, ...]
     weights: tuple[float, ...]
@@ -118,18 +126,29 @@ def group_loss(
     tokens: Tensor,  # (n,)
     weights: Tensor,  # (B,)
     *,
-    cu_rows: list[int] | None = None,  # (G+1,) row offsets of the groups; None: every row is a group
+    cu_rows: list[int]
+    | None = None,  # (G+1,) row offsets of the groups; None: every row is a group
     labels: Tensor | None = None,  # (B,) bool
     chosen_tokens_mean: Tensor | float = 1.0,  # (B,)
 ) -> Callable[[Tensor, Tensor | None, slice], Tensor]:
-    """`loss` in the form that `fasttr_kernels.linear_preference_loss` calls: (logp, ref_logp, groups) -> the weighted
-    sum of the losses of those groups. A coupled loss sees one group at a time, any other all of them at once."""
+    """`loss` in the form that `fasttr_kernels.linear_preference_loss` calls: (logp, ref_logp,
+    groups) -> the weighted sum of the losses of those groups. A coupled loss sees one group at a
+    time, any other all of them at once."""
     m = loss.completions
 
     def rows_loss(logp: Tensor, ref_logp: Tensor | None, rows: slice) -> Tensor:
-        mean = chosen_tokens_mean[rows] if isinstance(chosen_tokens_mean, Tensor) else chosen_tokens_mean
+        mean = (
+            chosen_tokens_mean[rows]
+            if isinstance(chosen_tokens_mean, Tensor)
+            else chosen_tokens_mean
+        )
         scored = Scored(
-            logp, ref_logp, tokens[rows.start * m : rows.stop * m], m, None if labels is None else labels[rows], mean
+            logp,
+            ref_logp,
+            tokens[rows.start * m : rows.stop * m],
+            m,
+            None if labels is None else labels[rows],
+            mean,
         )
         return (weights[rows] * loss(scored)).sum()
 

@@ -1,6 +1,7 @@
 """Losses whose rows depend on each other: they see one group of rows at a time (`group_size`).
 
-u, v and s as in `fasttr.losses.pairs`; x = log-prob of a completion under the policy minus that under the reference.
+u, v and s as in `fasttr.losses.pairs`; x = log-prob of a completion under the policy minus that
+under the reference.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ def kl_estimate(scored: Scored) -> Tensor:
 
 @dataclass(frozen=True)
 class Kto(Loss):
-    """KTO (arXiv:2402.01306): desirable w_d (1 - s(beta (x - z))), undesirable w_u (1 - s(beta (z - x))).
-    At policy = reference: half the mean class weight."""
+    """KTO (arXiv:2402.01306): desirable w_d (1 - s(beta (x - z))), undesirable w_u (1 - s(beta (z -
+    x))). At policy = reference: half the mean class weight."""
 
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
@@ -33,12 +34,15 @@ class Kto(Loss):
     def __call__(self, scored: Scored) -> Tensor:
         x = self.beta * (scored.u - kl_estimate(scored))
         good, bad = 1 - x.sigmoid(), 1 - (-x).sigmoid()
-        return torch.where(_labels(scored), self.desirable_weight * good, self.undesirable_weight * bad)
+        return torch.where(
+            _labels(scored), self.desirable_weight * good, self.undesirable_weight * bad
+        )
 
 
 @dataclass(frozen=True)
 class ApoZeroUnpaired(Loss):
-    """APO-zero for unpaired rows (arXiv:2408.06266): desirable w_d (1 - s(beta x)), undesirable w_u s(beta x)."""
+    """APO-zero for unpaired rows (arXiv:2408.06266): desirable w_d (1 - s(beta x)), undesirable w_u
+    s(beta x)."""
 
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
@@ -47,13 +51,16 @@ class ApoZeroUnpaired(Loss):
 
     def __call__(self, scored: Scored) -> Tensor:
         x = (self.beta * scored.u).sigmoid()
-        return torch.where(_labels(scored), self.desirable_weight * (1 - x), self.undesirable_weight * x)
+        return torch.where(
+            _labels(scored), self.desirable_weight * (1 - x), self.undesirable_weight * x
+        )
 
 
 @dataclass(frozen=True)
 class KtoPaired(Loss):
-    """KTO on pairs as the TR papers' code has it (arXiv:2404.09656): a pair's mean of 1 - s(beta (u - K_v)) and
-    1 - s(beta (K_u - v)), K_w = max(0, group mean of w), with its gradient. fasttr's name."""
+    """KTO on pairs as the TR papers' code has it (arXiv:2404.09656): a pair's mean of 1 - s(beta (u
+    - K_v)) and 1 - s(beta (K_u - v)), K_w = max(0, group mean of w), with its gradient. fasttr's
+    name."""
 
     coupled: ClassVar[bool] = True
 
@@ -65,8 +72,8 @@ class KtoPaired(Loss):
 
 @dataclass(frozen=True)
 class Aot(Loss):
-    """AOT (arXiv:2406.05882) on pairs: with d the difference of the sorted c - r and the sorted c0 - r0 of a group,
-    -(1 - e) log s(beta d) - e log s(-beta d)."""
+    """AOT (arXiv:2406.05882) on pairs: with d the difference of the sorted c - r and the sorted c0
+    - r0 of a group, -(1 - e) log s(beta d) - e log s(-beta d)."""
 
     label_smoothing: float = 0.0
     coupled: ClassVar[bool] = True

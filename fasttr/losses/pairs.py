@@ -1,8 +1,9 @@
 """Losses of pairs. Names mean TRL's formulas, with the exceptions that say so.
 
-c, r: summed log-probs of chosen and rejected under the policy, c0, r0 under the reference; u = c - c0, v = r - r0;
-n_c, n_r: token counts; s the logistic function; e label smoothing; f the divergence (reverse KL: f(x) = x);
-h = beta (f(u) - f(v)).
+c, r: summed log-probs of chosen and rejected under the policy, c0, r0 under the reference; u = c -
+c0, v = r - r0;
+n_c, n_r: token counts; s the logistic function; e label smoothing; f the divergence (reverse KL:
+f(x) = x); h = beta (f(u) - f(v)).
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ def log_s(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DivergenceLoss(Loss):
-    """A loss of f(u) and f(v) (arXiv:2309.16240): reverse_kl x, forward_kl 1 - exp(-x), js_divergence log 2 + log s(x),
-    alpha_divergence (exp((a - 1) x) - 1)/(a - 1) with the exponent clamped at 80, x at a = 1."""
+    """A loss of f(u) and f(v) (arXiv:2309.16240): reverse_kl x, forward_kl 1 - exp(-x),
+    js_divergence log 2 + log s(x), alpha_divergence (exp((a - 1) x) - 1)/(a - 1) with the exponent
+    clamped at 80, x at a = 1."""
 
     f_divergence_type: str = "reverse_kl"
     f_alpha_divergence_coef: float = 0.5
@@ -48,7 +50,8 @@ class DivergenceLoss(Loss):
 
 @dataclass(frozen=True)
 class Sigmoid(DivergenceLoss):
-    """DPO (arXiv:2305.18290, equation 7): -log s(h), without smoothing. At policy = reference: log 2."""
+    """DPO (arXiv:2305.18290, equation 7): -log s(h), without smoothing. At policy = reference: log
+    2."""
 
     def __call__(self, scored: Scored) -> Tensor:
         return -log_s(self.h(scored))
@@ -64,7 +67,8 @@ class SigmoidNorm(DivergenceLoss):
 
 @dataclass(frozen=True)
 class Cdpo(DivergenceLoss):
-    """Conservative DPO (arXiv:2305.18290, appendix): -(1 - e) log s(h) - e log s(-h). fasttr's name."""
+    """Conservative DPO (arXiv:2305.18290, appendix): -(1 - e) log s(h) - e log s(-h). fasttr's
+    name."""
 
     label_smoothing: float = 0.0
 
@@ -94,17 +98,19 @@ class Hinge(DivergenceLoss):
 
 @dataclass(frozen=True)
 class Ipo(DivergenceLoss):
-    """IPO (arXiv:2310.12036, equation 17) on per-token averages: (f(u)/n_c - f(v)/n_r - 1/(2 beta))^2.
-    At policy = reference: (1/(2 beta))^2."""
+    """IPO (arXiv:2310.12036, equation 17) on per-token averages: (f(u)/n_c - f(v)/n_r - 1/(2
+    beta))^2. At policy = reference: (1/(2 beta))^2."""
 
     def __call__(self, scored: Scored) -> Tensor:
-        return (self.f(scored.u) / scored.n_c - self.f(scored.v) / scored.n_r - 1 / (2 * self.beta)) ** 2
+        return (
+            self.f(scored.u) / scored.n_c - self.f(scored.v) / scored.n_r - 1 / (2 * self.beta)
+        ) ** 2
 
 
 @dataclass(frozen=True)
 class IpoSum(Loss):
-    """IPO on sums, the form of the TR papers (arXiv:2404.09656): (u - v - 1/(2 beta))^2. fasttr's name; its beta does
-    not carry over to `ipo`."""
+    """IPO on sums, the form of the TR papers (arXiv:2404.09656): (u - v - 1/(2 beta))^2. fasttr's
+    name; its beta does not carry over to `ipo`."""
 
     def __call__(self, scored: Scored) -> Tensor:
         return (scored.u - scored.v - 1 / (2 * self.beta)) ** 2
@@ -112,13 +118,16 @@ class IpoSum(Loss):
 
 @dataclass(frozen=True)
 class ExoPair(DivergenceLoss):
-    """EXO (arXiv:2402.00856, equation 16): s(h)(log s(h) - log(1 - e)) + s(-h)(log s(-h) - log e), e above 0."""
+    """EXO (arXiv:2402.00856, equation 16): s(h)(log s(h) - log(1 - e)) + s(-h)(log s(-h) - log e),
+    e above 0."""
 
     label_smoothing: float = 1e-3
 
     def __call__(self, scored: Scored) -> Tensor:
         h, e = self.h(scored), self.label_smoothing
-        return h.sigmoid() * (log_s(h) - math.log1p(-e)) + (-h).sigmoid() * (log_s(-h) - math.log(e))
+        return h.sigmoid() * (log_s(h) - math.log1p(-e)) + (-h).sigmoid() * (
+            log_s(-h) - math.log(e)
+        )
 
 
 @dataclass(frozen=True)
@@ -176,34 +185,43 @@ class Discopop(DivergenceLoss):
 
 @dataclass(frozen=True)
 class Simpo(Loss):
-    """SimPO (arXiv:2405.14734, equation 6), without a reference: -log s(beta c/n_c - beta r/n_r - gamma)."""
+    """SimPO (arXiv:2405.14734, equation 6), without a reference: -log s(beta c/n_c - beta r/n_r -
+    gamma)."""
 
     simpo_gamma: float = 0.5
     needs_reference: ClassVar[bool] = False
 
     def __call__(self, scored: Scored) -> Tensor:
-        return -log_s(self.beta * (scored.chosen / scored.n_c - scored.rejected / scored.n_r) - self.simpo_gamma)
+        return -log_s(
+            self.beta * (scored.chosen / scored.n_c - scored.rejected / scored.n_r)
+            - self.simpo_gamma
+        )
 
 
 @dataclass(frozen=True)
 class Orpo(Loss):
-    """ORPO (arXiv:2403.07691), without a reference: -c/n_c - beta log s(o(c/n_c) - o(r/n_r)) with the log
-    odds o(x) = x - log(1 - exp(x)). The likelihood term is over the completion; TRL's older one covered the prompt."""
+    """ORPO (arXiv:2403.07691), without a reference: -c/n_c - beta log s(o(c/n_c) - o(r/n_r)) with
+    the log odds o(x) = x - log(1 - exp(x)). The likelihood term is over the completion; TRL's older
+    one covered the prompt."""
 
     needs_reference: ClassVar[bool] = False
 
     def __call__(self, scored: Scored) -> Tensor:
-        # A completion of certain tokens has log-prob 0 and infinite odds: kept finite at fp32's resolution.
+        # A completion of certain tokens has log-prob 0 and infinite odds: kept finite at fp32's
+        # resolution.
         chosen = (scored.chosen / scored.n_c).clamp(max=-1e-6)
         rejected = (scored.rejected / scored.n_r).clamp(max=-1e-6)
-        odds = chosen - torch.log(-torch.expm1(chosen)) - rejected + torch.log(-torch.expm1(rejected))
+        odds = (
+            chosen - torch.log(-torch.expm1(chosen)) - rejected + torch.log(-torch.expm1(rejected))
+        )
         return -scored.chosen / scored.n_c - self.beta * log_s(odds)
 
 
 @dataclass(frozen=True)
 class Sft(Loss):
-    """Negative log-likelihood: averaged over rows this is minus the mean log-prob of all chosen tokens of a group (the
-    optimizer step, unless `group_size` is given), as TRL's `sft`. Alone it reads chosen completions only."""
+    """Negative log-likelihood: averaged over rows this is minus the mean log-prob of all chosen
+    tokens of a group (the optimizer step, unless `group_size` is given), as TRL's `sft`. Alone it
+    reads chosen completions only."""
 
     needs_reference: ClassVar[bool] = False
     completions: ClassVar[int] = 1

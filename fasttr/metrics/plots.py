@@ -1,6 +1,8 @@
-"""Pictures drawn from metrics.jsonl: of one run (`plot_run`), or of several on the same axes (`plot_comparison`).
+"""Pictures drawn from metrics.jsonl: of one run (`plot_run`), or of several on the same axes
+(`plot_comparison`).
 
-What a run did not record is not drawn: a run of SFT has no rewards, one without a gold reward no gold picture.
+What a run did not record is not drawn: a run of SFT has no rewards, one without a gold reward no
+gold picture.
 """
 
 from __future__ import annotations
@@ -14,8 +16,16 @@ from typing import Any, NamedTuple
 
 from fasttr.errors import FasttrError
 
-# Okabe and Ito's palette: told apart with every common kind of colour blindness, and by lightness in grey.
-BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
+# Okabe and Ito's palette: told apart with every common kind of colour blindness, and by lightness
+# in grey.
+BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#E69F00",
+    "#CC79A7",
+    "#56B4E9",
+)
 BLACK = "#000000"
 RUN_COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 RUN_STYLES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
@@ -45,9 +55,16 @@ class Panel(NamedTuple):
 
 
 RUN_PANELS = (
-    Panel("loss", "Loss", "loss", (Curve("loss", "train", BLUE), Curve("eval_loss", "held out", ORANGE, True))),
     Panel(
-        "rewards", "Implicit rewards against the current reference", "reward (nats)",
+        "loss",
+        "Loss",
+        "loss",
+        (Curve("loss", "train", BLUE), Curve("eval_loss", "held out", ORANGE, True)),
+    ),
+    Panel(
+        "rewards",
+        "Implicit rewards against the current reference",
+        "reward (nats)",
         (
             Curve("rewards/chosen", "chosen", BLUE),
             Curve("rewards/rejected", "rejected", VERMILION),
@@ -57,12 +74,20 @@ RUN_PANELS = (
         0.0,
     ),
     Panel(
-        "accuracies", "Pairs whose chosen completion has the higher reward", "share of pairs",
-        (Curve("rewards/accuracies", "train", BLUE), Curve("eval_rewards/accuracies", "held out", ORANGE, True)),
-        0.5, "chance",
+        "accuracies",
+        "Pairs whose chosen completion has the higher reward",
+        "share of pairs",
+        (
+            Curve("rewards/accuracies", "train", BLUE),
+            Curve("eval_rewards/accuracies", "held out", ORANGE, True),
+        ),
+        0.5,
+        "chance",
     ),
     Panel(
-        "logps", "Log-probability of the completions under the policy", "log-probability (nats)",
+        "logps",
+        "Log-probability of the completions under the policy",
+        "log-probability (nats)",
         (
             Curve("logps/chosen", "chosen", BLUE),
             Curve("logps/rejected", "rejected", VERMILION),
@@ -72,11 +97,23 @@ RUN_PANELS = (
         restarts=False,
     ),
     Panel(
-        "gold_reward", "Gold reward of fresh samples", "gold reward",
-        (Curve("eval_gold_reward", "mean with standard error", GREEN, True, "eval_gold_reward_stderr"),),
+        "gold_reward",
+        "Gold reward of fresh samples",
+        "gold reward",
+        (
+            Curve(
+                "eval_gold_reward",
+                "mean with standard error",
+                GREEN,
+                True,
+                "eval_gold_reward_stderr",
+            ),
+        ),
     ),
     Panel(
-        "initial_policy", "Log-ratio to the initial policy", "log-ratio (nats)",
+        "initial_policy",
+        "Log-ratio to the initial policy",
+        "log-ratio (nats)",
         (
             Curve("eval_kl_to_initial", "KL of fresh samples", PURPLE, True),
             Curve("eval_anchor/logratios/chosen", "chosen, held out", BLUE, True),
@@ -84,11 +121,12 @@ RUN_PANELS = (
         ),
         0.0,
     ),
-)  # fmt: skip
+)
 
 
 class Compared(NamedTuple):
-    """One panel of a comparison: the first of `keys` that any run has, over steps or over another metric."""
+    """One panel of a comparison: the first of `keys` that any run has, over steps or over another
+    metric."""
 
     name: str
     title: str
@@ -101,25 +139,38 @@ class Compared(NamedTuple):
 COMPARISONS = (
     Compared("gold_reward", "Gold reward of fresh samples", "gold reward", ("eval_gold_reward",)),
     Compared(
-        "gold_against_kl", "Gold reward against drift", "gold reward", ("eval_gold_reward",),
-        "eval_kl_to_initial", "KL to the initial policy (nats)",
+        "gold_against_kl",
+        "Gold reward against drift",
+        "gold reward",
+        ("eval_gold_reward",),
+        "eval_kl_to_initial",
+        "KL to the initial policy (nats)",
     ),
-    Compared("kl_to_initial", "Drift from the initial policy", "KL (nats)", ("eval_kl_to_initial",)),
     Compared(
-        "anchor_margins", "Held-out margin against the initial policy", "margin (nats)",
+        "kl_to_initial", "Drift from the initial policy", "KL (nats)", ("eval_kl_to_initial",)
+    ),
+    Compared(
+        "anchor_margins",
+        "Held-out margin against the initial policy",
+        "margin (nats)",
         ("eval_anchor/rewards/margins", "anchor/rewards/margins"),
     ),
     Compared("accuracies", "Held-out accuracy", "share of pairs", ("eval_rewards/accuracies",)),
-    Compared("margins", "Margin against the current reference", "margin (nats)", ("rewards/margins",)),
-    Compared("logps_chosen", "Log-probability of the chosen", "log-probability (nats)", ("logps/chosen",)),
+    Compared(
+        "margins", "Margin against the current reference", "margin (nats)", ("rewards/margins",)
+    ),
+    Compared(
+        "logps_chosen", "Log-probability of the chosen", "log-probability (nats)", ("logps/chosen",)
+    ),
     Compared("loss", "Training loss", "loss", ("loss",)),
-)  # fmt: skip
+)
 
 
 def plot_run(run_dir: str | Path) -> list[Path]:
     """Write RUN/plots/*.png from RUN/metrics.jsonl and return their paths; see `RUN_PANELS`.
 
-    Thin vertical lines mark where the reference moved. Raises FasttrError when there is nothing to read or to draw.
+    Thin vertical lines mark where the reference moved. Raises FasttrError when there is nothing to
+    read or to draw.
     """
     lines = read_metrics(run_dir)
     moves = reference_moves(lines)
@@ -132,25 +183,42 @@ def plot_run(run_dir: str | Path) -> list[Path]:
             _legend(figure, ax)
             written.append(_save(figure, Path(run_dir) / "plots" / f"{panel.name}.png"))
     if not written:
-        raise FasttrError(f"{Path(run_dir) / 'metrics.jsonl'} holds no metric that is drawn; wanted a loss at least")
+        raise FasttrError(
+            f"{Path(run_dir) / 'metrics.jsonl'} holds no metric that is drawn; wanted a loss at "
+            "least"
+        )
     return written
 
 
 def plot_comparison(runs: Mapping[str, str | Path], output_dir: str | Path) -> list[Path]:
-    """Several runs on the same axes: one PNG a metric in `output_dir`, and comparison.png with the first six.
+    """Several runs on the same axes: one PNG a metric in `output_dir`, and comparison.png with the
+    first six.
 
-    runs: name shown -> run folder. Marks at the foot of a panel, in the run's colour, are its reference updates.
+    runs: name shown -> run folder. Marks at the foot of a panel, in the run's colour, are its
+    reference updates.
     """
     data = {name: read_metrics(folder) for name, folder in runs.items()}
     panels = []
     for panel in COMPARISONS:
-        key = next((k for k in panel.keys if any(series(lines, k, panel.over)[0] for lines in data.values())), None)
+        key = next(
+            (
+                k
+                for k in panel.keys
+                if any(series(lines, k, panel.over)[0] for lines in data.values())
+            ),
+            None,
+        )
         if key is not None:
             panels.append((panel, key))
     if not panels:
-        raise FasttrError(f"none of the runs {', '.join(data)} has a metric to compare; wanted a loss at least")
+        raise FasttrError(
+            f"none of the runs {', '.join(data)} has a metric to compare; wanted a loss at least"
+        )
     written = []
-    for name, chosen in [("comparison", panels[:OVERVIEW]), *((pair[0].name, [pair]) for pair in panels)]:
+    for name, chosen in [
+        ("comparison", panels[:OVERVIEW]),
+        *((pair[0].name, [pair]) for pair in panels),
+    ]:
         figure, axes = _figure(len(chosen))
         for ax, (panel, key) in zip(axes, chosen, strict=True):
             _draw_compared(ax, panel, key, data)
@@ -160,12 +228,15 @@ def plot_comparison(runs: Mapping[str, str | Path], output_dir: str | Path) -> l
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The lines of RUN/metrics.jsonl. A last line without its newline, as a live run has, is left out when torn."""
+    """The lines of RUN/metrics.jsonl. A last line without its newline, as a live run has, is left
+    out when torn."""
     path = Path(run_dir) / "metrics.jsonl"
     if not Path(run_dir).is_dir():
         raise FasttrError(f"run {run_dir} does not exist; wanted the output_dir of a run")
     if not path.is_file():
-        raise FasttrError(f"run {run_dir} has no metrics.jsonl; wanted the output_dir of a run that has logged")
+        raise FasttrError(
+            f"run {run_dir} has no metrics.jsonl; wanted the output_dir of a run that has logged"
+        )
     texts = path.read_text(encoding="utf-8").split("\n")
     lines = []
     for number, text in enumerate(texts, 1):
@@ -178,14 +249,22 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
         except ValueError as error:
             if number == len(texts):
                 break
-            raise FasttrError(f"{path}, line {number}: {error}; mend or remove that line") from error
+            raise FasttrError(
+                f"{path}, line {number}: {error}; mend or remove that line"
+            ) from error
         lines.append(line)
     return lines
 
 
-def series(lines: list[dict[str, Any]], key: str, over: str = "step") -> tuple[list[float], list[float]]:
+def series(
+    lines: list[dict[str, Any]], key: str, over: str = "step"
+) -> tuple[list[float], list[float]]:
     """(x, y) where a line has finite values of both."""
-    pairs = [(line[over], line[key]) for line in lines if _finite(line.get(over)) and _finite(line.get(key))]
+    pairs = [
+        (line[over], line[key])
+        for line in lines
+        if _finite(line.get(over)) and _finite(line.get(key))
+    ]
     return [x for x, _ in pairs], [y for _, y in pairs]
 
 
@@ -198,9 +277,17 @@ def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _draw_panel(ax: Any, panel: Panel, curves: list[Curve], lines: list[dict[str, Any]], moves: list[int]) -> None:
+def _draw_panel(
+    ax: Any, panel: Panel, curves: list[Curve], lines: list[dict[str, Any]], moves: list[int]
+) -> None:
     if panel.level is not None:
-        ax.axhline(panel.level, color=INK, linewidth=0.7, linestyle=(0, (1, 3)), label=panel.level_label or None)
+        ax.axhline(
+            panel.level,
+            color=INK,
+            linewidth=0.7,
+            linestyle=(0, (1, 3)),
+            label=panel.level_label or None,
+        )
     for curve in curves:
         x, y = series(lines, curve.key)
         if curve.held_out:
@@ -216,14 +303,25 @@ def _draw_panel(ax: Any, panel: Panel, curves: list[Curve], lines: list[dict[str
     _finish(ax, panel.title, panel.unit, "optimizer step")
 
 
-def _draw_compared(ax: Any, panel: Compared, key: str, data: dict[str, list[dict[str, Any]]]) -> None:
+def _draw_compared(
+    ax: Any, panel: Compared, key: str, data: dict[str, list[dict[str, Any]]]
+) -> None:
     feet = []
     for i, (name, lines) in enumerate(data.items()):
         x, y = series(lines, key, panel.over)
         moves = reference_moves(lines) if panel.over == "step" else []
         colour, style = RUN_COLOURS[i % len(RUN_COLOURS)], RUN_STYLES[i % len(RUN_STYLES)]
         if key.startswith("eval_"):
-            ax.plot(x, y, color=colour, linestyle=style, linewidth=1.6, marker="o", markersize=3.5, label=name)
+            ax.plot(
+                x,
+                y,
+                color=colour,
+                linestyle=style,
+                linewidth=1.6,
+                marker="o",
+                markersize=3.5,
+                label=name,
+            )
             if key == "eval_gold_reward":
                 _band(ax, lines, key, f"{key}_stderr", panel.over, colour)
         else:
@@ -240,13 +338,20 @@ def _draw_compared(ax: Any, panel: Compared, key: str, data: dict[str, list[dict
 
 
 def _smooth(
-    ax: Any, x: list[float], y: list[float], moves: list[int], colour: str, style: Any = "-", label: str = ""
+    ax: Any,
+    x: list[float],
+    y: list[float],
+    moves: list[int],
+    colour: str,
+    style: Any = "-",
+    label: str = "",
 ) -> None:
     if len(x) < SMOOTH_FROM:
         ax.plot(x, y, color=colour, linestyle=style, linewidth=1.6, label=label)
         return
     half = len(y) // 50 + 1
-    # No mean reaches over a move, where the metrics start afresh; with hundreds of moves nothing else would be left.
+    # No mean reaches over a move, where the metrics start afresh; with hundreds of moves nothing
+    # else would be left.
     window = [bisect_left(moves, step) if len(moves) <= MAX_MARKS else 0 for step in x]
     means = []
     for i, inside in enumerate(window):
@@ -257,7 +362,9 @@ def _smooth(
     ax.plot(x, means, color=colour, linestyle=style, linewidth=1.6, label=label)
 
 
-def _band(ax: Any, lines: list[dict[str, Any]], key: str, stderr: str, over: str, colour: str) -> None:
+def _band(
+    ax: Any, lines: list[dict[str, Any]], key: str, stderr: str, over: str, colour: str
+) -> None:
     rows = [line for line in lines if all(_finite(line.get(k)) for k in (over, key, stderr))]
     low, high = ([line[key] + sign * line[stderr] for line in rows] for sign in (-1, 1))
     ax.fill_between([line[over] for line in rows], low, high, color=colour, alpha=0.2, linewidth=0)
@@ -270,7 +377,9 @@ def _figure(panels: int) -> tuple[Any, list[Any]]:
     columns = 1 if panels == 1 else 2
     rows = -(-panels // columns)
     scale = 1.0 if panels == 1 else 0.78
-    figure = Figure(figsize=(WIDTH * columns * scale, HEIGHT * rows * scale + 0.3), layout="constrained")
+    figure = Figure(
+        figsize=(WIDTH * columns * scale, HEIGHT * rows * scale + 0.3), layout="constrained"
+    )
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for spare in axes[panels:]:
         spare.remove()
@@ -289,7 +398,9 @@ def _finish(ax: Any, title: str, unit: str, over_unit: str) -> None:
 def _legend(figure: Any, ax: Any) -> None:
     handles, labels = ax.get_legend_handles_labels()  # outside, where it hides no curve
     style: dict[str, Any] = {"frameon": False, "fontsize": 9, "labelcolor": INK}
-    columns = len(labels) if sum(map(len, labels)) + 6 * len(labels) <= 13 * figure.get_figwidth() else 3
+    columns = (
+        len(labels) if sum(map(len, labels)) + 6 * len(labels) <= 13 * figure.get_figwidth() else 3
+    )
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, **style)
 
 

@@ -1,4 +1,5 @@
-"""Speed as a reader can check it: tokens and rows per second of training time, and model FLOP utilisation."""
+"""Speed as a reader can check it: tokens and rows per second of training time, and model FLOP
+utilisation."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ PEAK_BF16 = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 
 class Speed:
-    """Counts what training steps did since the last line of metrics; pauses (evaluation, saving) do not count."""
+    """Counts what training steps did since the last line of metrics; pauses (evaluation, saving) do
+    not count."""
 
     def __init__(self, model: Any, device: torch.device):
         config = model.config
@@ -24,7 +26,9 @@ class Speed:
         outside = embedding.numel() + (0 if head is embedding else head.numel())
         self._per_token = 6 * (sum(p.numel() for p in model.parameters()) - outside)
         self._per_scored = 6 * head.numel()
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        head_dim = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
         self._per_attended = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim
         self._device = device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -37,13 +41,16 @@ class Speed:
         """One pack went forward and backward. Recomputation never counts."""
         tokens = sum(batch.attention.q_lengths)
         attended = sum(
-            q * k - q * (q - 1) // 2 for q, k in zip(batch.attention.q_lengths, batch.attention.k_lengths, strict=True)
+            q * k - q * (q - 1) // 2
+            for q, k in zip(batch.attention.q_lengths, batch.attention.k_lengths, strict=True)
         )
         self._tokens += tokens
         self._allocated += batch.input_ids.numel()
         self._rows += rows
         self._flops += (
-            self._per_token * tokens + self._per_scored * batch.target.numel() + self._per_attended * attended
+            self._per_token * tokens
+            + self._per_scored * batch.target.numel()
+            + self._per_attended * attended
         )
 
     def pause(self) -> float:
@@ -53,7 +60,8 @@ class Speed:
         self._since += time.perf_counter() - paused_at
 
     def read(self) -> dict[str, float]:
-        """Figures since the last call, under `perf/` and `memory/`. The caller has synchronised the device."""
+        """Figures since the last call, under `perf/` and `memory/`. The caller has synchronised the
+        device."""
         seconds = max(time.perf_counter() - self._since, 1e-9)
         out = {
             "perf/tokens_per_second": self._tokens / seconds,

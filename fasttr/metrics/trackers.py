@@ -1,4 +1,5 @@
-"""Where metrics go beside metrics.jsonl: TensorBoard, Weights & Biases, Trackio. None of them can stop a run that has
+"""Where metrics go beside metrics.jsonl: TensorBoard, Weights & Biases, Trackio. None of them can
+stop a run that has
 begun: one that fails is told once and left out, since metrics.jsonl holds everything."""
 
 from __future__ import annotations
@@ -18,14 +19,18 @@ INSTALL = {"tensorboard": "'fasttr[train]'", "wandb": "wandb", "trackio": "track
 
 
 def tracker_names(report_to: str | Sequence[str]) -> list[str]:
-    """The trackers that `report_to` means: a name, a list, or none. FasttrError on an unknown one."""
+    """The trackers that `report_to` means: a name, a list, or none. FasttrError on an unknown
+    one."""
     names = [report_to] if isinstance(report_to, str) else list(report_to)
     if names == ["none"]:
         return []
     for name in names:
         if name not in PACKAGES:
             alone = "; none stands alone" if name == "none" else ""
-            raise FasttrError(f"report_to: got {name!r}; wanted none, or one or more of {', '.join(PACKAGES)}{alone}")
+            raise FasttrError(
+                f"report_to: got {name!r}; wanted none, or one or more of "
+                f"{', '.join(PACKAGES)}{alone}"
+            )
     return list(dict.fromkeys(names))
 
 
@@ -70,13 +75,21 @@ class Trackers:
             try:
                 if name == "tensorboard":
                     purge = None if keep_until is None else keep_until + 1
-                    self._open[name] = _TensorBoard(package.SummaryWriter(str(output_dir / "runs"), purge_step=purge))
+                    self._open[name] = _TensorBoard(
+                        package.SummaryWriter(str(output_dir / "runs"), purge_step=purge)
+                    )
                 else:
-                    self._open[name] = _Online(name, package, output_dir, run_name, project, config or {})
-            except Exception as error:  # no account, no network, a full disk: each package raises its own kinds
+                    self._open[name] = _Online(
+                        name, package, output_dir, run_name, project, config or {}
+                    )
+            except (
+                Exception
+            ) as error:  # no account, no network, a full disk: each package raises its own kinds
                 self.close()
                 told = " ".join(str(error).split())[:300] or type(error).__name__
-                raise FasttrError(f"report_to: {name} could not start: {told}; mend that or leave it out") from error
+                raise FasttrError(
+                    f"report_to: {name} could not start: {told}; mend that or leave it out"
+                ) from error
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Pass on the numbers among `values`, under `train/` and `eval/`."""
@@ -99,7 +112,9 @@ class Trackers:
             except Exception as error:  # whatever it is, it is no reason to lose the run
                 del self._open[name]
                 told = " ".join(str(error).split())[:300] or type(error).__name__
-                tqdm.write(f"WARNING: report_to: {name} failed and is left out from here on ({told})")
+                tqdm.write(
+                    f"WARNING: report_to: {name} failed and is left out from here on ({told})"
+                )
 
 
 class _TensorBoard:
@@ -115,10 +130,17 @@ class _TensorBoard:
 
 
 class _Online:
-    """wandb and trackio, which share their interface. The axis is train/global_step, as in transformers."""
+    """wandb and trackio, which share their interface. The axis is train/global_step, as in
+    transformers."""
 
     def __init__(
-        self, name: str, package: Any, folder: Path, run_name: str | None, project: str, config: dict[str, Any]
+        self,
+        name: str,
+        package: Any,
+        folder: Path,
+        run_name: str | None,
+        project: str,
+        config: dict[str, Any],
     ):
         self._package = package
         project = os.environ.get(f"{name.upper()}_PROJECT") or project
@@ -140,4 +162,6 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module(PACKAGES[name])
     except ImportError as error:
-        raise FasttrError(f"report_to: {name} is not installed; run pip install {INSTALL[name]}") from error
+        raise FasttrError(
+            f"report_to: {name} is not installed; run pip install {INSTALL[name]}"
+        ) from error

@@ -1,10 +1,12 @@
 """Attention over packed trees, plugged into transformers through its AttentionInterface.
 
-The layout comes with every call as the keyword `fasttr_layout`; nothing is inferred from position ids. Back ends:
-`varlen` (torch.nn.attention.varlen, CUDA, half precision), `flash` (flash-attn, CUDA) and `segments` (scaled dot
+The layout comes with every call as the keyword `fasttr_layout`; nothing is inferred from position
+ids. Back ends: `varlen` (torch.nn.attention.varlen, CUDA, half precision), `flash` (flash-attn,
+CUDA) and `segments` (scaled dot
 product attention, one segment at a time: any device, any dtype, soft-capped scores).
 
-Legend: T packed rows, S gathered key rows, H heads, Dh head width, w sliding window in tokens, itself included.
+Legend: T packed rows, S gathered key rows, H heads, Dh head width, w sliding window in tokens,
+itself included.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ BACKENDS = ("varlen", "flash", "segments")
 
 
 class _GatherRows(torch.autograd.Function):
-    """x[index] along dimension 0 whose backward sums readers in a fixed order: `index_select` adds atomically."""
+    """x[index] along dimension 0 whose backward sums readers in a fixed order: `index_select` adds
+    atomically."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, sources: Tensor, gather: RowGather) -> Tensor:
@@ -41,12 +44,15 @@ class _GatherRows(torch.autograd.Function):
             if level == 0:
                 grad_x.index_copy_(0, source, grad.index_select(0, output))
             else:
-                grad_x.index_copy_(0, source, grad_x.index_select(0, source) + grad.index_select(0, output))
+                grad_x.index_copy_(
+                    0, source, grad_x.index_select(0, source) + grad.index_select(0, output)
+                )
         return grad_x, None, None
 
 
 def gather_rows(x: Tensor, gather: RowGather) -> Tensor:
-    """Rows `gather.sources` of x (T, ...) with a deterministic backward; x itself when the gather is the identity."""
+    """Rows `gather.sources` of x (T, ...) with a deterministic backward; x itself when the gather
+    is the identity."""
     return x if gather.sources is None else _GatherRows.apply(x, gather.sources, gather)
 
 
@@ -66,19 +72,31 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """The function transformers calls for every attention layer; returns ((1, T, H, Dh), None)."""
     if fasttr_layout is None:
-        raise FasttrError("attention: got no packed layout; wanted `fasttr_layout` in the call of the base model")
+        raise FasttrError(
+            "attention: got no packed layout; wanted `fasttr_layout` in the call of the base model"
+        )
     if attention_mask is not None:
-        raise FasttrError("attention: got a mask; wanted none, since the layout says what each row sees")
+        raise FasttrError(
+            "attention: got a mask; wanted none, since the layout says what each row sees"
+        )
     if dropout > 0:
-        raise FasttrError(f"attention: got dropout {dropout}; wanted 0: policy and reference are scored without it")
+        raise FasttrError(
+            f"attention: got dropout {dropout}; wanted 0: policy and reference are scored without "
+            "it"
+        )
     if other.get("s_aux") is not None:
-        raise FasttrError("attention: got attention sinks (s_aux), which are not built; use a model without them")
+        raise FasttrError(
+            "attention: got attention sinks (s_aux), which are not built; use a model without them"
+        )
     if not getattr(module, "is_causal", True):
-        raise FasttrError("attention: got a layer that is not causal; wanted a causal language model")
+        raise FasttrError(
+            "attention: got a layer that is not causal; wanted a causal language model"
+        )
     if sliding_window is None:
         _refuse_lost_window(module, max(fasttr_layout.k_lengths))
     if torch.is_autocast_enabled(query.device.type):
-        # Rotary embeddings and norms with fp32 weights promote q and k; v comes in the compute dtype.
+        # Rotary embeddings and norms with fp32 weights promote q and k; v comes in the compute
+        # dtype.
         compute = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(compute), key.to(compute), value.to(compute)
     q = query[0].transpose(0, 1)
@@ -90,7 +108,8 @@ def packed_attention(
 
 
 def _choose(backend: str, q: Tensor, softcap: float | None) -> Callable[..., Tensor]:
-    """What each back end cannot do falls to the segments, which are exact for everything: fp32 and soft caps."""
+    """What each back end cannot do falls to the segments, which are exact for everything: fp32 and
+    soft caps."""
     half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
     if backend == "flash" and half:
         return _flash
@@ -109,12 +128,16 @@ def _refuse_lost_window(module: torch.nn.Module, longest: int) -> None:
     layer = getattr(module, "layer_idx", None)
     if kinds is None or (layer is not None and kinds[layer] == "sliding_attention"):
         raise FasttrError(
-            f"attention: layer {layer} of {config.model_type} is configured for a window of {window} but passes none, "
-            f"and a sequence has {longest} tokens; lower max_length to {window} or use another architecture"
+            f"attention: layer {layer} of {config.model_type} is configured for a window of "
+            f"{window} but passes none, "
+            f"and a sequence has {longest} tokens; lower max_length to {window} or use another "
+            "architecture"
         )
 
 
-def _varlen(q, k, v, layout: AttentionLayout, scale: float, window: int | None, softcap: None) -> Any:
+def _varlen(
+    q, k, v, layout: AttentionLayout, scale: float, window: int | None, softcap: None
+) -> Any:
     from torch.nn.attention.varlen import varlen_attn
 
     grouped: dict[str, Any] = {}
@@ -125,9 +148,17 @@ def _varlen(q, k, v, layout: AttentionLayout, scale: float, window: int | None, 
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     left = -1 if window is None else window - 1
     return varlen_attn(
-        q.contiguous(), k.contiguous(), v.contiguous(), layout.cu_q, layout.cu_k, max(layout.q_lengths),
-        max(layout.k_lengths), scale=scale, window_size=(left, 0), **grouped,
-    )  # fmt: skip
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        layout.cu_q,
+        layout.cu_k,
+        max(layout.q_lengths),
+        max(layout.k_lengths),
+        scale=scale,
+        window_size=(left, 0),
+        **grouped,
+    )
 
 
 @lru_cache(maxsize=1)
@@ -137,18 +168,30 @@ def _varlen_takes_grouped_heads() -> bool:
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def _flash(q, k, v, layout: AttentionLayout, scale: float, window: int | None, softcap: float | None) -> Tensor:
+def _flash(
+    q, k, v, layout: AttentionLayout, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
     left = -1 if window is None else window - 1
     return flash_attn_varlen_func(
-        q.contiguous(), k.contiguous(), v.contiguous(), layout.cu_q, layout.cu_k, max(layout.q_lengths),
-        max(layout.k_lengths), softmax_scale=scale, causal=True, window_size=(left, 0),
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        layout.cu_q,
+        layout.cu_k,
+        max(layout.q_lengths),
+        max(layout.k_lengths),
+        softmax_scale=scale,
+        causal=True,
+        window_size=(left, 0),
         softcap=softcap or 0.0,
-    )  # fmt: skip
+    )
 
 
-def _segments(q, k, v, layout: AttentionLayout, scale: float, window: int | None, softcap: float | None) -> Tensor:
+def _segments(
+    q, k, v, layout: AttentionLayout, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
     # split, not slices: the backward of a slice writes a full-size zero tensor for every segment.
     qs = q.transpose(0, 1).split(layout.q_lengths, dim=1)
     ks = k.transpose(0, 1).split(layout.k_lengths, dim=1)
@@ -156,7 +199,9 @@ def _segments(q, k, v, layout: AttentionLayout, scale: float, window: int | None
     if softcap is None:
         outs = [_sdpa_segment(*one, scale, window) for one in zip(qs, ks, vs, strict=True)]
     else:
-        outs = [_softcap_segment(*one, scale, window, softcap) for one in zip(qs, ks, vs, strict=True)]
+        outs = [
+            _softcap_segment(*one, scale, window, softcap) for one in zip(qs, ks, vs, strict=True)
+        ]
     return torch.cat(outs, dim=1).transpose(0, 1)
 
 
@@ -166,14 +211,20 @@ def _sdpa_segment(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | N
     q, k, v = q[None], k[None], v[None]
     if window is not None and lk > window:
         mask = _visible(lq, lk, window, q.device)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)[0]
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped
+        )[0]
     if lq == lk:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)[0]
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
+        )[0]
     if q.is_cuda:
         mask = causal_lower_right(lq, lk)
     else:
         mask = _visible(lq, lk, None, q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)[0]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)[
+        0
+    ]
 
 
 def _softcap_segment(q, k, v, scale: float, window: int | None, softcap: float) -> Tensor:
@@ -181,11 +232,15 @@ def _softcap_segment(q, k, v, scale: float, window: int | None, softcap: float) 
     k, v = k.repeat_interleave(repeat, dim=0), v.repeat_interleave(repeat, dim=0)
     scores = torch.tanh(q @ k.transpose(1, 2) * (scale / softcap)) * softcap
     scores = scores.masked_fill(~_visible(q.shape[1], k.shape[1], window, q.device), float("-inf"))
-    return torch.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v
+    return (
+        torch.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        @ v
+    )
 
 
 def _visible(lq: int, lk: int, window: int | None, device: torch.device) -> Tensor:
-    """(lq, lk) bool: key j is seen by query i when j <= i + lk - lq and, with a window, j > i + lk - lq - window."""
+    """(lq, lk) bool: key j is seen by query i when j <= i + lk - lq and, with a window, j > i + lk
+    - lq - window."""
     distance = torch.arange(lk - lq, lk, device=device)[:, None] - torch.arange(lk, device=device)
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
@@ -193,8 +248,8 @@ def _visible(lq: int, lk: int, window: int | None, device: torch.device) -> Tens
 def register() -> str:
     """Make `fasttr_packed` known to transformers and return the name.
 
-    No mask function is registered: transformers then builds no mask at all, and does not read position ids back to
-    the host in search of packed sequences.
+    No mask function is registered: transformers then builds no mask at all, and does not read
+    position ids back to the host in search of packed sequences.
     """
     from transformers import AttentionInterface
 

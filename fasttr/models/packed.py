@@ -1,6 +1,8 @@
-"""Where log-probs are made: hidden states of a pack through transformers' own model, then the fused head.
+"""Where log-probs are made: hidden states of a pack through transformers' own model, then the fused
+head.
 
-The loss is computed inside this module's forward, so that data-parallel hooks see it. Policy and reference go through
+The loss is computed inside this module's forward, so that data-parallel hooks see it. Policy and
+reference go through
 the same op with the same packs: where they are equal, the log-ratio is exactly 0.
 
 Legend: T packed tokens, R scored rows, N completions, D hidden size, V vocabulary.
@@ -36,14 +38,20 @@ class PackedModel(nn.Module):
         head: its head beyond weight and bias.
         attention_backend: `varlen`, `flash` or `segments`.
         bf16: compute under bfloat16 autocast; log-probs and the loss stay fp32.
-        ld_alpha: weight of the log-probs beyond the length of a tree's shortest completion (LD-DPO, arXiv:2409.06411);
-            None is 1. It enters every summed log-prob, of the policy and of the reference.
+        ld_alpha: weight of the log-probs beyond the length of a tree's shortest completion (LD-DPO,
+            arXiv:2409.06411); None is 1. It enters every summed log-prob, of the policy and of the
+            reference.
     """
 
     model: Any
 
     def __init__(
-        self, model: nn.Module, head: HeadSpec, attention_backend: str, bf16: bool, ld_alpha: float | None = None
+        self,
+        model: nn.Module,
+        head: HeadSpec,
+        attention_backend: str,
+        bf16: bool,
+        ld_alpha: float | None = None,
     ):
         super().__init__()
         self.model = model
@@ -74,21 +82,36 @@ class PackedModel(nn.Module):
         normalizer: float = 1.0,
         stats: bool = False,
     ) -> PreferenceLoss:
-        """Score a pack that is on this module's device; with `loss_fn` also its share of the step's loss."""
+        """Score a pack that is on this module's device; with `loss_fn` also its share of the step's
+        loss."""
         output = self.model.get_output_embeddings()
         cu_completions, cu_groups = batch.cu_completions, batch.cu_groups
         if self.ld_alpha is not None:
-            # Head and tail of a completion are scored as two, and put together before anybody sees them.
+            # Head and tail of a completion are scored as two, and put together before anybody sees
+            # them.
             cu_completions, cu_groups = batch.cu_heads, 2 * batch.cu_groups
-            loss_fn = None if loss_fn is None else self._from_heads(loss_fn, ref_logp, batch.cu_groups.tolist())
+            loss_fn = (
+                None
+                if loss_fn is None
+                else self._from_heads(loss_fn, ref_logp, batch.cu_groups.tolist())
+            )
             ref_logp = None
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             hidden_RD = gather_rows(self.hidden_states(batch), batch.scored)
             out = linear_preference_loss(
-                hidden_RD, output.weight, batch.target, cu_completions, cu_groups, loss_fn, ref_logp=ref_logp,
-                normalizer=normalizer, bias=output.bias, logit_scale=self.head.logit_scale, softcap=self.head.softcap,
+                hidden_RD,
+                output.weight,
+                batch.target,
+                cu_completions,
+                cu_groups,
+                loss_fn,
+                ref_logp=ref_logp,
+                normalizer=normalizer,
+                bias=output.bias,
+                logit_scale=self.head.logit_scale,
+                softcap=self.head.softcap,
                 stats=stats,
-            )  # fmt: skip
+            )
         return out if self.ld_alpha is None else out._replace(logp=self._joined(out.logp))
 
     def _joined(self, logp_2N: Tensor) -> Tensor:

@@ -36,20 +36,37 @@ def _undecayed(name: str) -> bool:
     return any(part == "bias" or "norm" in part for part in name.lower().split("."))
 
 
-def adamw(model: nn.Module, *, learning_rate: float, weight_decay: float, betas: tuple[float, float], eps: float):
-    """Fused AdamW over all trainable parameters; `found_inf` set on it makes a step a no-op without a host read."""
+def adamw(
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+):
+    """Fused AdamW over all trainable parameters; `found_inf` set on it makes a step a no-op without
+    a host read."""
     groups = parameter_groups(model, weight_decay)
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
 
 
-def schedule(optimizer, name: str, *, warmup_steps: float, total_steps: int, kwargs: dict[str, Any] | None):
-    """transformers' schedule of that name; `warmup_steps` below 1 is a share of all steps, rounded up."""
+def schedule(
+    optimizer, name: str, *, warmup_steps: float, total_steps: int, kwargs: dict[str, Any] | None
+):
+    """transformers' schedule of that name; `warmup_steps` below 1 is a share of all steps, rounded
+    up."""
     from transformers import get_scheduler
 
     warmup = math.ceil(warmup_steps * total_steps) if warmup_steps < 1 else int(warmup_steps)
     try:
         return get_scheduler(
-            name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps, scheduler_specific_kwargs=kwargs
+            name,
+            optimizer,
+            num_warmup_steps=warmup,
+            num_training_steps=total_steps,
+            scheduler_specific_kwargs=kwargs,
         )
     except (ValueError, TypeError) as error:
-        raise FasttrError(f"lr_scheduler_type: {name} with lr_scheduler_kwargs {kwargs}: {error}") from error
+        raise FasttrError(
+            f"lr_scheduler_type: {name} with lr_scheduler_kwargs {kwargs}: {error}"
+        ) from error

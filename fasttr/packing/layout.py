@@ -1,10 +1,12 @@
 """Trees to packs: which trees share a pack, and where every token, key and scored row lies in it.
 
-Layout of a tree: [prompt | c1 | c2 | ...], once. The queries stay in that order, cut into the segments (prompt + c1),
-(c2), ...; the keys are gathered so that segment i sees (prompt + ci). Causal, aligned at the end: exact for any
-attention kernel that takes separate query and key offsets.
+Layout of a tree: [prompt | c1 | c2 | ...], once. The queries stay in that order, cut into the
+segments (prompt + c1), (c2), ...; the keys are gathered so that segment i sees (prompt + ci).
+Causal, aligned at the end: exact for any attention kernel that takes separate query and key
+offsets.
 
-Legend: T packed tokens, S gathered key rows, R scored rows, N completions, B trees, G groups of trees.
+Legend: T packed tokens, S gathered key rows, R scored rows, N completions, B trees, G groups of
+trees.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ from fasttr.batch import AttentionLayout, PackedBatch, RowGather, Tree
 
 
 def first_fit_decreasing(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Partition items into bins whose sizes sum to at most `budget`; an item over the budget gets a bin of its own.
+    """Partition items into bins whose sizes sum to at most `budget`; an item over the budget gets a
+    bin of its own.
 
-    Deterministic: ties keep their order, items within a bin and bins themselves are ordered by first position.
+    Deterministic: ties keep their order, items within a bin and bins themselves are ordered by
+    first position.
     """
     bins: list[list[int]] = []
     room: list[int] = []
@@ -39,7 +43,8 @@ def first_fit_decreasing(sizes: Sequence[int], budget: int) -> list[list[int]]:
 def pack(trees: Sequence[Tree], group_sizes: Sequence[int] | None = None) -> PackedBatch:
     """Lay `trees` out in one packed row; completions keep their order.
 
-    `group_sizes`: how many consecutive trees are a group, which a loss must see whole; by default each is its own.
+    `group_sizes`: how many consecutive trees are a group, which a loss must see whole; by default
+    each is its own.
     """
     if not trees:
         raise ValueError("pack: got no trees; wanted at least one")
@@ -74,18 +79,23 @@ def pack(trees: Sequence[Tree], group_sizes: Sequence[int] | None = None) -> Pac
     )
     keys = _gather(key_S, np.where(in_prompt_S, np.repeat(ordinal_N, k_lengths), 0), len(ids_T))
 
-    # The first token of a completion is predicted by the prompt's last row; without a prompt nothing predicts it.
+    # The first token of a completion is predicted by the prompt's last row; without a prompt
+    # nothing predicts it.
     has_prompt_N = (prompt_len_N > 0).astype(np.int64)
     rows_N = length_N - 1 + has_prompt_N
     j_R = _ramp(rows_N) + np.repeat(1 - has_prompt_N, rows_N)
     target_R = np.repeat(start_N, rows_N) + j_R
     from_prompt_R = j_R == 0
-    scored_R = np.where(from_prompt_R, np.repeat(prompt_start_N + prompt_len_N - 1, rows_N), target_R - 1)
+    scored_R = np.where(
+        from_prompt_R, np.repeat(prompt_start_N + prompt_len_N - 1, rows_N), target_R - 1
+    )
     scored = _gather(scored_R, np.where(from_prompt_R, np.repeat(ordinal_N, rows_N), 0), len(ids_T))
 
     cu_rows = _offsets(np.array(group_sizes if group_sizes is not None else [1] * len(trees)))
     if int(cu_rows[-1]) != len(trees):
-        raise ValueError(f"pack: got groups of {int(cu_rows[-1])} trees in all; wanted {len(trees)}")
+        raise ValueError(
+            f"pack: got groups of {int(cu_rows[-1])} trees in all; wanted {len(trees)}"
+        )
     shortest_N = np.repeat(np.minimum.reduceat(length_N, np.cumsum(per_tree) - per_tree), per_tree)
     heads_N = shortest_N - 1 + has_prompt_N
     return PackedBatch(
@@ -115,7 +125,9 @@ def pack(trees: Sequence[Tree], group_sizes: Sequence[int] | None = None) -> Pac
 def _ramp(lengths: np.ndarray) -> np.ndarray:
     """0, 1, ..., n - 1 for each n in `lengths`, concatenated."""
     ends = np.cumsum(lengths)
-    return np.arange(ends[-1] if len(ends) else 0, dtype=np.int64) - np.repeat(ends - lengths, lengths)
+    return np.arange(ends[-1] if len(ends) else 0, dtype=np.int64) - np.repeat(
+        ends - lengths, lengths
+    )
 
 
 def _offsets(lengths: np.ndarray) -> torch.Tensor:

@@ -1,5 +1,6 @@
-"""Which rows make which optimizer step, which trees share a pack, and where the reference moves: all known before
-training, a pure function of the row lengths and the configuration, so that resuming is exact."""
+"""Which rows make which optimizer step, which trees share a pack, and where the reference moves:
+all known before training, a pure function of the row lengths and the configuration, so that
+resuming is exact."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
 class Plan:
     """Optimizer steps over a data set.
 
-    An epoch's remainder is a shorter last step, normalised by its own row count. `max_steps` above 0 wins over
-    `num_train_epochs`, which may be a fraction.
+    An epoch's remainder is a shorter last step, normalised by its own row count. `max_steps` above
+    0 wins over `num_train_epochs`, which may be a fraction.
     """
 
     source: TreeSource = field(repr=False)
@@ -37,7 +38,9 @@ class Plan:
     seed: int
     max_tokens_per_batch: int
     shuffle: bool = True  # else the order of the data, in every epoch
-    group_rows: int = 1  # consecutive rows of a step that share a pack, since their loss is computed together
+    group_rows: int = (
+        1  # consecutive rows of a step that share a pack, since their loss is computed together
+    )
     multiple_of: int = 1  # an epoch's last rows that do not fill this many are left out
 
     @property
@@ -50,7 +53,11 @@ class Plan:
 
     @property
     def total_steps(self) -> int:
-        return self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * self.steps_per_epoch)
+        return (
+            self.max_steps
+            if self.max_steps > 0
+            else math.ceil(self.num_train_epochs * self.steps_per_epoch)
+        )
 
     def rows(self, step: int) -> np.ndarray:
         """Data-set rows of optimizer step `step` (counted from 0), in TRL's order."""
@@ -66,7 +73,8 @@ class Plan:
         return pack_rows(self.source, self.rows(step), self.max_tokens_per_batch, self.group_rows)
 
     def windows(self, every: int | None, start: int = 0) -> Iterator[range]:
-        """Steps [0, every), [every, 2 every), ... from the window that holds `start`; one window without moves."""
+        """Steps [0, every), [every, 2 every), ... from the window that holds `start`; one window
+        without moves."""
         total = self.total_steps
         length = every or max(total, 1)
         for first in range(start - start % length, total, length):
@@ -79,13 +87,16 @@ class Plan:
 
 def tree_sizes(source: TreeSource, rows: np.ndarray | Sequence[int]) -> np.ndarray:
     """Packed tokens per tree: the prompt once and every completion."""
-    return source.prompt_lengths[rows].astype(np.int64) + source.completion_lengths[rows].sum(axis=1, dtype=np.int64)
+    return source.prompt_lengths[rows].astype(np.int64) + source.completion_lengths[rows].sum(
+        axis=1, dtype=np.int64
+    )
 
 
 def pack_rows(
     source: TreeSource, rows: np.ndarray | Sequence[int], budget: int, group_rows: int = 1
 ) -> list[PackedBatch]:
-    """Pack some rows, first-fit decreasing under `budget` tokens; `group_rows` consecutive ones stay together."""
+    """Pack some rows, first-fit decreasing under `budget` tokens; `group_rows` consecutive ones
+    stay together."""
     rows = np.asarray(rows)
     groups = [rows[first : first + group_rows] for first in range(0, len(rows), group_rows)]
     sizes = np.add.reduceat(tree_sizes(source, rows), np.arange(0, len(rows), group_rows))

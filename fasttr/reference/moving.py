@@ -1,7 +1,8 @@
 """The reference model: when it moves, which weights score a window, and the log-probs that remain.
 
-A hard update needs no second model: right after it the reference is the policy, which therefore scores the window
-itself. A fixed reference scores the run's rows once. Only a soft reference keeps weights of its own.
+A hard update needs no second model: right after it the reference is the policy, which therefore
+scores the window itself. A fixed reference scores the run's rows once. Only a soft reference keeps
+weights of its own.
 """
 
 from __future__ import annotations
@@ -29,13 +30,15 @@ class Fixed:
         return 0
 
     def mean_age(self, steps: int) -> float:
-        """Mean number of optimizer steps between the policy and the reference it is compared with."""
+        """Mean number of optimizer steps between the policy and the reference it is compared
+        with."""
         return (steps - 1) / 2
 
 
 @dataclass(frozen=True)
 class Soft:
-    """reference <- alpha policy + (1 - alpha) reference every `every` steps (arXiv:2404.09656, soft update)."""
+    """reference <- alpha policy + (1 - alpha) reference every `every` steps (arXiv:2404.09656, soft
+    update)."""
 
     alpha: float = 0.6
     every: int = 512
@@ -99,7 +102,8 @@ def score_packs(
     table: ScoreTable,
     after: Callable[[PackedBatch], None] | None = None,
 ) -> None:
-    """Score packs into `table`, each by one forward; a pack whose rows are all there is passed over.
+    """Score packs into `table`, each by one forward; a pack whose rows are all there is passed
+    over.
 
     `after` is called after every pack (progress, a partial save, a stop asked for by a signal).
     """
@@ -154,7 +158,8 @@ class MovingReference:
 
     @torch.no_grad()
     def move(self) -> None:
-        """One update, by name; buffers are copied. Under `Hard` the policy itself is the new reference."""
+        """One update, by name; buffers are copied. Under `Hard` the policy itself is the new
+        reference."""
         self.updates += 1
         if not isinstance(self.schedule, Soft) or self.model is None:
             return
@@ -163,7 +168,9 @@ class MovingReference:
         names = [name for name, _ in self.model.named_parameters()]
         references = [parameter.data for _, parameter in self.model.named_parameters()]
         if self.model.device == device:
-            multi_tensor_lerp_(references, [policy[name].data for name in names], self.schedule.alpha)
+            multi_tensor_lerp_(
+                references, [policy[name].data for name in names], self.schedule.alpha
+            )
         else:
             for name, resting in zip(names, references, strict=True):
                 visiting = resting.to(device)
@@ -175,7 +182,8 @@ class MovingReference:
 
 
 def _fits_beside(policy: PackedModel) -> bool:
-    """Whether a second copy of the weights, and twice its size for AdamW's state, leaves half the device free."""
+    """Whether a second copy of the weights, and twice its size for AdamW's state, leaves half the
+    device free."""
     if policy.device.type != "cuda":
         return True
     size = sum(p.numel() * p.element_size() for p in policy.parameters())

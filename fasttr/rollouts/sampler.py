@@ -34,9 +34,14 @@ class Sampling(NamedTuple):
             if getattr(self, key) < 1:
                 raise FasttrError(f"{key}: got {getattr(self, key)}; wanted a whole number from 1")
         if not 0 <= self.temperature < float("inf"):
-            raise FasttrError(f"temperature: got {self.temperature}; wanted a number from 0 (0 takes the likeliest)")
+            raise FasttrError(
+                f"temperature: got {self.temperature}; wanted a number from 0 (0 takes the "
+                "likeliest)"
+            )
         if self.temperature == 0 and self.num_samples > 1:
-            raise FasttrError("num_samples: all are the same at temperature 0; wanted 1, or a temperature above 0")
+            raise FasttrError(
+                "num_samples: all are the same at temperature 0; wanted 1, or a temperature above 0"
+            )
 
 
 def sample_file(
@@ -50,11 +55,13 @@ def sample_file(
     bf16: bool | None = None,
     disable_tqdm: bool = False,
 ) -> int:
-    """Write JSON lines of prompt, sample (0..), completion, tokens and finished (it ended by itself); return how many.
+    """Write JSON lines of prompt, sample (0..), completion, tokens and finished (it ended by
+    itself); return how many.
 
-    `prompts`: rows with a column `prompt`, text or messages (.json, .jsonl, .parquet, .gz too); of any other file each
-    line that is not blank. Lines are written as they are made into `SAMPLES_FILE.partial`, which gets the name
-    `samples_file` once it is complete. Batch k draws from seed + k. Messages go through the chat template.
+    `prompts`: rows with a column `prompt`, text or messages (.json, .jsonl, .parquet, .gz too); of
+    any other file each line that is not blank. Lines are written as they are made into
+    `SAMPLES_FILE.partial`, which gets the name `samples_file` once it is complete. Batch k draws
+    from seed + k. Messages go through the chat template.
     """
     sampling.check()
     if batch_size < 1:
@@ -63,13 +70,17 @@ def sample_file(
     device = torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
     tokenizer = load_tokenizer(model_name_or_path)
     ids = encode_prompts(tokenizer, asked, str(prompts))
-    model = load_model(model_name_or_path, device=device, bf16=device.type == "cuda" if bf16 is None else bf16)
+    model = load_model(
+        model_name_or_path, device=device, bf16=device.type == "cuda" if bf16 is None else bf16
+    )
     limit = model.model.config.max_position_embeddings - sampling.max_new_tokens
     too_long = next((i for i, prompt in enumerate(ids) if len(prompt) > limit), None)
     if too_long is not None:
         raise FasttrError(
-            f"max_new_tokens: prompt {too_long} (counted from 0) has {len(ids[too_long])} tokens, and with "
-            f"{sampling.max_new_tokens} new ones it is longer than the model's positions allow; shorten one of them"
+            f"max_new_tokens: prompt {too_long} (counted from 0) has {len(ids[too_long])} tokens, "
+            "and with "
+            f"{sampling.max_new_tokens} new ones it is longer than the model's positions allow; "
+            "shorten one of them"
         )
     path, written = Path(samples_file), 0
     partial = path.with_name(path.name + ".partial")
@@ -78,12 +89,20 @@ def sample_file(
         with (
             partial.open("w", encoding="utf-8", buffering=1) as file,
             tqdm(
-                total=len(ids) * sampling.num_samples, desc="Sampling", unit="sample", disable=disable_tqdm or None
+                total=len(ids) * sampling.num_samples,
+                desc="Sampling",
+                unit="sample",
+                disable=disable_tqdm or None,
             ) as bar,
         ):
             for first in range(0, len(ids), batch_size):
                 here = slice(first, first + batch_size)
-                drawn = draw(model, tokenizer, ids[here], sampling._replace(seed=sampling.seed + first // batch_size))
+                drawn = draw(
+                    model,
+                    tokenizer,
+                    ids[here],
+                    sampling._replace(seed=sampling.seed + first // batch_size),
+                )
                 for prompt, samples in zip(asked[here], drawn, strict=True):
                     for k, sample in enumerate(samples):
                         line = {"prompt": prompt, "sample": k, **sample._asdict()}
@@ -98,16 +117,24 @@ def sample_file(
 
 
 def read_prompts(path: str | Path) -> list[str | Messages]:
-    """Prompts of a data file (column `prompt`) or of the lines of a text file. FasttrError names the row at fault."""
+    """Prompts of a data file (column `prompt`) or of the lines of a text file. FasttrError names
+    the row at fault."""
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FasttrError(f"prompts: {path} does not exist; wanted a file of rows with a prompt, or of lines of text")
+        raise FasttrError(
+            f"prompts: {path} does not exist; wanted a file of rows with a prompt, or of lines of "
+            "text"
+        )
     if Path(path.name.removesuffix(".gz")).suffix.lower() in FILE_KINDS:
         rows = read_rows(str(path))
         if "prompt" not in rows.column_names:
-            raise FasttrError(f"prompts: {path} has no column 'prompt': it has {', '.join(rows.column_names)}")
+            raise FasttrError(
+                f"prompts: {path} has no column 'prompt': it has {', '.join(rows.column_names)}"
+            )
         try:
-            return [read_prompt(i, prompt) for i, prompt in enumerate(rows.with_format(None)["prompt"])]
+            return [
+                read_prompt(i, prompt) for i, prompt in enumerate(rows.with_format(None)["prompt"])
+            ]
         except FasttrError as error:
             raise FasttrError(f"prompts: {path}: {error}") from error
     try:
@@ -119,10 +146,16 @@ def read_prompts(path: str | Path) -> list[str | Messages]:
     return list(lines)
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[str | Messages], name: str = "prompts") -> list[np.ndarray]:
-    """Token ids: text as the tokenizer's call has it (BOS included), messages as its chat template writes them."""
+def encode_prompts(
+    tokenizer: Any, prompts: Sequence[str | Messages], name: str = "prompts"
+) -> list[np.ndarray]:
+    """Token ids: text as the tokenizer's call has it (BOS included), messages as its chat template
+    writes them."""
     if any(not isinstance(prompt, str) for prompt in prompts) and not tokenizer.chat_template:
-        raise FasttrError(f"prompts: {name} holds messages, but the tokenizer has no chat template; give plain text")
+        raise FasttrError(
+            f"prompts: {name} holds messages, but the tokenizer has no chat template; give plain "
+            "text"
+        )
     ids: list[np.ndarray] = []
     for i, prompt in enumerate(prompts):
         if isinstance(prompt, str):
@@ -132,11 +165,15 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str | Messages], name: str 
             text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # a template is a program: it raises whatever it likes
             told = " ".join(str(error).split())[:300]
-            raise FasttrError(f"prompts: {name}: the chat template refuses prompt {i}: {told}") from error
+            raise FasttrError(
+                f"prompts: {name}: the chat template refuses prompt {i}: {told}"
+            ) from error
         ids += encode_texts(tokenizer, [text], add_special_tokens=False)
     empty = next((i for i, prompt in enumerate(ids) if len(prompt) == 0), None)
     if empty is not None:
-        raise FasttrError(f"prompts: {name}: prompt {empty} (counted from 0) has no tokens; wanted at least one")
+        raise FasttrError(
+            f"prompts: {name}: prompt {empty} (counted from 0) has no tokens; wanted at least one"
+        )
     return ids
 
 
@@ -150,8 +187,11 @@ class Sample(NamedTuple):
 
 
 @torch.no_grad()
-def draw(model: PackedModel, tokenizer: Any, prompts: Sequence[np.ndarray], sampling: Sampling) -> list[list[Sample]]:
-    """`num_samples` completions for each tokenised prompt, in one batch. The caller's random state is left as it was.
+def draw(
+    model: PackedModel, tokenizer: Any, prompts: Sequence[np.ndarray], sampling: Sampling
+) -> list[list[Sample]]:
+    """`num_samples` completions for each tokenised prompt, in one batch. The caller's random state
+    is left as it was.
 
     A completion ends at the tokenizer's EOS or at those of the model's own generation config.
     """
@@ -175,16 +215,24 @@ def draw(model: PackedModel, tokenizer: Any, prompts: Sequence[np.ndarray], samp
     ):
         torch.manual_seed(sampling.seed)
         rows = own.generate(
-            input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), **how,
-            max_new_tokens=sampling.max_new_tokens, num_return_sequences=sampling.num_samples, pad_token_id=pad,
+            input_ids=input_ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            **how,
+            max_new_tokens=sampling.max_new_tokens,
+            num_return_sequences=sampling.num_samples,
+            pad_token_id=pad,
             eos_token_id=ends or None,
-        )  # fmt: skip
+        )
     samples = []
     for row in rows[:, width:].cpu().numpy().astype(np.int32):
         stops = np.flatnonzero(np.isin(row, ends))
         row = row[: stops[0] + 1] if len(stops) else row
-        samples.append(Sample(tokenizer.decode(row, skip_special_tokens=True), len(row), len(stops) > 0, row))
-    return [samples[i : i + sampling.num_samples] for i in range(0, len(samples), sampling.num_samples)]
+        samples.append(
+            Sample(tokenizer.decode(row, skip_special_tokens=True), len(row), len(stops) > 0, row)
+        )
+    return [
+        samples[i : i + sampling.num_samples] for i in range(0, len(samples), sampling.num_samples)
+    ]
 
 
 def _end_ids(model: Any, tokenizer: Any) -> list[int]:
@@ -198,7 +246,9 @@ def _generating(model: Any) -> Iterator[None]:
     """Within, the model attends as transformers does, with a cache, and is not in training mode."""
     packed, training = model.config._attn_implementation, model.training
     # SDPA has no soft cap on attention scores and would leave it out.
-    model.set_attn_implementation("eager" if getattr(model.config, "attn_logit_softcapping", None) else "sdpa")
+    model.set_attn_implementation(
+        "eager" if getattr(model.config, "attn_logit_softcapping", None) else "sdpa"
+    )
     model.eval()
     try:
         yield

@@ -4,20 +4,24 @@ A prompt names three letters of a..l and a length n in 8..16, a completion is a 
 
     prompt "write 12 of bdf:"      completion "bdabfkdcbb"
 
-With m the characters of the completion that are among the three, L all its characters and x = max(0, L - n) / n,
+With m the characters of the completion that are among the three, L all its characters and x =
+max(0, L - n) / n,
 
     gold = max(-2, min(m, n) / n - 2 x^2)                                              in [-2, 1]
 
-so the best answer is n letters of the three, and gold reward is lost by stopping early, by other letters and, ever
-faster, by going past n. Labels are Bradley-Terry: P(a preferred to b) = 1 / (1 + exp(-(gold(a) - gold(b)) / noise)).
+so the best answer is n letters of the three, and gold reward is lost by stopping early, by other
+letters and, ever faster, by going past n. Labels are Bradley-Terry: P(a preferred to b) = 1 / (1 +
+exp(-(gold(a) - gold(b)) / noise)).
 
-Completions come from a known base distribution that a language model can be fitted to: L uniform on n-7..n+1, each
-letter one of the three with probability 2/3 (then any of the three alike), else any of the other nine alike. Within
-it more is nearly always better, for x is at most 1/8: a policy that carries this beyond the data writes past n and
-loses what it won. That is the room for over-optimisation.
+Completions come from a known base distribution that a language model can be fitted to: L uniform on
+n-7..n+1, each letter one of the three with probability 2/3 (then any of the three alike), else any
+of the other nine alike. Within
+it more is nearly always better, for x is at most 1/8: a policy that carries this beyond the data
+writes past n and loses what it won. That is the room for over-optimisation.
 
-Prompts whose letters add up to a multiple of five (a = 0) are held out: `held_out=True` draws from these alone, and
-`False` from the others alone. Every function is determined by its arguments, on every machine (numpy's PCG64).
+Prompts whose letters add up to a multiple of five (a = 0) are held out: `held_out=True` draws from
+these alone, and `False` from the others alone. Every function is determined by its arguments, on
+every machine (numpy's PCG64).
 """
 
 from __future__ import annotations
@@ -48,12 +52,15 @@ def parse_prompt(prompt: str) -> tuple[int, str]:
     """The asked length and letters. ValueError when it is no prompt of this task."""
     match = _PROMPT.fullmatch(prompt)
     if match is None:
-        raise ValueError(f"{prompt!r} is not a prompt of the generated task; wanted one like 'write 12 of bdf:'")
+        raise ValueError(
+            f"{prompt!r} is not a prompt of the generated task; wanted one like 'write 12 of bdf:'"
+        )
     return int(match[1]), match[2]
 
 
 def gold_reward(prompt: str, completion: str) -> float:
-    """The equation above, for any completion: a character that is no letter of the task counts in L, never in m."""
+    """The equation above, for any completion: a character that is no letter of the task counts in
+    L, never in m."""
     n, asked = parse_prompt(prompt)
     matches = sum(character in asked for character in completion)
     overshoot = max(0, len(completion) - n) / n
@@ -66,13 +73,17 @@ def is_held_out(prompt: str) -> bool:
 
 
 def base_logp(prompt: str, completion: str) -> float:
-    """Log-probability (nats) of a completion under the base distribution, its end included; -inf outside of it."""
+    """Log-probability (nats) of a completion under the base distribution, its end included; -inf
+    outside of it."""
     n, asked = parse_prompt(prompt)
     if len(completion) - n not in SPREAD or not set(completion) <= set(LETTERS):
         return -math.inf
     matches = sum(character in asked for character in completion)
     others = len(completion) - matches
-    asked_logp, other_logp = math.log(ON_TARGET / ASKED), math.log((1 - ON_TARGET) / (len(LETTERS) - ASKED))
+    asked_logp, other_logp = (
+        math.log(ON_TARGET / ASKED),
+        math.log((1 - ON_TARGET) / (len(LETTERS) - ASKED)),
+    )
     return matches * asked_logp + others * other_logp - math.log(len(SPREAD))
 
 
@@ -85,8 +96,11 @@ def base_completion(prompt: str, rng: np.random.Generator) -> str:
     return "".join(letters[rng.integers(len(letters))] for letters in picks)
 
 
-def label_pair(prompt: str, a: str, b: str, rng: np.random.Generator, noise: float = NOISE) -> dict[str, Any]:
-    """A row of two completions, labelled by Bradley-Terry at temperature `noise` (0: the better one, a tie by a coin).
+def label_pair(
+    prompt: str, a: str, b: str, rng: np.random.Generator, noise: float = NOISE
+) -> dict[str, Any]:
+    """A row of two completions, labelled by Bradley-Terry at temperature `noise` (0: the better
+    one, a tie by a coin).
 
     Columns: prompt, chosen, rejected and their gold rewards, gold_chosen and gold_rejected.
     """
@@ -120,11 +134,15 @@ def sft_rows(n: int, seed: int, held_out: bool = False) -> list[dict[str, Any]]:
     for _ in range(n):
         prompt = _draw_prompt(rng, held_out)
         completion = base_completion(prompt, rng)
-        rows.append({"prompt": prompt, "completion": completion, "gold": gold_reward(prompt, completion)})
+        rows.append(
+            {"prompt": prompt, "completion": completion, "gold": gold_reward(prompt, completion)}
+        )
     return rows
 
 
-def preference_rows(n: int, seed: int, noise: float = NOISE, held_out: bool = False) -> list[dict[str, Any]]:
+def preference_rows(
+    n: int, seed: int, noise: float = NOISE, held_out: bool = False
+) -> list[dict[str, Any]]:
     """n pairs of different draws from the base distribution, as `label_pair` labels them."""
     rng = np.random.default_rng(seed)
     rows = []
@@ -150,5 +168,7 @@ def write_jsonl(rows: Iterable[dict[str, Any]], path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    aside.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     os.replace(aside, path)

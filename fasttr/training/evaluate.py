@@ -1,7 +1,8 @@
-"""Evaluation on a split: loss and metrics against the window's reference, and against the initial policy.
+"""Evaluation on a split: loss and metrics against the window's reference, and against the initial
+policy.
 
-Values against a moving reference restart at every update and cannot be compared over a run; those under `anchor/`
-can, since the initial policy does not move.
+Values against a moving reference restart at every update and cannot be compared over a run; those
+under `anchor/` can, since the initial policy does not move.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Means over all rows of the split, under `eval_` names.
 
-    `packs`: those of `pack_split`, when somebody watches them go by; `keep` takes the policy's log-probs.
+    `packs`: those of `pack_split`, when somebody watches them go by; `keep` takes the policy's
+    log-probs.
     """
     trees, loss = run.eval_trees, run.loss
     assert trees is not None
@@ -47,8 +49,12 @@ def evaluate(
     labels: list[torch.Tensor] = []
     for host_batch in pack_split(run) if packs is None else packs:
         batch = host_batch.to(run.device)
-        ref_logp = run.eval_scores.get(batch.rows).to(run.device) if run.eval_scores is not None else None
-        out = run.policy(batch, run.loss_fn(batch, chosen_tokens), ref_logp, normalizer=len(trees), stats=True)
+        ref_logp = (
+            run.eval_scores.get(batch.rows).to(run.device) if run.eval_scores is not None else None
+        )
+        out = run.policy(
+            batch, run.loss_fn(batch, chosen_tokens), ref_logp, normalizer=len(trees), stats=True
+        )
         sums += pack_sums(out, ref_logp, batch, loss)
         if keep is not None:
             keep.put(batch.rows, out.logp)
@@ -57,14 +63,19 @@ def evaluate(
             labels.append(batch.labels)
     line = named(means(sums).tolist(), loss, prefix="eval_")
     if "eval_rewards/accuracies" in line:
-        line["eval_rewards/accuracies_stderr"] = binomial_stderr(line["eval_rewards/accuracies"], len(trees))
+        line["eval_rewards/accuracies_stderr"] = binomial_stderr(
+            line["eval_rewards/accuracies"], len(trees)
+        )
     if anchored:
         line |= _anchored(torch.cat(anchored).view(-1, loss.completions), torch.cat(labels), loss)
     return line
 
 
-def _anchored(logratio_BM: torch.Tensor, label_B: torch.Tensor, loss: Loss | Weighted) -> dict[str, float]:
-    """Metrics of the log-ratios to the initial policy; chosen and rejected as in `fasttr.metrics`."""
+def _anchored(
+    logratio_BM: torch.Tensor, label_B: torch.Tensor, loss: Loss | Weighted
+) -> dict[str, float]:
+    """Metrics of the log-ratios to the initial policy; chosen and rejected as in
+    `fasttr.metrics`."""
     if loss.unpaired:
         chosen, rejected = logratio_BM[label_B, 0], logratio_BM[~label_B, 0]
     else:

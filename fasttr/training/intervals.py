@@ -1,4 +1,5 @@
-"""When a run logs, evaluates and saves: pure functions of the configuration, the plan and the step."""
+"""When a run logs, evaluates and saves: pure functions of the configuration, the plan and the
+step."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from fasttr.packing.plan import Plan
 
 @dataclass(frozen=True)
 class Cadence:
-    """Answers for the state after `step` optimizer steps. A number of steps below 1 is a share of all of them."""
+    """Answers for the state after `step` optimizer steps. A number of steps below 1 is a share of
+    all of them."""
 
     config: TrainConfig
     plan: Plan
@@ -21,13 +23,19 @@ class Cadence:
         if c.logging_strategy == "no":
             return step == 1 and c.logging_first_step
         last = step == self.plan.total_steps
-        return last or (step == 1 and c.logging_first_step) or self._due(step, c.logging_strategy, c.logging_steps)
+        return (
+            last
+            or (step == 1 and c.logging_first_step)
+            or self._due(step, c.logging_strategy, c.logging_steps)
+        )
 
     def evaluates(self, step: int) -> bool:
         c = self.config
         begun = step / self.plan.steps_per_epoch if c.eval_strategy == "epoch" else step
         last = step == self.plan.total_steps and c.eval_strategy == "steps"  # as TRL
-        return begun >= c.eval_delay and (last or self._due(step, c.eval_strategy, c.eval_steps or c.logging_steps))
+        return begun >= c.eval_delay and (
+            last or self._due(step, c.eval_strategy, c.eval_steps or c.logging_steps)
+        )
 
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is due, whatever an evaluation says."""
@@ -37,5 +45,7 @@ class Cadence:
 
     def _due(self, step: int, strategy: str, every: float) -> bool:
         if strategy == "steps":
-            return step % (math.ceil(every * self.plan.total_steps) if every < 1 else int(every)) == 0
+            return (
+                step % (math.ceil(every * self.plan.total_steps) if every < 1 else int(every)) == 0
+            )
         return strategy == "epoch" and step % self.plan.steps_per_epoch == 0

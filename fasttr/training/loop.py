@@ -1,7 +1,7 @@
 """The training loop.
 
-For each window of steps between two moves of the reference: score the window's rows, train on them, move the
-reference. At a step where several fall together: evaluate, move, save.
+For each window of steps between two moves of the reference: score the window's rows, train on them,
+move the reference. At a step where several fall together: evaluate, move, save.
 """
 
 from __future__ import annotations
@@ -37,21 +37,28 @@ class TrainResult(NamedTuple):
 def train(config: TrainConfig) -> TrainResult:
     """Train a model on preferences as `config` says; the command `fasttr train` calls this.
 
-    Writes checkpoints, metrics.jsonl and the final model into `config.output_dir`. Raises FasttrError, one line, for
-    mistakes in configuration, data or model; raises Interrupted (a SystemExit) after SIGTERM or Ctrl-C, once saved.
+    Writes checkpoints, metrics.jsonl and the final model into `config.output_dir`. Raises
+    FasttrError, one line, for mistakes in configuration, data or model; raises Interrupted (a
+    SystemExit) after SIGTERM or Ctrl-C, once saved.
     """
     with StopRequest() as stop:
         run = start(config)
         try:
             run.output_dir.mkdir(parents=True, exist_ok=True)
             checkpoint.remove_torn(run.output_dir)
-            (run.output_dir / "train_config.json").write_text(json.dumps(config.as_dict(), indent=1) + "\n")
+            (run.output_dir / "train_config.json").write_text(
+                json.dumps(config.as_dict(), indent=1) + "\n"
+            )
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             raise FasttrError(f"output_dir: cannot write {config.output_dir!r}: {error}") from error
         log = MetricsLog(
-            run.output_dir, config.report_to, keep_until=run.step if run.resumed else None, run_name=config.run_name,
-            project=config.project, config=config.as_dict(),
-        )  # fmt: skip
+            run.output_dir,
+            config.report_to,
+            keep_until=run.step if run.resumed else None,
+            run_name=config.run_name,
+            project=config.project,
+            config=config.as_dict(),
+        )
         try:
             return _loop(run, log, stop)
         finally:
@@ -63,7 +70,11 @@ def _loop(run: Run, log: MetricsLog, stop: StopRequest) -> TrainResult:
     guard, speed, began = FiniteGuard(), Speed(run.policy.model, run.device), time.perf_counter()
     first_step, line = run.step, dict[str, float]()
     bar = tqdm(
-        total=plan.total_steps, initial=run.step, desc="Training", unit="step", disable=config.disable_tqdm or None
+        total=plan.total_steps,
+        initial=run.step,
+        desc="Training",
+        unit="step",
+        disable=config.disable_tqdm or None,
     )
 
     if run.step == 0:
@@ -93,10 +104,15 @@ def _loop(run: Run, log: MetricsLog, stop: StopRequest) -> TrainResult:
                 log.write(run.step, evaluation)
                 say(_evaluation_summary(run, evaluation))
                 saves |= run.note_best(evaluation)
-            if config.schedule.every is not None and run.step == window.start + config.schedule.every:
+            if (
+                config.schedule.every is not None
+                and run.step == window.start + config.schedule.every
+            ):
                 run.reference.move()
                 run.window_scored = False
-                log.write(run.step, {"event": "reference_update", "ref/updates": run.reference.updates})
+                log.write(
+                    run.step, {"event": "reference_update", "ref/updates": run.reference.updates}
+                )
             if saves:
                 guard.verify(run.output_dir)
                 run.save(only_model=config.save_only_model)
@@ -112,25 +128,36 @@ def _loop(run: Run, log: MetricsLog, stop: StopRequest) -> TrainResult:
     seconds = time.perf_counter() - began
     rows = sum(len(plan.rows(step)) for step in range(first_step, run.step))
     total = {
-        "train_loss": float(run.total_loss) / max(run.step, 1), "train_runtime": seconds,
+        "train_loss": float(run.total_loss) / max(run.step, 1),
+        "train_runtime": seconds,
         "train_pairs_per_second": rows / seconds,
-    }  # fmt: skip
+    }
     log.write(run.step, total)
-    say(f"done: {run.step} steps in {seconds:.1f} s ({rows / seconds:.2f} rows/s, scoring and saving included)")
+    say(
+        f"done: {run.step} steps in {seconds:.1f} s ({rows / seconds:.2f} rows/s, scoring and "
+        "saving included)"
+    )
     say(f"model and metrics in {run.output_dir}")
     return TrainResult(run.output_dir, run.step, line | total)
 
 
 def _step(run: Run, step: int, guard: FiniteGuard, speed: Speed) -> tuple[torch.Tensor, float]:
-    """One optimizer step; returns the gradient's norm before clipping (on the device) and the rate it used."""
+    """One optimizer step; returns the gradient's norm before clipping (on the device) and the rate
+    it used."""
     config, loss = run.config, run.loss
     rows = run.plan.rows(step)
     chosen_tokens = run.chosen_tokens_means(run.train_trees, rows)
     sums = torch.zeros(len(SUMS), device=run.device)
     for host_batch in run.plan.packs(step):
         batch = host_batch.to(run.device)
-        ref_logp = run.scores.get(batch.rows).to(run.device, non_blocking=True) if loss.needs_reference else None
-        out = run.policy(batch, run.loss_fn(batch, chosen_tokens), ref_logp, normalizer=len(rows), stats=True)
+        ref_logp = (
+            run.scores.get(batch.rows).to(run.device, non_blocking=True)
+            if loss.needs_reference
+            else None
+        )
+        out = run.policy(
+            batch, run.loss_fn(batch, chosen_tokens), ref_logp, normalizer=len(rows), stats=True
+        )
         out.loss.backward()
         sums += pack_sums(out, ref_logp, batch, loss)
         speed.add(host_batch, len(host_batch.rows))
@@ -154,10 +181,16 @@ def _step(run: Run, step: int, guard: FiniteGuard, speed: Speed) -> tuple[torch.
     return norm, rate
 
 
-def _log_line(run: Run, norm: torch.Tensor, rate: float, speed: Speed, window: range) -> dict[str, float]:
+def _log_line(
+    run: Run, norm: torch.Tensor, rate: float, speed: Speed, window: range
+) -> dict[str, float]:
     line = named(run.averages.read(), run.loss)
-    line |= {"grad_norm": float(norm), "learning_rate": rate, "num_tokens": run.num_tokens,
-             "epoch": run.step / run.plan.steps_per_epoch}  # fmt: skip
+    line |= {
+        "grad_norm": float(norm),
+        "learning_rate": rate,
+        "num_tokens": run.num_tokens,
+        "epoch": run.step / run.plan.steps_per_epoch,
+    }
     if run.loss.needs_reference:
         line |= {"ref/updates": run.reference.updates, "ref/age_steps": run.step - 1 - window.start}
     return line | speed.read()
@@ -169,7 +202,10 @@ def _stop_if_asked(run: Run, stop: StopRequest, guard: FiniteGuard) -> None:
     guard.verify(run.output_dir)
     if run.step > 0:
         saved = run.save()
-        say(f"stopped by a signal at step {run.step}; saved {saved}; go on with --resume_from_checkpoint true")
+        say(
+            f"stopped by a signal at step {run.step}; saved {saved}; go on with "
+            "--resume_from_checkpoint true"
+        )
     else:
         say("stopped by a signal before the first step; go on with --resume_from_checkpoint true")
     raise Interrupted(stop.signum)
@@ -177,19 +213,27 @@ def _stop_if_asked(run: Run, stop: StopRequest, guard: FiniteGuard) -> None:
 
 def _summary(run: Run, line: dict[str, Any]) -> str:
     parts = [f"step {run.step}/{run.plan.total_steps}", f"loss {line['loss']:.4f}"]
-    for key, label, form in (("rewards/margins", "margin", "+.4f"), ("rewards/accuracies", "accuracy", ".3f"),
-                             ("kl", "kl", ".3f"), ("ref/updates", "updates", "d")):  # fmt: skip
+    for key, label, form in (
+        ("rewards/margins", "margin", "+.4f"),
+        ("rewards/accuracies", "accuracy", ".3f"),
+        ("kl", "kl", ".3f"),
+        ("ref/updates", "updates", "d"),
+    ):
         if key in line:
             parts.append(f"{label} {line[key]:{form}}")
-    parts += [f"grad {line['grad_norm']:.3g}", f"lr {line['learning_rate']:.2e}",
-              f"{line['perf/pairs_per_second']:.1f} rows/s"]  # fmt: skip
+    parts += [
+        f"grad {line['grad_norm']:.3g}",
+        f"lr {line['learning_rate']:.2e}",
+        f"{line['perf/pairs_per_second']:.1f} rows/s",
+    ]
     return "  ".join(parts)
 
 
 def _evaluation_summary(run: Run, line: dict[str, Any]) -> str:
     text = f"evaluation at step {run.step}: loss {line['eval_loss']:.4f}"
     if "eval_rewards/accuracies" in line:
-        text += f"  accuracy {line['eval_rewards/accuracies']:.3f} +- {line['eval_rewards/accuracies_stderr']:.3f}"
+        accuracy, error = (line[f"eval_rewards/accuracies{end}"] for end in ("", "_stderr"))
+        text += f"  accuracy {accuracy:.3f} +- {error:.3f}"
     for key, label in (
         ("eval_rewards/margins", "margin"),
         ("eval_anchor/rewards/margins", "against the initial policy"),

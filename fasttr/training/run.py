@@ -1,4 +1,5 @@
-"""Everything a run holds, from its configuration to a state that can be saved and taken up again."""
+"""Everything a run holds, from its configuration to a state that can be saved and taken up
+again."""
 
 from __future__ import annotations
 
@@ -65,19 +66,23 @@ class Run:
         return None if self.best is None else checkpoint.folder_of(self.output_dir, self.best[1])
 
     def note_best(self, evaluation: dict[str, float]) -> bool:
-        """Whether an evaluation makes this step the best checkpoint, and with save_strategy best calls for one."""
+        """Whether an evaluation makes this step the best checkpoint, and with save_strategy best
+        calls for one."""
         config = self.config
         if not config.load_best_model_at_end and config.save_strategy != "best":
             return False
         if config.best_metric not in evaluation:
             known = ", ".join(key for key in evaluation if not key.endswith("stderr"))
             raise FasttrError(
-                f"metric_for_best_model: {config.best_metric} is not in this evaluation; wanted of {known}"
+                f"metric_for_best_model: {config.best_metric} is not in this evaluation; wanted of "
+                f"{known}"
             )
         if config.save_strategy != "best" and not self.cadence.saves(self.step):
             return False
         value = evaluation[config.best_metric]
-        better = self.best is None or (value > self.best[0] if config.more_is_better else value < self.best[0])
+        better = self.best is None or (
+            value > self.best[0] if config.more_is_better else value < self.best[0]
+        )
         if better:
             self.best = (value, self.step)
         return better and config.save_strategy == "best"
@@ -87,7 +92,8 @@ class Run:
         return Path(self.config.output_dir)
 
     def chosen_tokens_means(self, trees: TreeSource, rows: np.ndarray) -> dict[int, float]:
-        """By row: the mean of scored chosen tokens over the rows that `sft` averages with it: its group, or all."""
+        """By row: the mean of scored chosen tokens over the rows that `sft` averages with it: its
+        group, or all."""
         if not self.reads_sft:
             return dict.fromkeys(rows.tolist(), 1.0)
         # Without a prompt the first token is not scored.
@@ -111,15 +117,23 @@ class Run:
             mean = torch.tensor([chosen_tokens_means[row] for row in batch.rows])
             mean = mean.to(batch.weights.device, non_blocking=True)
         return group_loss(
-            self.loss, batch.token_counts, batch.weights, cu_rows=list(batch.cu_rows), labels=batch.labels,
+            self.loss,
+            batch.token_counts,
+            batch.weights,
+            cu_rows=list(batch.cu_rows),
+            labels=batch.labels,
             chosen_tokens_mean=mean,
-        )  # fmt: skip
+        )
 
     def save(self, only_model: bool = False) -> Path:
         """Write checkpoint-STEP and return it; one with the model alone cannot be resumed from."""
         if only_model:
             return self._write_checkpoint(None)
-        tensors = {"averages": self.averages.sums, "total_loss": self.total_loss, "rng": torch.get_rng_state()}
+        tensors = {
+            "averages": self.averages.sums,
+            "total_loss": self.total_loss,
+            "rng": torch.get_rng_state(),
+        }
         if self.device.type == "cuda":
             tensors["rng_cuda"] = torch.cuda.get_rng_state(self.device)
         tables = {"scores": self.scores, "eval_scores": self.eval_scores, "anchor": self.anchor}
@@ -128,10 +142,15 @@ class Run:
                 tensors[f"{name}.rows"] = torch.from_numpy(rows)
                 tensors[f"{name}.logp"] = torch.from_numpy(table.values[rows])
         facts = {
-            "step": self.step, "updates": self.reference.updates, "window_scored": self.window_scored,
-            "num_tokens": self.num_tokens, "config": self.config.as_dict(),
-            "data": self.train_trees.fingerprint, "bf16": self.bf16, "best": self.best,
-        }  # fmt: skip
+            "step": self.step,
+            "updates": self.reference.updates,
+            "window_scored": self.window_scored,
+            "num_tokens": self.num_tokens,
+            "config": self.config.as_dict(),
+            "data": self.train_trees.fingerprint,
+            "bf16": self.bf16,
+            "best": self.best,
+        }
         soft = self.reference.model
         state = checkpoint.RunState(
             facts,
@@ -143,9 +162,14 @@ class Run:
 
     def _write_checkpoint(self, state: checkpoint.RunState | None) -> Path:
         return checkpoint.save_checkpoint(
-            self.output_dir, self.step, self.policy, self.tokenizer, state, self.config.save_total_limit,
+            self.output_dir,
+            self.step,
+            self.policy,
+            self.tokenizer,
+            state,
+            self.config.save_total_limit,
             self.best_checkpoint,
-        )  # fmt: skip
+        )
 
     def restore(self, state: checkpoint.RunState) -> None:
         """Take up a saved state; the policy's weights have been read from the same folder."""
@@ -159,7 +183,11 @@ class Run:
         torch.set_rng_state(tensors["rng"])
         if self.device.type == "cuda" and "rng_cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng_cuda"], self.device)
-        for name, table in {"scores": self.scores, "eval_scores": self.eval_scores, "anchor": self.anchor}.items():
+        for name, table in {
+            "scores": self.scores,
+            "eval_scores": self.eval_scores,
+            "anchor": self.anchor,
+        }.items():
             if table is not None and f"{name}.rows" in tensors:
                 table.values[tensors[f"{name}.rows"].numpy()] = tensors[f"{name}.logp"].numpy()
         if self.reference.model is not None:
@@ -175,7 +203,8 @@ class Run:
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """A digest of all parameters that is cheap for large models: names, shapes, sums and sums of magnitudes."""
+    """A digest of all parameters that is cheap for large models: names, shapes, sums and sums of
+    magnitudes."""
     digest = hashlib.blake2b(digest_size=16)
     for name, p in model.named_parameters():
         sums = (float(p.detach().double().sum()), float(p.detach().double().abs().sum()))

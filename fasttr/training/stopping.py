@@ -17,7 +17,8 @@ from fasttr.errors import FasttrError
 
 
 class Interrupted(SystemExit):
-    """A run that saved and stopped because of a signal; its exit status is 128 + the signal's number."""
+    """A run that saved and stopped because of a signal; its exit status is 128 + the signal's
+    number."""
 
     def __init__(self, signum: int):
         super().__init__(128 + signum)
@@ -51,13 +52,15 @@ class StopRequest:
 
 
 class FiniteGuard:
-    """Reads the flag of a non-finite step one step late, so that the device never waits for the host."""
+    """Reads the flag of a non-finite step one step late, so that the device never waits for the
+    host."""
 
     def __init__(self) -> None:
         self._pending: tuple[int, np.ndarray, Tensor, Any] | None = None
 
     def raise_flag(self, step: int, rows: np.ndarray, flag: Tensor) -> None:
-        """Note the device flag () of `step` (counted from 1): 1 when its loss or gradient was not finite."""
+        """Note the device flag () of `step` (counted from 1): 1 when its loss or gradient was not
+        finite."""
         if flag.is_cuda:
             host = torch.empty((), dtype=flag.dtype, pin_memory=True)
             host.copy_(flag, non_blocking=True)
@@ -79,8 +82,13 @@ class FiniteGuard:
             return
         checkpoints = list_checkpoints(output_dir)
         shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-        good = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint was saved yet"
+        good = (
+            f"the last good checkpoint is {checkpoints[-1]}"
+            if checkpoints
+            else "no checkpoint was saved yet"
+        )
         raise FasttrError(
-            f"step {step}: the loss or its gradient is not finite (rows {shown}); the update was skipped and the run "
+            f"step {step}: the loss or its gradient is not finite (rows {shown}); the update was "
+            "skipped and the run "
             f"stopped; {good}; lower learning_rate or look at those rows"
         )

@@ -1,6 +1,8 @@
-"""Scoring a window: the reference's log-probs of every row that the window trains on, before it trains.
+"""Scoring a window: the reference's log-probs of every row that the window trains on, before it
+trains.
 
-A first sweep (all of them, when the reference is fixed) may be long: it is saved now and then and taken up again.
+A first sweep (all of them, when the reference is fixed) may be long: it is saved now and then and
+taken up again.
 """
 
 from __future__ import annotations
@@ -24,14 +26,20 @@ PARTIAL_SECONDS = 30.0
 
 
 def score_window(run: Run, window: range, stop_if_asked: Callable[[], None]) -> None:
-    """Fill the tables with the reference's log-probs of the window's rows, and of the evaluation split if it is due."""
+    """Fill the tables with the reference's log-probs of the window's rows, and of the evaluation
+    split if it is due."""
     run.scores.clear()
     partial = _Partial(run) if window.start == 0 else None
     scorer = run.reference.scorer()
     steps = range(run.step, window.stop)
     long = len(steps) >= 16
-    bar = tqdm(total=len(steps), desc="Scoring the reference", unit="step", leave=False,
-               disable=(run.config.disable_tqdm or None) if long else True)  # fmt: skip
+    bar = tqdm(
+        total=len(steps),
+        desc="Scoring the reference",
+        unit="step",
+        leave=False,
+        disable=(run.config.disable_tqdm or None) if long else True,
+    )
 
     def packs() -> Iterator[PackedBatch]:
         for step in steps:
@@ -70,8 +78,16 @@ class _Partial:
     def __init__(self, run: Run):
         self.run, self.path, self.saved = run, run.output_dir / PARTIAL, time.perf_counter()
         config = run.config
-        order = [config.seed, config.data_seed, config.train_batch_size, run.plan.max_tokens_per_batch, run.bf16]
-        self.key = json.dumps([run.train_trees.fingerprint, weights_digest(run.reference.scorer()), order])
+        order = [
+            config.seed,
+            config.data_seed,
+            config.train_batch_size,
+            run.plan.max_tokens_per_batch,
+            run.bf16,
+        ]
+        self.key = json.dumps(
+            [run.train_trees.fingerprint, weights_digest(run.reference.scorer()), order]
+        )
         if run.config.resume_from_checkpoint and self.path.is_file():
             from safetensors import safe_open
 
@@ -97,7 +113,8 @@ class _Partial:
 
 
 def score_anchor(run: Run) -> None:
-    """Score the evaluation split by the policy as it is now: the initial one, when called before the first step."""
+    """Score the evaluation split by the policy as it is now: the initial one, when called before
+    the first step."""
     if run.anchor is not None:
         score_packs(run.policy, pack_split(run), run.anchor)
 

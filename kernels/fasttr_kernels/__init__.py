@@ -1,7 +1,14 @@
-"""Fused ops for preference alignment with a moving reference model. They need torch, and Triton on a GPU."""
+"""Fused ops for preference alignment with a moving reference model. They need torch, and Triton on
+a GPU."""
 
 from fasttr_kernels.lerp import multi_tensor_lerp_
 from fasttr_kernels.logprob import Logprob, linear_logprob
 from fasttr_kernels.preference import PreferenceLoss, linear_preference_loss
 
-__all__ = ["Logprob", "PreferenceLoss", "linear_logprob", "linear_preference_loss", "multi_tensor_lerp_"]
+__all__ = [
+    "Logprob",
+    "PreferenceLoss",
+    "linear_logprob",
+    "linear_preference_loss",
+    "multi_tensor_lerp_",
+]

@@ -1,6 +1,8 @@
-"""The chunk driver: runs of whole groups go through one buffer of logits, products first, row functions between.
+"""The chunk driver: runs of whole groups go through one buffer of logits, products first, row
+functions between.
 
-Which row functions (torch or Triton) follows from the device; `select` is the only place that knows.
+Which row functions (torch or Triton) follows from the device; `select` is the only place that
+knows.
 
 Legend: T scored rows, N completions, G groups, V vocabulary, D hidden size, C rows of a chunk.
 """
@@ -29,19 +31,23 @@ def select(device: torch.device) -> Any:
     try:
         from fasttr_kernels import rows_triton
     except ImportError as error:
-        raise ImportError("CUDA tensors need Triton: pip install 'triton>=3.6,<3.8', or pass CPU tensors") from error
+        raise ImportError(
+            "CUDA tensors need Triton: pip install 'triton>=3.6,<3.8', or pass CPU tensors"
+        ) from error
     return rows_triton
 
 
 def default_rows(vocab: int, device: torch.device) -> int:
-    """Rows whose fp32 logits take at most 2 GiB on a GPU, 32 MiB on a CPU (there 512 to 1024 rows are fastest)."""
+    """Rows whose fp32 logits take at most 2 GiB on a GPU, 32 MiB on a CPU (there 512 to 1024 rows
+    are fastest)."""
     if device.type == "cpu":
         return min(1024, max(64, (1 << 23) // vocab // 64 * 64))
     return min(8192, max(1024, (1 << 29) // vocab // 128 * 128))
 
 
 class Chunk(NamedTuple):
-    """A run of whole groups. `pieces` are its row ranges: more than one where a single group exceeds the chunk."""
+    """A run of whole groups. `pieces` are its row ranges: more than one where a single group
+    exceeds the chunk."""
 
     groups: slice
     completions: slice
@@ -50,7 +56,8 @@ class Chunk(NamedTuple):
 
 
 def plan(cu_completions: list[int], cu_groups: list[int], chunk_rows: int) -> Iterator[Chunk]:
-    """Cut the groups, in order, into the largest runs of whole groups with at most `chunk_rows` rows."""
+    """Cut the groups, in order, into the largest runs of whole groups with at most `chunk_rows`
+    rows."""
     row_of = [cu_completions[n] for n in cu_groups]
     groups, first = len(row_of) - 1, 0
     while first < groups:
@@ -86,30 +93,47 @@ class Scores(NamedTuple):
 class Grads:
     """Sums over the rows so far; None where not wanted. `weight` and `bias` are fp32 or fp64."""
 
-    def __init__(self, hidden_TD: Tensor, head: Head, want: tuple[bool, ...], hidden_dtype: torch.dtype):
-        new = functools.partial(torch.zeros, dtype=products.wide(hidden_TD.dtype), device=hidden_TD.device)
+    def __init__(
+        self, hidden_TD: Tensor, head: Head, want: tuple[bool, ...], hidden_dtype: torch.dtype
+    ):
+        new = functools.partial(
+            torch.zeros, dtype=products.wide(hidden_TD.dtype), device=hidden_TD.device
+        )
         shape = head.weight.shape
         self.wanted = any(want)
         self.hidden = new(hidden_TD.shape, dtype=hidden_dtype) if want[0] else None
         self.weight = (
-            torch.empty(shape, dtype=products.wide(hidden_TD.dtype), device=hidden_TD.device) if want[1] else None
+            torch.empty(shape, dtype=products.wide(hidden_TD.dtype), device=hidden_TD.device)
+            if want[1]
+            else None
         )
         self.bias = new(shape[0]) if want[2] else None
         # The first product overwrites dW: no sweep to clear it.
         self._beta = 0.0
 
-    def add(self, dz_CV: Tensor, factor_C: Tensor | None, hidden_CD: Tensor, weight_VD: Tensor, piece: slice) -> None:
+    def add(
+        self,
+        dz_CV: Tensor,
+        factor_C: Tensor | None,
+        hidden_CD: Tensor,
+        weight_VD: Tensor,
+        piece: slice,
+    ) -> None:
         """The products of the backward for one piece; a row's factor goes to the D-sized side."""
         if self.hidden is not None:
             products.hidden_grad(dz_CV, weight_VD, self.hidden[piece])
             if factor_C is not None:
                 self.hidden[piece].mul_(factor_C[:, None])
         if self.weight is not None:
-            rows_CD = hidden_CD if factor_C is None else hidden_CD.to(factor_C.dtype) * factor_C[:, None]
+            rows_CD = (
+                hidden_CD if factor_C is None else hidden_CD.to(factor_C.dtype) * factor_C[:, None]
+            )
             products.weight_grad(dz_CV, rows_CD, self.weight, self._beta)
             self._beta = 1.0
         if self.bias is not None:
-            self.bias.add_(dz_CV.sum(0, dtype=self.bias.dtype) if factor_C is None else factor_C @ dz_CV)
+            self.bias.add_(
+                dz_CV.sum(0, dtype=self.bias.dtype) if factor_C is None else factor_C @ dz_CV
+            )
 
     def done(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if self.weight is not None and not self._beta:
@@ -119,8 +143,12 @@ class Grads:
 
 def segment_sum(value_T: Tensor, cu: list[int]) -> Tensor:
     """Sums of runs of rows, added up in fp64 in a fixed order and rounded once."""
-    offsets = torch.tensor(cu).to(value_T.device, non_blocking=True)  # a blocking copy waits for all kernels
-    return torch.segment_reduce(value_T.double(), "sum", offsets=offsets, initial=0.0).to(value_T.dtype)
+    offsets = torch.tensor(cu).to(
+        value_T.device, non_blocking=True
+    )  # a blocking copy waits for all kernels
+    return torch.segment_reduce(value_T.double(), "sum", offsets=offsets, initial=0.0).to(
+        value_T.dtype
+    )
 
 
 @torch.no_grad()
@@ -135,7 +163,8 @@ def run(
     stats: bool,
     grads: Grads,
 ) -> Scores:
-    """Score every row; with `weigh` also the loss, and the gradients that `grads` holds. Three products a chunk."""
+    """Score every row; with `weigh` also the loss, and the gradients that `grads` holds. Three
+    products a chunk."""
     device, dtype, T = hidden_TD.device, products.wide(hidden_TD.dtype), hidden_TD.shape[0]
     rows = select(device)
     new = functools.partial(torch.zeros, dtype=dtype, device=device)

@@ -1,7 +1,9 @@
-"""The reference update in Triton: one launch over a table of pointers for all tensors of a pair of dtypes.
+"""The reference update in Triton: one launch over a table of pointers for all tensors of a pair of
+dtypes.
 
-The table is int64: a head row (bits of alpha as fp64, seed), then for each tensor reference, policy, remainder, length
-and the number of its first unit. A unit is the run of elements that one program updates.
+The table is int64: a head row (bits of alpha as fp64, seed), then for each tensor reference,
+policy, remainder, length and the number of its first unit. A unit is the run of elements that one
+program updates.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ _TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64:
 
 @triton.jit
 def _bf16_bits(x):
-    """Nearest-even bf16 of fp32, as int16 bits; written out because Triton's interpreter truncates."""
+    """Nearest-even bf16 of fp32, as int16 bits; written out because Triton's interpreter
+    truncates."""
     u = x.to(tl.int32, bitcast=True)
     near = (u + 0x7FFF + ((u >> 16) & 1)) >> 16
     return tl.where(x != x, (u >> 16) | 0x40, near).to(tl.int16)
@@ -34,7 +37,8 @@ def _bf16_bits(x):
 
 @triton.jit
 def _noise(seed, offs_8, BLOCK: tl.constexpr):
-    """16 random bits for each of BLOCK elements; a call of Philox serves 8 neighbours, which lie in one thread."""
+    """16 random bits for each of BLOCK elements; a call of Philox serves 8 neighbours, which lie in
+    one thread."""
     a, b, c, d = tl.randint4x(seed, offs_8)
     words = tl.join(tl.join(a, b), tl.join(c, d)).reshape((BLOCK // 2,)).to(tl.uint32, bitcast=True)
     return tl.interleave(words & 0xFFFF, words >> 16).to(tl.int32)
@@ -42,9 +46,21 @@ def _noise(seed, offs_8, BLOCK: tl.constexpr):
 
 @triton.jit
 def _block(
-    ref, pol, rem, offs, mask, counter, alpha, rest, seed,
-    REF: tl.constexpr, SPLIT: tl.constexpr, STOCHASTIC: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    ref,
+    pol,
+    rem,
+    offs,
+    mask,
+    counter,
+    alpha,
+    rest,
+    seed,
+    REF: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     p = tl.load(pol + offs, mask=mask).to(ACC)
     if SPLIT:
         high = tl.load(ref + offs, mask=mask).to(tl.int32)
@@ -73,10 +89,17 @@ def _block(
 
 @triton.jit
 def _lerp_kernel(
-    Table, n_tensors, n_steps,
-    REF: tl.constexpr, POL: tl.constexpr, SPLIT: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr,
-    UNIT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    Table,
+    n_tensors,
+    n_steps,
+    REF: tl.constexpr,
+    POL: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     unit = tl.program_id(0)
     ACC: tl.constexpr = tl.float64 if tl.float64 == REF or tl.float64 == POL else tl.float32
     alpha_exact = tl.load(Table).to(tl.float64, bitcast=True)
@@ -101,17 +124,54 @@ def _lerp_kernel(
         here = base + start
         offs = here + tl.arange(0, BLOCK)
         counter = (unit.to(tl.int64) * UNIT + start) // 8 + tl.arange(0, BLOCK // 8)
-        # Whole blocks go unmasked: a mask of unknown length would narrow every access to one element.
+        # Whole blocks go unmasked: a mask of unknown length would narrow every access to one
+        # element.
         if here + BLOCK <= n:
-            _block(ref, pol, rem, offs, None, counter, alpha, rest, seed, REF, SPLIT, STOCHASTIC, ACC, BLOCK)
+            _block(
+                ref,
+                pol,
+                rem,
+                offs,
+                None,
+                counter,
+                alpha,
+                rest,
+                seed,
+                REF,
+                SPLIT,
+                STOCHASTIC,
+                ACC,
+                BLOCK,
+            )
         elif here < n:
-            _block(ref, pol, rem, offs, offs < n, counter, alpha, rest, seed, REF, SPLIT, STOCHASTIC, ACC, BLOCK)
+            _block(
+                ref,
+                pol,
+                rem,
+                offs,
+                offs < n,
+                counter,
+                alpha,
+                rest,
+                seed,
+                REF,
+                SPLIT,
+                STOCHASTIC,
+                ACC,
+                BLOCK,
+            )
 
 
 def _kind(item: Item) -> tuple[torch.device, torch.dtype, torch.dtype, bool, bool]:
     pointers = [x.data_ptr() for x in item if x is not None]
     aligned = all(p % 16 == 0 for p in pointers)
-    return item.reference.device, item.reference.dtype, item.policy.dtype, item.remainder is not None, aligned
+    return (
+        item.reference.device,
+        item.reference.dtype,
+        item.policy.dtype,
+        item.remainder is not None,
+        aligned,
+    )
 
 
 def table(items: list[Item], alpha: float, seed: int) -> tuple[Tensor, int]:
@@ -122,7 +182,9 @@ def table(items: list[Item], alpha: float, seed: int) -> tuple[Tensor, int]:
     rows = [(bits, seed, 0, 0, 0)]
     for item, start in zip(items, starts, strict=False):
         low = 0 if item.remainder is None else item.remainder.data_ptr()
-        rows.append((item.reference.data_ptr(), item.policy.data_ptr(), low, item.reference.numel(), start))
+        rows.append(
+            (item.reference.data_ptr(), item.policy.data_ptr(), low, item.reference.numel(), start)
+        )
     return torch.tensor(rows, dtype=torch.int64), sum(units)
 
 
@@ -136,7 +198,15 @@ def launch(items: list[Item], alpha: float, stochastic: bool, seed: int) -> None
         rows, units = table(some, alpha, seed + number)
         with torch.cuda.device_of(some[0].reference):
             _lerp_kernel[(units,)](
-                rows.to(device), len(some), len(some).bit_length(),
-                REF=_TYPES[ref], POL=_TYPES[pol], SPLIT=split, STOCHASTIC=stochastic and ref == torch.bfloat16,
-                ALIGNED=aligned, UNIT=UNIT, BLOCK=BLOCK, num_warps=WARPS,
-            )  # fmt: skip
+                rows.to(device),
+                len(some),
+                len(some).bit_length(),
+                REF=_TYPES[ref],
+                POL=_TYPES[pol],
+                SPLIT=split,
+                STOCHASTIC=stochastic and ref == torch.bfloat16,
+                ALIGNED=aligned,
+                UNIT=UNIT,
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+            )

@@ -1,4 +1,5 @@
-"""Per-token log-probs of a linear head without its logits: the general op, for any upstream gradient.
+"""Per-token log-probs of a linear head without its logits: the general op, for any upstream
+gradient.
 
 Legend: T rows, V vocabulary, D hidden size.
 """
@@ -38,9 +39,16 @@ def _without_autocast(op: Callable[P, tuple[Tensor, ...]]) -> Callable[P, tuple[
 
 @_without_autocast
 def _forward(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, ignore_index: int, logit_scale: float,
-    softcap: float | None, stats: bool, compute: torch.dtype,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    stats: bool,
+    compute: torch.dtype,
+) -> tuple[Tensor, ...]:
     """(logp, lse, top, total, entropy, correct), the last two empty without statistics."""
     head = Head.of(weight, bias, logit_scale, softcap, compute)
     rows, T = chunks.select(hidden.device), hidden.shape[0]
@@ -65,7 +73,10 @@ def _outputs(hidden: Tensor, stats: bool, compute: torch.dtype) -> tuple[Tensor,
     T = hidden.shape[0]
     shapes = (T, T, T, T, T if stats else 0)
     dtype = products.wide(compute)
-    return (*(hidden.new_empty(n, dtype=dtype) for n in shapes), hidden.new_empty(shapes[-1], dtype=torch.bool))
+    return (
+        *(hidden.new_empty(n, dtype=dtype) for n in shapes),
+        hidden.new_empty(shapes[-1], dtype=torch.bool),
+    )
 
 
 def _targets(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -75,11 +86,23 @@ def _targets(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
 
 @_without_autocast
 def _backward(
-    d_logp: Tensor, d_lse: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, logp: Tensor,
-    top: Tensor, total: Tensor, ignore_index: int, logit_scale: float, softcap: float | None, compute: torch.dtype,
+    d_logp: Tensor,
+    d_lse: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    logp: Tensor,
+    top: Tensor,
+    total: Tensor,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    compute: torch.dtype,
     want: list[bool],
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """(dX, dW, db), each empty where not wanted: dZ = d_logp (onehot - p) + d_lse p, chunk by chunk."""
+) -> tuple[Tensor, ...]:
+    """(dX, dW, db), each empty where not wanted: dZ = d_logp (onehot - p) + d_lse p, chunk by
+    chunk."""
     head = Head.of(weight, bias, logit_scale, softcap, compute)
     rows, T = chunks.select(hidden.device), hidden.shape[0]
     step = chunks.default_rows(weight.shape[0], hidden.device)
@@ -92,10 +115,15 @@ def _backward(
     for piece in chunks.pieces(0, T, step):
         scores = RowScores(logp[piece], top[piece], total[piece], None, None, None)
         rows.refill(hidden_c[piece], head, scores, work)
-        dz, factor = rows.logit_grad(scores, head, seen[piece], d_logp[piece], on_softmax[piece], work)
+        dz, factor = rows.logit_grad(
+            scores, head, seen[piece], d_logp[piece], on_softmax[piece], work
+        )
         grads.add(dz, factor, hidden_c[piece], head.weight, piece)
     like = (hidden, weight, weight if bias is None else bias)
-    return tuple(x.new_empty(0) if g is None else g.to(x.dtype) for g, x in zip(grads.done(), like, strict=True))
+    return tuple(
+        x.new_empty(0) if g is None else g.to(x.dtype)
+        for g, x in zip(grads.done(), like, strict=True)
+    )
 
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor target, Tensor? bias"
@@ -103,14 +131,18 @@ _OPTIONS = "int ignore_index, float logit_scale, float? softcap"
 _SIX, _THREE = (f"({', '.join(['Tensor'] * n)})" for n in (6, 3))
 # Custom ops, so that torch.compile takes them whole, with the autograd below.
 _forward_op = torch.library.custom_op(
-    "fasttr::linear_logprob", _forward, mutates_args=(),
+    "fasttr::linear_logprob",
+    _forward,
+    mutates_args=(),
     schema=f"({_HEAD}, {_OPTIONS}, bool stats, ScalarType compute) -> {_SIX}",
-)  # fmt: skip
+)
 _backward_op = torch.library.custom_op(
-    "fasttr::linear_logprob_backward", _backward, mutates_args=(),
-    schema=f"(Tensor d_logp, Tensor d_lse, {_HEAD}, Tensor logp, Tensor top, Tensor total, {_OPTIONS}, "
-           f"ScalarType compute, bool[] want) -> {_THREE}",
-)  # fmt: skip
+    "fasttr::linear_logprob_backward",
+    _backward,
+    mutates_args=(),
+    schema=f"(Tensor d_logp, Tensor d_lse, {_HEAD}, Tensor logp, Tensor top, Tensor total, "
+    f"{_OPTIONS}, ScalarType compute, bool[] want) -> {_THREE}",
+)
 
 
 @_forward_op.register_fake
@@ -119,7 +151,22 @@ def _(hidden, weight, target, bias, ignore_index, logit_scale, softcap, stats, c
 
 
 @_backward_op.register_fake
-def _(d_logp, d_lse, hidden, weight, target, bias, logp, top, total, ignore_index, logit_scale, softcap, compute, want):
+def _(
+    d_logp,
+    d_lse,
+    hidden,
+    weight,
+    target,
+    bias,
+    logp,
+    top,
+    total,
+    ignore_index,
+    logit_scale,
+    softcap,
+    compute,
+    want,
+):
     like = (hidden, weight, weight if bias is None else bias)
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     return tuple(x.new_empty(s if w else (0,)) for x, s, w in zip(like, shapes, want, strict=True))
@@ -155,22 +202,25 @@ def linear_logprob(
     softcap: float | None = None,
     stats: bool = False,
 ) -> Logprob:
-    """Log-prob of each row's target under a linear head, and the log-sum-exp, without the (T, V) logits.
+    """Log-prob of each row's target under a linear head, and the log-sum-exp, without the (T, V)
+    logits.
 
-    Equals `linear_logprob_ref`: z = softcap tanh(logit_scale (hidden weight^T + bias) / softcap), lse = logsumexp(z),
-    logp = z_target - lse. Differentiable in hidden, weight and bias for any gradient of logp and lse; the backward
-    makes the logits again (four products in all; `linear_preference_loss` needs three). A frozen side skips
-    its product.
+    Equals `linear_logprob_ref`: z = softcap tanh(logit_scale (hidden weight^T + bias) / softcap),
+    lse = logsumexp(z), logp = z_target - lse. Differentiable in hidden, weight and bias for any
+    gradient of logp and lse; the backward makes the logits again (four products in all;
+    `linear_preference_loss` needs three). A frozen side skips its product.
 
     Args:
-        hidden, weight: bf16, fp32 or fp64, of one dtype; under `torch.autocast` the products are made in its dtype.
-        target: vocabulary ids, or `ignore_index`: such a row has logp 0, no gradient through it, and is not correct.
-            Any other id outside 0..V-1 gives NaN.
+        hidden, weight: bf16, fp32 or fp64, of one dtype; under `torch.autocast` the products are
+            made in its dtype.
+        target: vocabulary ids, or `ignore_index`: such a row has logp 0, no gradient through it,
+            and is not correct. Any other id outside 0..V-1 gives NaN.
         stats: entropy and argmax hits, from the same sweep, without gradient.
 
-    Memory: logits of one chunk (about 2 GiB on a GPU, 32 MiB on a CPU, as fp32), and dW in fp32 during the backward.
-    Precision: logits and sums in fp32 (fp64 for fp64), whatever the inputs. Deterministic: no atomics.
-    torch.compile traces it without a graph break. Not twice differentiable.
+    Memory: logits of one chunk (about 2 GiB on a GPU, 32 MiB on a CPU, as fp32), and dW in fp32
+    during the backward.
+    Precision: logits and sums in fp32 (fp64 for fp64), whatever the inputs. Deterministic: no
+    atomics. torch.compile traces it without a graph break. Not twice differentiable.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, fp16.
@@ -184,15 +234,24 @@ def linear_logprob(
 
 
 def linear_logprob_ref(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *, ignore_index: int = -100,
-    logit_scale: float = 1.0, softcap: float | None = None, stats: bool = False,
-) -> Logprob:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    stats: bool = False,
+) -> Logprob:
     """The specification, in plain torch with the whole logits, in the dtype of the arguments."""
     z = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     logprobs = z.log_softmax(-1)
     ignored = target == ignore_index
-    logp = logprobs.gather(1, target.long().masked_fill(ignored, 0)[:, None])[:, 0].masked_fill(ignored, 0.0)
+    logp = logprobs.gather(1, target.long().masked_fill(ignored, 0)[:, None])[:, 0].masked_fill(
+        ignored, 0.0
+    )
     out = Logprob(logp, z.logsumexp(-1), None, None)
     if not stats:
         return out

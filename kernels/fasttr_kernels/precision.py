@@ -1,7 +1,8 @@
 """Error of sequence log-probs against fp64, in nats: `python -m fasttr_kernels.precision`.
 
-Hidden states and weights are bf16 numbers, so that every path starts from the same inputs; hidden states lean toward
-one row of the weight, which gives softmax an entropy like that of a language model; targets are drawn from it.
+Hidden states and weights are bf16 numbers, so that every path starts from the same inputs; hidden
+states lean toward one row of the weight, which gives softmax an entropy like that of a language
+model; targets are drawn from it.
 
 Legend: T tokens, N completions, V vocabulary, D hidden size.
 """
@@ -21,7 +22,9 @@ VOCABULARIES = {"Pythia": 50304, "Llama-3": 128256, "Qwen3": 151936}
 
 
 def _ours(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    return lambda hidden, weight, target: linear_logprob(hidden.to(dtype), weight.to(dtype), target).logp
+    return lambda hidden, weight, target: (
+        linear_logprob(hidden.to(dtype), weight.to(dtype), target).logp
+    )
 
 
 def _torch(logits: torch.dtype, softmax: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -42,7 +45,9 @@ PATHS = {
 
 
 @torch.no_grad()
-def completion(tokens: int, weight: Tensor, lean: float, make: torch.Generator) -> tuple[Tensor, Tensor, Tensor, float]:
+def completion(
+    tokens: int, weight: Tensor, lean: float, make: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, float]:
     """One completion: (hidden, target, fp64 log-prob of each token, mean entropy)."""
     vocab, dim = weight.shape
     toward = torch.randint(vocab, (tokens,), generator=make)
@@ -55,7 +60,9 @@ def completion(tokens: int, weight: Tensor, lean: float, make: torch.Generator) 
 
 
 @torch.no_grad()
-def table(vocab: int, dim: int, completions: int, tokens: int, lean: float) -> tuple[dict[str, Tensor], float]:
+def table(
+    vocab: int, dim: int, completions: int, tokens: int, lean: float
+) -> tuple[dict[str, Tensor], float]:
     """(absolute error of each completion's log-prob by path, mean entropy)."""
     make = torch.Generator().manual_seed(0)
     weight = (torch.randn(vocab, dim, generator=make) / dim**0.5).bfloat16()
@@ -76,14 +83,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=300)
     parser.add_argument("--lean", type=float, default=16.0)
     args = parser.parse_args()
-    print(f"{args.completions} completions of {args.tokens} tokens, D = {args.hidden_size}, "
-          f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}")  # fmt: skip
+    print(
+        f"{args.completions} completions of {args.tokens} tokens, D = {args.hidden_size}, "
+        f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}"
+    )
     print("| V | entropy | path | mean error, nats | worst |")
     print("|---|---|---|---|---|")
     for name, vocab in VOCABULARIES.items():
         errors, entropy = table(vocab, args.hidden_size, args.completions, args.tokens, args.lean)
         for path, error in errors.items():
-            print(f"| {vocab} ({name}) | {entropy:.1f} | {path} | {error.mean():.1e} | {error.max():.1e} |")
+            print(
+                f"| {vocab} ({name}) | {entropy:.1f} | {path} | {error.mean():.1e} | "
+                f"{error.max():.1e} |"
+            )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ LossFn = Callable[[Tensor, Tensor | None, slice], Tensor]
 
 
 class PreferenceLoss(NamedTuple):
-    """What `linear_preference_loss` returns, in nats, fp32 (fp64 for fp64 inputs); all but `loss` are detached."""
+    """What `linear_preference_loss` returns, in nats, fp32 (fp64 for fp64 inputs); all but `loss`
+    are detached."""
 
     loss: Tensor  # ()
     logp: Tensor  # (N,) summed log-prob of each completion
@@ -47,27 +48,57 @@ class _Call(NamedTuple):
 
     def run(self, grads: chunks.Grads) -> PreferenceLoss:
         weigh = None if self.loss_fn is None else functools.partial(self.weigh, grads.wanted)
-        scores = chunks.run(self.hidden, self.head, self.target, self.cu_completions, self.cu_groups, weigh,
-                            self.chunk_rows, self.stats, grads)  # fmt: skip
+        scores = chunks.run(
+            self.hidden,
+            self.head,
+            self.target,
+            self.cu_completions,
+            self.cu_groups,
+            weigh,
+            self.chunk_rows,
+            self.stats,
+            grads,
+        )
         return PreferenceLoss(*scores)
 
-    def weigh(self, want: bool, groups: slice, some: slice, logp_n: Tensor) -> tuple[Tensor, Tensor | None]:
-        """loss_fn of some groups over the normalizer and its gradient, on vectors of a few numbers."""
+    def weigh(
+        self, want: bool, groups: slice, some: slice, logp_n: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """loss_fn of some groups over the normalizer and its gradient, on vectors of a few
+        numbers."""
         assert self.loss_fn is not None
         ref_n = None if self.ref_logp is None else self.ref_logp[some]
-        # Hooks of a checkpoint around the op would otherwise pack, and so run, this little graph once more.
+        # Hooks of a checkpoint around the op would otherwise pack, and so run, this little graph
+        # once more.
         neutral = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
-        with torch.set_grad_enabled(want), neutral, torch.autocast(logp_n.device.type, enabled=False):
+        with (
+            torch.set_grad_enabled(want),
+            neutral,
+            torch.autocast(logp_n.device.type, enabled=False),
+        ):
             leaf_n = logp_n.detach().clone().requires_grad_(want)
             loss = self.loss_fn(leaf_n, ref_n, groups)
             if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
-                got = f"{loss.dtype} {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-                raise checks.fail("loss_fn", got, "a floating-point scalar ()", "return the sum of the groups' losses")
+                got = (
+                    f"{loss.dtype} {tuple(loss.shape)}"
+                    if isinstance(loss, Tensor)
+                    else type(loss).__name__
+                )
+                raise checks.fail(
+                    "loss_fn",
+                    got,
+                    "a floating-point scalar ()",
+                    "return the sum of the groups' losses",
+                )
             if not want:
                 return loss / self.normalizer, None
             if _reaches_other_leaf(loss, leaf_n):
-                raise checks.fail("loss_fn", "a loss that depends on another tensor that requires grad",
-                                  "a function of logp and ref_logp", "detach it: it would get no gradient")  # fmt: skip
+                raise checks.fail(
+                    "loss_fn",
+                    "a loss that depends on another tensor that requires grad",
+                    "a function of logp and ref_logp",
+                    "detach it: it would get no gradient",
+                )
             weight_n = None
             if loss.requires_grad:
                 (weight_n,) = torch.autograd.grad(loss, leaf_n, allow_unused=True)
@@ -104,9 +135,12 @@ class _Preference(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        # On a CPU the comparison is free and saves a sweep over dW; on a GPU it would wait for the device.
+        # On a CPU the comparison is free and saves a sweep over dW; on a GPU it would wait for the
+        # device.
         unit = d_loss.device.type == "cpu" and bool(d_loss == 1)
-        return *(_scaled(g, d_loss, t, unit) for g, t in zip(ctx.saved_tensors, ctx.dtypes, strict=True)), None
+        return *(
+            _scaled(g, d_loss, t, unit) for g, t in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ), None
 
 
 def _scaled(grad: Tensor | None, by: Tensor, dtype: torch.dtype, unit: bool) -> Tensor | None:
@@ -131,43 +165,63 @@ def linear_preference_loss(
     chunk_rows: int | None = None,
     stats: bool = False,
 ) -> PreferenceLoss:
-    """A preference loss on top of a linear head, without its logits and without computing them twice.
+    """A preference loss on top of a linear head, without its logits and without computing them
+    twice.
 
-    Equals `linear_preference_loss_ref`: z = softcap tanh(logit_scale (hidden weight^T + bias) / softcap), the log-prob
-    of a completion is the sum over its rows of z_target - logsumexp(z), and
-    loss = sum over groups of loss_fn(logp, ref_logp, groups) / normalizer, differentiable in hidden, weight and bias.
-    The loss owns what lies between log-probs and loss: DPO (arXiv:2305.18290), IPO (2310.12036), KTO (2402.01306), ...
+    Equals `linear_preference_loss_ref`: z = softcap tanh(logit_scale (hidden weight^T + bias) /
+    softcap), the log-prob of a completion is the sum over its rows of z_target - logsumexp(z), and
+    loss = sum over groups of loss_fn(logp, ref_logp, groups) / normalizer, differentiable in
+    hidden, weight and bias. The loss owns what lies between log-probs and loss: DPO
+    (arXiv:2305.18290), IPO (2310.12036), KTO (2402.01306), ...
 
     Args:
-        hidden, weight: bf16, fp32 or fp64, of one dtype; under `torch.autocast` the products are made in its dtype.
-        target: vocabulary ids, all of them scored. On a GPU an id outside 0..V-1 gives NaN (no wait for a check).
-        cu_completions: row offsets of the completions, on the host; a completion without rows has log-prob 0.
-        cu_groups: completion offsets of the groups, on the host. A group is what must be scored before any of its
-            weights is known: a pair, or the completions that a loss couples.
-        loss_fn: (logp (n,), ref_logp (n,) or None, groups) -> (), the sum of the losses of `groups`, a slice of whole
-            groups in order. Plain differentiable torch without parameters, called once a chunk. None scores only.
+        hidden, weight: bf16, fp32 or fp64, of one dtype; under `torch.autocast` the products are
+            made in its dtype.
+        target: vocabulary ids, all of them scored. On a GPU an id outside 0..V-1 gives NaN (no wait
+            for a check).
+        cu_completions: row offsets of the completions, on the host; a completion without rows has
+            log-prob 0.
+        cu_groups: completion offsets of the groups, on the host. A group is what must be scored
+            before any of its weights is known: a pair, or the completions that a loss couples.
+        loss_fn: (logp (n,), ref_logp (n,) or None, groups) -> (), the sum of the losses of
+            `groups`, a slice of whole groups in order. Plain differentiable torch without
+            parameters, called once a chunk. None scores only.
         ref_logp: log-probs under the reference, handed to loss_fn in slices.
         normalizer: a host number that divides the loss, such as the pairs of a step.
-        chunk_rows: most rows of a chunk. Groups are never cut, but a longer group is scored in pieces, with one more
-            pass for that group. Equal inputs and chunks give bitwise equal log-probs, with gradients or without.
-        stats: entropy, argmax hits and mean logits, from the sweep that makes the log-sum-exp; without gradient.
+        chunk_rows: most rows of a chunk. Groups are never cut, but a longer group is scored in
+            pieces, with one more pass for that group. Equal inputs and chunks give bitwise equal
+            log-probs, with gradients or without.
+        stats: entropy, argmax hits and mean logits, from the sweep that makes the log-sum-exp;
+            without gradient.
 
-    Memory: chunk_rows x V logits (fp32; and dZ in bf16 for bf16 inputs on a GPU), dX, and dW in fp32 from forward to
-    backward. Gradients are made in the forward, for what requires grad: a frozen weight or hidden skips its product;
-    under no_grad, or with loss_fn None, there are scores only. Not twice differentiable.
-    Precision: logits, sums over the vocabulary, and dX and dW over the rows in fp32 (fp64 for fp64); sums over tokens
-    in fp64. Deterministic: no atomics, one order of summation.
+    Memory: chunk_rows x V logits (fp32; and dZ in bf16 for bf16 inputs on a GPU), dX, and dW in
+    fp32 from forward to backward. Gradients are made in the forward, for what requires grad: a
+    frozen weight or hidden skips its product; under no_grad, or with loss_fn None, there are scores
+    only. Not twice differentiable.
+    Precision: logits, sums over the vocabulary, and dX and dW over the rows in fp32 (fp64 for
+    fp64); sums over tokens in fp64. Deterministic: no atomics, one order of summation.
     torch.compile breaks its graph here, once.
 
     Raises:
-        ValueError: shapes, dtypes, devices, offsets that do not cover the rows, a loss_fn with parameters or that
-            does not return a scalar.
+        ValueError: shapes, dtypes, devices, offsets that do not cover the rows, a loss_fn with
+            parameters or that does not return a scalar.
     """
     op = _outside_compile() if torch.compiler.is_compiling() else _linear_preference_loss
     return op(
-        hidden, weight, target, cu_completions, cu_groups, loss_fn, ref_logp, normalizer, bias, logit_scale, softcap,
-        chunk_rows, stats,
-    )  # fmt: skip
+        hidden,
+        weight,
+        target,
+        cu_completions,
+        cu_groups,
+        loss_fn,
+        ref_logp,
+        normalizer,
+        bias,
+        logit_scale,
+        softcap,
+        chunk_rows,
+        stats,
+    )
 
 
 @functools.cache
@@ -177,45 +231,89 @@ def _outside_compile() -> Any:
 
 
 def _linear_preference_loss(
-    hidden: Tensor, weight: Tensor, target: Tensor, cu_completions: Tensor, cu_groups: Tensor, loss_fn: LossFn | None,
-    ref_logp: Tensor | None, normalizer: float, bias: Tensor | None, logit_scale: float, softcap: float | None,
-    chunk_rows: int | None, stats: bool,
-) -> PreferenceLoss:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    cu_completions: Tensor,
+    cu_groups: Tensor,
+    loss_fn: LossFn | None,
+    ref_logp: Tensor | None,
+    normalizer: float,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    chunk_rows: int | None,
+    stats: bool,
+) -> PreferenceLoss:
     compute = checks.head(hidden, weight, target, bias)
     checks.head_options(logit_scale, softcap)
     checks.target_range(target, weight.shape[0])
-    completions = checks.offsets("cu_completions", cu_completions, hidden.shape[0], "every row of hidden")
+    completions = checks.offsets(
+        "cu_completions", cu_completions, hidden.shape[0], "every row of hidden"
+    )
     N = len(completions) - 1
     groups = checks.offsets("cu_groups", cu_groups, N, "every completion")
     if ref_logp is not None and (ref_logp.shape != (N,) or ref_logp.device != hidden.device):
-        raise checks.fail("ref_logp", f"shape {tuple(ref_logp.shape)} on {ref_logp.device}",
-                          f"({N},) on {hidden.device}", "one summed log-prob for each completion")  # fmt: skip
+        raise checks.fail(
+            "ref_logp",
+            f"shape {tuple(ref_logp.shape)} on {ref_logp.device}",
+            f"({N},) on {hidden.device}",
+            "one summed log-prob for each completion",
+        )
     if isinstance(normalizer, bool | Tensor) or not (math.isfinite(normalizer) and normalizer > 0):
-        raise checks.fail("normalizer", normalizer, "a host number above 0", "pass the step's count of groups")
+        raise checks.fail(
+            "normalizer", normalizer, "a host number above 0", "pass the step's count of groups"
+        )
     if chunk_rows is not None and chunk_rows < 1:
-        raise checks.fail("chunk_rows", chunk_rows, "at least 1, or None", "None takes the measured default")
+        raise checks.fail(
+            "chunk_rows", chunk_rows, "at least 1, or None", "None takes the measured default"
+        )
     if isinstance(loss_fn, nn.Module) and next(loss_fn.parameters(), None) is not None:
-        raise checks.fail("loss_fn", "a module with parameters", "a function without parameters",
-                          "its parameters would get no gradient: compute that term outside")  # fmt: skip
+        raise checks.fail(
+            "loss_fn",
+            "a module with parameters",
+            "a function without parameters",
+            "its parameters would get no gradient: compute that term outside",
+        )
     wide = products.wide(compute)
     call = _Call(
-        hidden.detach().to(compute), Head.of(weight, bias, logit_scale, softcap, compute), target.long(), completions,
-        groups, loss_fn, None if ref_logp is None else ref_logp.detach().to(wide), float(normalizer),
-        chunk_rows or chunks.default_rows(weight.shape[0], hidden.device), stats,
-    )  # fmt: skip
+        hidden.detach().to(compute),
+        Head.of(weight, bias, logit_scale, softcap, compute),
+        target.long(),
+        completions,
+        groups,
+        loss_fn,
+        None if ref_logp is None else ref_logp.detach().to(wide),
+        float(normalizer),
+        chunk_rows or chunks.default_rows(weight.shape[0], hidden.device),
+        stats,
+    )
     differentiable = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     with torch.autocast(hidden.device.type, enabled=False):
         # Inside forward gradients are always off, so this is the place to look.
         if loss_fn is None or not torch.is_grad_enabled() or not differentiable:
-            return call.run(chunks.Grads(call.hidden, call.head, (False, False, False), hidden.dtype))
+            return call.run(
+                chunks.Grads(call.hidden, call.head, (False, False, False), hidden.dtype)
+            )
         return PreferenceLoss(*_Preference.apply(hidden, weight, bias, call))
 
 
 def linear_preference_loss_ref(
-    hidden: Tensor, weight: Tensor, target: Tensor, cu_completions: Tensor, cu_groups: Tensor, loss_fn: LossFn | None,
-    *, ref_logp: Tensor | None, normalizer: float, bias: Tensor | None = None, logit_scale: float = 1.0,
-    softcap: float | None = None, chunk_rows: int | None = None, stats: bool = False,
-) -> PreferenceLoss:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    cu_completions: Tensor,
+    cu_groups: Tensor,
+    loss_fn: LossFn | None,
+    *,
+    ref_logp: Tensor | None,
+    normalizer: float,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_rows: int | None = None,
+    stats: bool = False,
+) -> PreferenceLoss:
     """The specification, in plain torch with the whole logits, in the dtype of the arguments."""
     z = nn.functional.linear(hidden, weight, bias) * logit_scale
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
@@ -230,4 +328,6 @@ def linear_preference_loss_ref(
     if not stats:
         return out
     entropy = -torch.xlogy(logprobs.exp(), logprobs.exp()).sum(-1)
-    return out._replace(entropy=entropy.detach(), correct=z.argmax(-1) == target, logit_mean=z.mean(-1).detach())
+    return out._replace(
+        entropy=entropy.detach(), correct=z.argmax(-1) == target, logit_mean=z.mean(-1).detach()
+    )

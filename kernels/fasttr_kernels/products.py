@@ -1,7 +1,8 @@
 """The three matrix products of a head, with fp32 (or fp64) results whatever the inputs.
 
-A low-precision product with fp32 output exists on CUDA alone; elsewhere the weight is upcast in vocabulary tiles, since
-logits rounded to bf16 put a tenth of a nat of noise on the log-prob of 300 tokens.
+A low-precision product with fp32 output exists on CUDA alone; elsewhere the weight is upcast in
+vocabulary tiles, since logits rounded to bf16 put a tenth of a nat of noise on the log-prob of 300
+tokens.
 
 Legend: C rows of a chunk, V vocabulary, D hidden size.
 """
@@ -28,12 +29,23 @@ def _tiles(weight_VD: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tenso
 
 
 def logits(
-    hidden_CD: Tensor, weight_VD: Tensor, out_CV: Tensor, bias_V: Tensor | None = None, scale: float = 1.0
+    hidden_CD: Tensor,
+    weight_VD: Tensor,
+    out_CV: Tensor,
+    bias_V: Tensor | None = None,
+    scale: float = 1.0,
 ) -> None:
     """out = scale (hidden weight^T + bias), in the dtype of `out`."""
     if hidden_CD.dtype == out_CV.dtype:
         if bias_V is not None:
-            torch.addmm(bias_V.to(out_CV.dtype), hidden_CD, weight_VD.t(), beta=scale, alpha=scale, out=out_CV)
+            torch.addmm(
+                bias_V.to(out_CV.dtype),
+                hidden_CD,
+                weight_VD.t(),
+                beta=scale,
+                alpha=scale,
+                out=out_CV,
+            )
         else:
             torch.mm(hidden_CD, weight_VD.t(), out=out_CV)
             if scale != 1.0:
@@ -47,7 +59,13 @@ def logits(
     else:
         rows_CD = hidden_CD.to(out_CV.dtype)
         for tile, weight_tile in _tiles(weight_VD, out_CV.dtype):
-            logits(rows_CD, weight_tile, out_CV[:, tile], None if bias_V is None else bias_V[tile], scale)
+            logits(
+                rows_CD,
+                weight_tile,
+                out_CV[:, tile],
+                None if bias_V is None else bias_V[tile],
+                scale,
+            )
 
 
 def hidden_grad(dz_CV: Tensor, weight_VD: Tensor, out_CD: Tensor) -> None:
@@ -65,7 +83,8 @@ def hidden_grad(dz_CV: Tensor, weight_VD: Tensor, out_CD: Tensor) -> None:
 
 
 def weight_grad(dz_CV: Tensor, hidden_CD: Tensor, out_VD: Tensor, beta: float) -> None:
-    """out = beta out + dz^T hidden; `out` is fp32 or wider. With beta 0 what it held, NaN too, is ignored."""
+    """out = beta out + dz^T hidden; `out` is fp32 or wider. With beta 0 what it held, NaN too, is
+    ignored."""
     if dz_CV.dtype == out_VD.dtype:
         out_VD.addmm_(dz_CV.t(), hidden_CD.to(dz_CV.dtype), beta=beta)
     else:

@@ -1,7 +1,9 @@
-"""Row functions in torch: what happens to a chunk of logits between the products. CPU tensors run these.
+"""Row functions in torch: what happens to a chunk of logits between the products. CPU tensors run
+these.
 
-A chunk of logits lives in one buffer. `score` leaves e = exp(z - max) there and `logit_grad` turns it into dZ up to a
-factor per row, so that a chunk costs one exponential an element and no second buffer.
+A chunk of logits lives in one buffer. `score` leaves e = exp(z - max) there and `logit_grad` turns
+it into dZ up to a factor per row, so that a chunk costs one exponential an element and no second
+buffer.
 
 Legend: C rows of a chunk, V vocabulary, D hidden size.
 """
@@ -20,7 +22,8 @@ BLOCK_ELEMENTS = 1 << 17
 
 
 class Head(NamedTuple):
-    """z = softcap tanh(logit_scale (hidden weight^T + bias) / softcap), in the compute dtype of the products."""
+    """z = softcap tanh(logit_scale (hidden weight^T + bias) / softcap), in the compute dtype of the
+    products."""
 
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
@@ -29,10 +32,20 @@ class Head(NamedTuple):
 
     @classmethod
     def of(
-        cls, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None, compute: torch.dtype
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        logit_scale: float,
+        softcap: float | None,
+        compute: torch.dtype,
     ) -> Head:
         bias = None if bias is None else bias.detach().to(products.wide(compute)).contiguous()
-        return cls(weight.detach().to(compute), bias, float(logit_scale), None if softcap is None else float(softcap))
+        return cls(
+            weight.detach().to(compute),
+            bias,
+            float(logit_scale),
+            None if softcap is None else float(softcap),
+        )
 
 
 class RowScores(NamedTuple):
@@ -55,11 +68,16 @@ class Workspace:
         self.block = max(1, min(rows, BLOCK_ELEMENTS // vocab))
         self.logits = torch.empty(rows, vocab, dtype=dtype, device=device)
         self.shifted = torch.empty(self.block if stats else 0, vocab, dtype=dtype, device=device)
-        self.slope = torch.empty(rows if grads and head.softcap else 0, vocab, dtype=dtype, device=device)
+        self.slope = torch.empty(
+            rows if grads and head.softcap else 0, vocab, dtype=dtype, device=device
+        )
 
 
-def score(hidden_CD: Tensor, head: Head, target_C: Tensor, work: Workspace, stats: bool) -> RowScores:
-    """Log-prob of each row's target, and the statistics in the same sweep. A target outside 0..V-1 gives NaN."""
+def score(
+    hidden_CD: Tensor, head: Head, target_C: Tensor, work: Workspace, stats: bool
+) -> RowScores:
+    """Log-prob of each row's target, and the statistics in the same sweep. A target outside 0..V-1
+    gives NaN."""
     z_CV = work.logits[: hidden_CD.shape[0]]
     products.logits(hidden_CD, head.weight, z_CV, head.bias, head.logit_scale)
     rows, vocab = z_CV.shape
@@ -90,11 +108,14 @@ def score(hidden_CD: Tensor, head: Head, target_C: Tensor, work: Workspace, stat
     if weighted_C.isnan().any():  # 0 * -inf where a logit is -inf: the limit of e log e is 0
         bad = weighted_C.isnan()
         weighted_C[bad] = torch.xlogy(z_CV[bad], z_CV[bad]).sum(1)
-    return RowScores(logp_C, top_C, total_C, log_total_C - weighted_C / total_C, correct_C & known_C, mean_C)
+    return RowScores(
+        logp_C, top_C, total_C, log_total_C - weighted_C / total_C, correct_C & known_C, mean_C
+    )
 
 
 def _first_of_the_largest(z: Tensor, at_target: Tensor, top: Tensor, target: Tensor) -> Tensor:
-    """Whether argmax, first index wins, is the target; argmax is slow, so it runs for rows that can be right."""
+    """Whether argmax, first index wins, is the target; argmax is slow, so it runs for rows that can
+    be right."""
     right = (at_target == top)[:, 0]
     maybe = right.nonzero()[:, 0]
     if maybe.numel():
@@ -103,7 +124,8 @@ def _first_of_the_largest(z: Tensor, at_target: Tensor, top: Tensor, target: Ten
 
 
 def refill(hidden_CD: Tensor, head: Head, scores: RowScores, work: Workspace) -> None:
-    """Put a chunk's e = exp(z - top) back for `logit_grad` after another chunk has used the buffer."""
+    """Put a chunk's e = exp(z - top) back for `logit_grad` after another chunk has used the
+    buffer."""
     z_CV = work.logits[: hidden_CD.shape[0]]
     products.logits(hidden_CD, head.weight, z_CV, head.bias, head.logit_scale)
     for start in range(0, z_CV.shape[0], work.block):
@@ -121,11 +143,18 @@ def _softcap(z: Tensor, head: Head, slope: Tensor) -> Tensor:
 
 
 def logit_grad(
-    scores: RowScores, head: Head, target_C: Tensor, on_target_C: Tensor, on_softmax_C: Tensor, work: Workspace
+    scores: RowScores,
+    head: Head,
+    target_C: Tensor,
+    on_target_C: Tensor,
+    on_softmax_C: Tensor,
+    work: Workspace,
 ) -> tuple[Tensor, Tensor | None]:
-    """dZ = factor (on_target onehot - on_softmax p), with its factor per row, in place of the e that `score` left.
+    """dZ = factor (on_target onehot - on_softmax p), with its factor per row, in place of the e
+    that `score` left.
 
-    Where both weights are one tensor the row factor takes them out of dZ, which then needs no sweep at all.
+    Where both weights are one tensor the row factor takes them out of dZ, which then needs no sweep
+    at all.
     """
     e_CV = work.logits[: target_C.shape[0]]
     target_C1 = target_C.clamp(0, e_CV.shape[1] - 1)[:, None]

@@ -1,8 +1,9 @@
 """Row functions in Triton: the two sweeps over a chunk of logits on a GPU.
 
-`score` reads each logit once for the log-sum-exp, the target's log-prob and the statistics; `logit_grad` reads it once
-and writes dZ in the dtype of the products. One program owns one row (score) or a block of one row (logit_grad); nothing
-is added atomically, so results repeat bit for bit.
+`score` reads each logit once for the log-sum-exp, the target's log-prob and the statistics;
+`logit_grad` reads it once and writes dZ in the dtype of the products. One program owns one row
+(score) or a block of one row (logit_grad); nothing is added atomically, so results repeat bit for
+bit.
 
 Legend: C rows of a chunk, V vocabulary, D hidden size.
 """
@@ -19,11 +20,18 @@ from torch import Tensor
 from fasttr_kernels import products
 from fasttr_kernels.rows import Head, RowScores
 
-# Rows of the buffers start on 256 bytes and are padded to whole 16-byte words, so loads are wide at any vocabulary.
+# Rows of the buffers start on 256 bytes and are padded to whole 16-byte words, so loads are wide at
+# any vocabulary.
 PITCH = 64
 # The first is the one that ships; FASTTR_AUTOTUNE=1 measures them all.
-SCORE_CONFIGS = [triton.Config({"BLOCK_V": b}, num_warps=w) for b, w in ((2048, 8), (2048, 4), (4096, 8), (4096, 16))]
-GRAD_CONFIGS = [triton.Config({"BLOCK_V": b}, num_warps=w) for b, w in ((4096, 8), (2048, 4), (8192, 8), (2048, 8))]
+SCORE_CONFIGS = [
+    triton.Config({"BLOCK_V": b}, num_warps=w)
+    for b, w in ((2048, 8), (2048, 4), (4096, 8), (4096, 16))
+]
+GRAD_CONFIGS = [
+    triton.Config({"BLOCK_V": b}, num_warps=w)
+    for b, w in ((4096, 8), (2048, 4), (8192, 8), (2048, 8))
+]
 
 
 def _search(configs: list) -> list:
@@ -32,7 +40,8 @@ def _search(configs: list) -> list:
 
 @triton.jit
 def _tanh(x):
-    # 1 - e loses digits near 0, where the rational approximation of Cody and Waite (1980) has them all.
+    # 1 - e loses digits near 0, where the rational approximation of Cody and Waite (1980) has them
+    # all.
     g = x * x
     p = ((-0.96437492777225469787 * g - 99.225929672236083313) * g - 1613.4119023996228053) * g
     q = ((g + 112.74474380534949335) * g + 2233.7720718962312926) * g + 4840.2357071988688686
@@ -43,7 +52,9 @@ def _tanh(x):
 
 
 @triton.jit
-def _logit(raw, Bias, offs_v, mask_v, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr):
+def _logit(
+    raw, Bias, offs_v, mask_v, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr
+):
     z = raw
     if HAS_BIAS:
         z += tl.load(Bias + offs_v, mask=mask_v, other=0.0).to(z.dtype)
@@ -55,7 +66,9 @@ def _logit(raw, Bias, offs_v, mask_v, SCALE: tl.constexpr, SOFTCAP: tl.constexpr
 
 
 @triton.autotune(configs=_search(SCORE_CONFIGS), key=["V"])
-@triton.heuristics({"HAS_BIAS": lambda a: a["Bias"] is not None, "STATS": lambda a: a["Entropy"] is not None})
+@triton.heuristics(
+    {"HAS_BIAS": lambda a: a["Bias"] is not None, "STATS": lambda a: a["Entropy"] is not None}
+)
 @triton.jit
 def _score_kernel(
     Z,  # (C, V) rows of pitch stride_z
@@ -80,7 +93,9 @@ def _score_kernel(
     dtype = Z.dtype.element_ty
     target = tl.load(Target + pid_c)
     known = (target >= 0) & (target < V)
-    at_target = _logit(tl.load(row + target, mask=known, other=0.0), Bias, target, known, SCALE, SOFTCAP, HAS_BIAS)
+    at_target = _logit(
+        tl.load(row + target, mask=known, other=0.0), Bias, target, known, SCALE, SOFTCAP, HAS_BIAS
+    )
     top = tl.full((), float("-inf"), dtype)
     total = tl.zeros((BLOCK_V,), dtype)
     if STATS:
@@ -90,7 +105,8 @@ def _score_kernel(
     for start in range(0, V, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         mask_v = offs_v < V
-        # Masked by the pitch, a multiple of 16 elements, so that the load stays wide where V is odd.
+        # Masked by the pitch, a multiple of 16 elements, so that the load stays wide where V is
+        # odd.
         z = tl.load(row + offs_v, mask=offs_v < stride_z, other=0.0)
         z = _logit(z, Bias, offs_v, mask_v, SCALE, SOFTCAP, HAS_BIAS)
         z = tl.where(mask_v, z, float("-inf"))
@@ -152,13 +168,19 @@ def _logit_grad_kernel(
         dz *= SCALE
     # The padding is written too (zeros), which keeps the store wide where V is odd.
     dz = tl.where(mask_v, dz, 0.0)
-    tl.store(DZ + pid_c.to(tl.int64) * stride_dz + offs_v, dz.to(DZ.dtype.element_ty), mask=offs_v < stride_dz)
+    tl.store(
+        DZ + pid_c.to(tl.int64) * stride_dz + offs_v,
+        dz.to(DZ.dtype.element_ty),
+        mask=offs_v < stride_dz,
+    )
 
 
 class Workspace:
-    """The buffers of a chunk: fp32 (fp64) logits, and dZ in the dtype of the products where that is another.
+    """The buffers of a chunk: fp32 (fp64) logits, and dZ in the dtype of the products where that is
+    another.
 
-    A bf16 dZ never shares storage with fp32 logits: its stores would land on logits that other warps have yet to read.
+    A bf16 dZ never shares storage with fp32 logits: its stores would land on logits that other
+    warps have yet to read.
     """
 
     def __init__(self, rows: int, head: Head, stats: bool, grads: bool):
@@ -171,24 +193,39 @@ class Workspace:
             self.dz = torch.empty(rows, pitch, dtype=compute, device=device)[:, :vocab]
 
 
-def score(hidden_CD: Tensor, head: Head, target_C: Tensor, work: Workspace, stats: bool) -> RowScores:
-    """Log-prob of each row's target, and the statistics in the same sweep. A target outside 0..V-1 gives NaN."""
+def score(
+    hidden_CD: Tensor, head: Head, target_C: Tensor, work: Workspace, stats: bool
+) -> RowScores:
+    """Log-prob of each row's target, and the statistics in the same sweep. A target outside 0..V-1
+    gives NaN."""
     z_CV = work.logits[: hidden_CD.shape[0]]
     products.logits(hidden_CD, head.weight, z_CV)
     return score_logits(z_CV, head, target_C, stats)
 
 
 def score_logits(z_CV: Tensor, head: Head, target_C: Tensor, stats: bool) -> RowScores:
-    """The launch of `score`; z_CV are raw products in a buffer whose pitch is a multiple of `PITCH`."""
+    """The launch of `score`; z_CV are raw products in a buffer whose pitch is a multiple of
+    `PITCH`."""
     rows, vocab = z_CV.shape
     logp, top, total = (z_CV.new_empty(rows) for _ in range(3))
     entropy, mean = (z_CV.new_empty(rows), z_CV.new_empty(rows)) if stats else (None, None)
     correct = torch.empty(rows, dtype=torch.bool, device=z_CV.device) if stats else None
     with torch.cuda.device_of(z_CV):
         _score_kernel[(rows,)](
-            z_CV, head.bias, target_C.contiguous(), logp, top, total, entropy, correct, mean, vocab, z_CV.stride(0),
-            SCALE=head.logit_scale, SOFTCAP=head.softcap,
-        )  # fmt: skip
+            z_CV,
+            head.bias,
+            target_C.contiguous(),
+            logp,
+            top,
+            total,
+            entropy,
+            correct,
+            mean,
+            vocab,
+            z_CV.stride(0),
+            SCALE=head.logit_scale,
+            SOFTCAP=head.softcap,
+        )
     return RowScores(logp, top, total, entropy, correct, mean)
 
 
@@ -198,16 +235,32 @@ def refill(hidden_CD: Tensor, head: Head, scores: RowScores, work: Workspace) ->
 
 
 def logit_grad(
-    scores: RowScores, head: Head, target_C: Tensor, on_target_C: Tensor, on_softmax_C: Tensor, work: Workspace
+    scores: RowScores,
+    head: Head,
+    target_C: Tensor,
+    on_target_C: Tensor,
+    on_softmax_C: Tensor,
+    work: Workspace,
 ) -> tuple[Tensor, Tensor | None]:
-    """dZ = on_target onehot - on_softmax p, chained to the raw products. It has no factor per row left to apply."""
+    """dZ = on_target onehot - on_softmax p, chained to the raw products. It has no factor per row
+    left to apply."""
     rows = target_C.shape[0]
     z_CV, dz_CV = work.logits[:rows], work.dz[:rows]
     vocab = z_CV.shape[1]
     with torch.cuda.device_of(z_CV):
         _logit_grad_kernel[lambda meta: (rows, triton.cdiv(vocab, meta["BLOCK_V"]))](
-            z_CV, head.bias, target_C.contiguous(), scores.top, scores.total, on_target_C.contiguous(),
-            on_softmax_C.contiguous(), dz_CV, vocab, z_CV.stride(0), dz_CV.stride(0),
-            SCALE=head.logit_scale, SOFTCAP=head.softcap,
-        )  # fmt: skip
+            z_CV,
+            head.bias,
+            target_C.contiguous(),
+            scores.top,
+            scores.total,
+            on_target_C.contiguous(),
+            on_softmax_C.contiguous(),
+            dz_CV,
+            vocab,
+            z_CV.stride(0),
+            dz_CV.stride(0),
+            SCALE=head.logit_scale,
+            SOFTCAP=head.softcap,
+        )
     return dz_CV, None

@@ -1,7 +1,7 @@
 """Time of one DPO head, forward and backward, on this CPU: `python -m fasttr_kernels.timing`.
 
-The three bare products are the least that an exact head can take; plain torch keeps all logits. Interleaved medians; a
-path whose loss or gradient is wrong prints no number.
+The three bare products are the least that an exact head can take; plain torch keeps all logits.
+Interleaved medians; a path whose loss or gradient is wrong prints no number.
 """
 
 from __future__ import annotations
@@ -37,7 +37,17 @@ def paths(T: int, D: int, V: int) -> dict[str, Callable[[], Tensor]]:
 
     def head(op: Callable, stats: bool) -> Tensor:
         hidden.grad = weight.grad = None
-        out = op(hidden, weight, target, completions, groups, _dpo, ref_logp=None, normalizer=len(groups), stats=stats)
+        out = op(
+            hidden,
+            weight,
+            target,
+            completions,
+            groups,
+            _dpo,
+            ref_logp=None,
+            normalizer=len(groups),
+            stats=stats,
+        )
         out.loss.backward()
         assert weight.grad is not None
         return weight.grad
@@ -61,7 +71,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fasttr_kernels.timing", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    print(f"{torch.get_num_threads()} CPU threads, fp32, torch {torch.__version__}, median of {rounds}, milliseconds")
+    print(
+        f"{torch.get_num_threads()} CPU threads, fp32, torch {torch.__version__}, median of "
+        f"{rounds}, milliseconds"
+    )
     for shape in SHAPES:
         some = paths(*shape)
         truth = some["plain torch"]().clone()
@@ -74,8 +87,10 @@ def main() -> None:
                 start = time.perf_counter()
                 path()
                 times[name].append(1e3 * (time.perf_counter() - start))
-        print("T x D x V = %d x %d x %d: " % shape  # noqa: UP031
-              + ", ".join(f"{name} {statistics.median(t):.0f}" for name, t in times.items()))  # fmt: skip
+        print(
+            "T x D x V = %d x %d x %d: " % shape  # noqa: UP031
+            + ", ".join(f"{name} {statistics.median(t):.0f}" for name, t in times.items())
+        )
 
 
 if __name__ == "__main__":

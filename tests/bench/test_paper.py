@@ -1,4 +1,5 @@
-"""The reproduction of the TR paper: the toy MDP, the over-optimisation study, the recipes for a GPU."""
+"""The reproduction of the TR paper: the toy MDP, the over-optimisation study, the recipes for a
+GPU."""
 
 from __future__ import annotations
 
@@ -37,8 +38,8 @@ def toy(seeds: int = 3, pairs: int = 2, shared: int | None = 0):
 
 
 def test_direction_of_both_pair_constructions_is_the_recorded_one():
-    """With pairs that diverge early both moving references lower the mass out of distribution, with a shared prefix
-    both raise it; 40 seeds are enough for either interval to leave zero out."""
+    """With pairs that diverge early both moving references lower the mass out of distribution, with
+    a shared prefix both raise it; 40 seeds are enough for either interval to leave zero out."""
     settings = toy_mdp.Settings(seeds=40, beta=(0.5,), losses=("sigmoid",), steps=400)
     runs = toy_mdp.study(settings, progress=False)
     for arm in ("soft", "hard"):
@@ -58,8 +59,15 @@ def test_soft_reference_is_its_closed_form_inside_the_toy():
 
     def watch(step, policy, reference):
         if step % every == 0:
-            at_updates.append({name: p.detach().double().clone() for name, p in policy.named_parameters()})
-            found.append({name: p.detach().double().clone() for name, p in reference.model.named_parameters()})
+            at_updates.append(
+                {name: p.detach().double().clone() for name, p in policy.named_parameters()}
+            )
+            found.append(
+                {
+                    name: p.detach().double().clone()
+                    for name, p in reference.model.named_parameters()
+                }
+            )
 
     align(initial, pairs, make_loss(["sigmoid"], beta=0.5), Soft(alpha, every), 21, 3e-3, watch)
     assert len(found) == 5
@@ -102,19 +110,25 @@ def test_unpaired_rows_are_those_of_the_trainer():
     pairs = [[1, 2], [3, 4], [7, 5]]
     rows = rows_of(TREE, torch.tensor([pairs]), make_loss(["kto"]))
     prompt = np.zeros(1, dtype=np.int32)
-    trees = ListSource([batch.Tree(i, prompt, tuple(np.array([leaf]) for leaf in p)) for i, p in enumerate(pairs)])
+    trees = ListSource(
+        [batch.Tree(i, prompt, tuple(np.array([leaf]) for leaf in p)) for i, p in enumerate(pairs)]
+    )
     unpaired = Unpaired(trees, labels=None, block=6, max_length=None)
     assert rows.leaf[0].tolist() == [int(c[0]) for i in range(6) for c in unpaired[i].completions]
     assert rows.labels.tolist() == unpaired.labels.tolist()
 
 
 def test_a_seed_does_not_depend_on_the_others():
-    settings = toy_mdp.Settings(seeds=3, beta=(0.5,), losses=("kto_paired",), constructions=("early",), steps=15)
+    settings = toy_mdp.Settings(
+        seeds=3, beta=(0.5,), losses=("kto_paired",), constructions=("early",), steps=15
+    )
     together = toy_mdp.study(settings, progress=False)["early", "kto_paired", 0.5]["soft"]
     pairs = draw_pairs(TREE, [2], *settings.pairs_of("early"))
     alone = Rnn(TREE, [2])
     fit(alone, pairs, settings.sft_steps, settings.learning_rate)
-    history = align(alone, pairs, make_loss(["kto_paired"], beta=0.5), Soft(0.6, 1), 15, settings.learning_rate)
+    history = align(
+        alone, pairs, make_loss(["kto_paired"], beta=0.5), Soft(0.6, 1), 15, settings.learning_rate
+    )
     np.testing.assert_allclose(history.ood[:, 0], together.ood[:, 2], atol=1e-4)
 
 
@@ -131,7 +145,9 @@ def test_leaf_logps_equal_a_walk_down_the_tree():
             word = policy.x[1, 1 + action]
         assert total.item() == pytest.approx(float(logp[1, leaf]), abs=1e-5)
     table = Tabular(TREE, [0])
-    expected = sum(table.logits[0, state].log_softmax(-1)[a] for state, a in ((0, 1), (2, 2), (4 + 5, 0)))
+    expected = sum(
+        table.logits[0, state].log_softmax(-1)[a] for state, a in ((0, 1), (2, 2), (4 + 5, 0))
+    )
     assert float(table.leaf_logps()[0, 9 + 6]) == pytest.approx(float(expected), abs=1e-5)
 
 
@@ -148,13 +164,36 @@ def test_pairs_are_disjoint_and_share_what_is_asked():
 
 
 def test_toy_command_writes_tables_pictures_and_what_is_not_known(tmp_path, capsys):
-    toy_mdp.main(["--seeds", "3", "--steps", "4", "--sft_steps", "2", "--beta", "0.5", "--losses", "sigmoid", "kto",
-                  "--network", "tabular", "--depth", "2", "--pairs", "2", "--out", str(tmp_path)])  # fmt: skip
+    toy_mdp.main(
+        [
+            "--seeds",
+            "3",
+            "--steps",
+            "4",
+            "--sft_steps",
+            "2",
+            "--beta",
+            "0.5",
+            "--losses",
+            "sigmoid",
+            "kto",
+            "--network",
+            "tabular",
+            "--depth",
+            "2",
+            "--pairs",
+            "2",
+            "--out",
+            str(tmp_path),
+        ]
+    )
     assert "Not known of the paper's setting" in capsys.readouterr().out
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["not_known_of_the_paper"]
     assert len(found["cells"]) == 4
-    assert {"early-sigmoid-beta0.5.png", "finals-shared.png", "table.md"} <= {p.name for p in tmp_path.iterdir()}
+    assert {"early-sigmoid-beta0.5.png", "finals-shared.png", "table.md"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
     with pytest.raises(SystemExit):
         toy_mdp.main(["--losses", "simpo", "--out", str(tmp_path)])
     assert "have no reference to move" in capsys.readouterr().err
@@ -173,18 +212,32 @@ def test_intervals_over_seeds():
     assert stats.t975(30) == pytest.approx(2.042, abs=1e-3)
     assert stats.interval([1.0]).sign == 0
     assert "no interval" in stats.interval([1.0]).text()
-    assert [stats.words(stats.interval(x), "up", "down", "none")[:4] for x in ([1, 1.1], [-1, -1.1], [-1, 1])] == [
-        "up (", "down", "none",
-    ]  # fmt: skip
+    assert [
+        stats.words(stats.interval(x), "up", "down", "none")[:4]
+        for x in ([1, 1.1], [-1, -1.1], [-1, 1])
+    ] == [
+        "up (",
+        "down",
+        "none",
+    ]
 
 
-def made_up(gold_fixed, gold_moving, kl_fixed=(0, 1, 2, 4), kl_moving=(0, 1, 2, 4), seeds=3) -> list[Run]:
+def made_up(
+    gold_fixed, gold_moving, kl_fixed=(0, 1, 2, 4), kl_moving=(0, 1, 2, 4), seeds=3
+) -> list[Run]:
     runs = []
     for seed in range(seeds):
         for arm in curves.ARMS:
             kl, gold = (kl_fixed, gold_fixed) if arm == "fixed" else (kl_moving, gold_moving)
-            rows = [{"step": i, "kl": k, "gold": g + 0.001 * seed * (i + (arm == "hard")), "length": 9.0 + k}
-                    for i, (k, g) in enumerate(zip(kl, gold, strict=True))]  # fmt: skip
+            rows = [
+                {
+                    "step": i,
+                    "kl": k,
+                    "gold": g + 0.001 * seed * (i + (arm == "hard")),
+                    "length": 9.0 + k,
+                }
+                for i, (k, g) in enumerate(zip(kl, gold, strict=True))
+            ]
             runs.append(Run("sigmoid", arm, 0.1, seed, rows))
     return runs
 
@@ -205,14 +258,19 @@ def test_verdict_where_it_does_not():
     soft = next(line for line in worse if line.startswith("DPO, soft: **"))
     assert "the fixed reference is not shown to fall" in soft
     assert "worse" in soft
-    assert any(line.startswith("a moving reference gives less gold: DPO soft at equal KL") for line in worse)
+    assert any(
+        line.startswith("a moving reference gives less gold: DPO soft at equal KL")
+        for line in worse
+    )
     assert curves.verdict(made_up((0.5, 0.1), (0.5, 0.6), (0, 1), (0, 1), seeds=1)) == [
         "one seed has no interval: nothing is claimed; ask for two or more"
     ]
 
 
 def test_further_along_the_same_curve_is_no_difference_at_equal_kl():
-    c = curves.compare(made_up((0.5, 0.55, 0.6), (0.5, 0.6, 0.4), (0, 0.5, 1), (0, 1, 3)), "sigmoid", "soft")
+    c = curves.compare(
+        made_up((0.5, 0.55, 0.6), (0.5, 0.6, 0.4), (0, 0.5, 1), (0, 1, 3)), "sigmoid", "soft"
+    )
     assert c.equal_kl.mean == pytest.approx(0, abs=1e-3)
     assert c.gold_at_end.sign == -1
     assert c.kl_at_end.mean == pytest.approx(2)
@@ -223,10 +281,39 @@ def test_further_along_the_same_curve_is_no_difference_at_equal_kl():
 
 
 def test_overoptimization_end_to_end_and_resumed(tmp_path, monkeypatch, capsys):
-    command = ["--out", str(tmp_path), "--losses", "sigmoid", "kto_paired", "--beta", "0.5", "--seeds", "2",
-               "--steps", "2", "--checkpoint_every", "1",
-               "--pairs", "16", "--test_pairs", "4", "--samples", "4", "--batch", "8",
-               "--width", "16", "--sft_steps", "3", "--sft_pairs", "64", "--tau", "1", "--soft_every", "1"]  # fmt: skip
+    command = [
+        "--out",
+        str(tmp_path),
+        "--losses",
+        "sigmoid",
+        "kto_paired",
+        "--beta",
+        "0.5",
+        "--seeds",
+        "2",
+        "--steps",
+        "2",
+        "--checkpoint_every",
+        "1",
+        "--pairs",
+        "16",
+        "--test_pairs",
+        "4",
+        "--samples",
+        "4",
+        "--batch",
+        "8",
+        "--width",
+        "16",
+        "--sft_steps",
+        "3",
+        "--sft_pairs",
+        "64",
+        "--tau",
+        "1",
+        "--soft_every",
+        "1",
+    ]
     overoptimization.main(command)
     found = json.loads((tmp_path / "results.json").read_text())
     assert len(found["runs"]) == 12
@@ -255,15 +342,30 @@ def rows_like(name: str) -> list[dict]:
     """Rows in the shape of the data set that a recipe names."""
     if "hh" in name:
         asked = "\n\nHuman: how many{}?\n\nAssistant:"
-        return [{"chosen": asked.format(i) + " many of them", "rejected": asked.format(i) + " no"} for i in range(8)]
+        return [
+            {"chosen": asked.format(i) + " many of them", "rejected": asked.format(i) + " no"}
+            for i in range(8)
+        ]
     if "tldr" in name:
         asked = "SUBREDDIT: r/x\n\nPOST: it was {}\n\nTL;DR:"
-        return [{"prompt": asked.format(i), "chosen": " short", "rejected": " much longer"} for i in range(8)]
+        return [
+            {"prompt": asked.format(i), "chosen": " short", "rejected": " much longer"}
+            for i in range(8)
+        ]
     user = [{"content": "how many?", "role": "user"}]
     answers = (("chosen", "two"), ("rejected", "no"))
     sides = {side: [*user, {"content": text, "role": "assistant"}] for side, text in answers}
-    return [{"prompt": "how many?", "prompt_id": str(i), **sides, "messages": sides["chosen"], "score_chosen": 8.0,
-             "score_rejected": 4.0} for i in range(8)]  # fmt: skip
+    return [
+        {
+            "prompt": "how many?",
+            "prompt_id": str(i),
+            **sides,
+            "messages": sides["chosen"],
+            "score_chosen": 8.0,
+            "score_rejected": 4.0,
+        }
+        for i in range(8)
+    ]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -278,11 +380,27 @@ def test_recipe_loads_and_takes_a_step(recipe, workspace, tmp_path):
         assert config.schedule in (Soft(0.6, 64), Hard(512))
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows_like(recipe.stem)))
-    stand_in = {"model_name_or_path": workspace / "model", "dataset_name": file, "eval_dataset_name": file,
-                "dataset_train_split": "train", "output_dir": tmp_path / "run", "max_steps": 1, "train_batch_size": 4,
-                "use_cpu": "true", "bf16": "false", "warmup_steps": 0, "eval_strategy": "steps", "eval_steps": 1,
-                "disable_tqdm": "true", "save_strategy": "no"}  # fmt: skip
-    train(parse_train(["--config", str(recipe), *(f"--{key}={value}" for key, value in stand_in.items())]))
+    stand_in = {
+        "model_name_or_path": workspace / "model",
+        "dataset_name": file,
+        "eval_dataset_name": file,
+        "dataset_train_split": "train",
+        "output_dir": tmp_path / "run",
+        "max_steps": 1,
+        "train_batch_size": 4,
+        "use_cpu": "true",
+        "bf16": "false",
+        "warmup_steps": 0,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "disable_tqdm": "true",
+        "save_strategy": "no",
+    }
+    train(
+        parse_train(
+            ["--config", str(recipe), *(f"--{key}={value}" for key, value in stand_in.items())]
+        )
+    )
     assert [line["eval_loss"] for line in lines(tmp_path / "run") if line.get("eval_loss")][-1] > 0
 
 
@@ -290,5 +408,8 @@ def test_recipes_cover_the_study():
     assert len(RECIPES) == 11
     for recipe in RECIPES:
         if not recipe.stem.endswith("sft"):
-            for flags in (["--loss_type", "ipo_sum"], ["--loss_type", "kto_paired", "--group_size", "8"]):
+            for flags in (
+                ["--loss_type", "ipo_sum"],
+                ["--loss_type", "kto_paired", "--group_size", "8"],
+            ):
                 parse_train(["--config", str(recipe), *flags])

@@ -1,4 +1,5 @@
-"""The command line: flags, files and presets, and mistakes that end in one line and a non-zero status."""
+"""The command line: flags, files and presets, and mistakes that end in one line and a non-zero
+status."""
 
 import json
 import os
@@ -32,15 +33,24 @@ def one_line(capsys, args) -> str:
 
 
 def flags(values: dict) -> list[str]:
-    return [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values.items()]
+    return [
+        f"--{key}={str(value).lower() if isinstance(value, bool) else value}"
+        for key, value in values.items()
+    ]
 
 
 def test_flags_override_the_file_which_overrides_the_preset(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("model_name_or_path: m\ndataset_name: d\nlearning_rate: 5e-7\nbeta: 0.2\nmax_length: none\n")
+    file.write_text(
+        "model_name_or_path: m\ndataset_name: d\nlearning_rate: 5e-7\nbeta: 0.2\nmax_length: none\n"
+    )
     config = parse_train(["--preset", "tr-soft", "--config", str(file), "--beta", "0.3"])
     assert (config.learning_rate, config.beta, config.max_length) == (5e-7, 0.3, None)
-    assert (config.ref_update, config.ref_update_alpha, config.ref_update_every) == ("soft", 0.6, 64)
+    assert (config.ref_update, config.ref_update_alpha, config.ref_update_every) == (
+        "soft",
+        0.6,
+        64,
+    )
     assert config.max_grad_norm == 2.0
 
 
@@ -49,14 +59,34 @@ def test_defaults_are_trls():
 
     theirs = DPOConfig(output_dir="x", use_cpu=True, bf16=False)
     ours = TrainConfig(model_name_or_path="m", dataset_name="d")
-    for key in ("beta", "learning_rate", "max_length", "num_train_epochs", "max_steps", "weight_decay", "adam_beta1",
-                "adam_beta2", "adam_epsilon", "max_grad_norm", "seed", "data_seed", "logging_steps", "save_steps",
-                "save_total_limit", "warmup_steps", "gradient_checkpointing", "full_determinism"):  # fmt: skip
+    for key in (
+        "beta",
+        "learning_rate",
+        "max_length",
+        "num_train_epochs",
+        "max_steps",
+        "weight_decay",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "max_grad_norm",
+        "seed",
+        "data_seed",
+        "logging_steps",
+        "save_steps",
+        "save_total_limit",
+        "warmup_steps",
+        "gradient_checkpointing",
+        "full_determinism",
+    ):
         assert getattr(ours, key) == getattr(theirs, key), key
     assert ours.train_batch_size == theirs.per_device_train_batch_size
     for key in ("lr_scheduler_type", "save_strategy", "eval_strategy"):
         assert getattr(ours, key) == getattr(theirs, key).value
-    assert (ours.ref_update_alpha, ours.ref_update_every) == (theirs.ref_model_mixup_alpha, theirs.ref_model_sync_steps)
+    assert (ours.ref_update_alpha, ours.ref_update_every) == (
+        theirs.ref_model_mixup_alpha,
+        theirs.ref_model_sync_steps,
+    )
 
 
 def test_printed_config_runs_again_as_a_file(tmp_path, capsys):
@@ -70,12 +100,16 @@ def test_printed_config_runs_again_as_a_file(tmp_path, capsys):
 
 def test_yaml_spellings_that_trl_takes(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("model_name_or_path: m\ndataset_name: d\nloss_type: [ipo]\neval_strategy: no\ndata_seed: None\n")
+    file.write_text(
+        "model_name_or_path: m\ndataset_name: d\nloss_type: [ipo]\neval_strategy: no\ndata_seed: "
+        "None\n"
+    )
     config = parse_train(["--config", str(file)])
     assert (config.loss_type, config.eval_strategy, config.data_seed) == ("ipo", "no", None)
     assert parse_train([*NEEDED, "--resume_from_checkpoint", "true"]).resume_from_checkpoint is True
     assert (
-        parse_train([*NEEDED, "--resume_from_checkpoint", "x/checkpoint-2"]).resume_from_checkpoint == "x/checkpoint-2"
+        parse_train([*NEEDED, "--resume_from_checkpoint", "x/checkpoint-2"]).resume_from_checkpoint
+        == "x/checkpoint-2"
     )
 
 
@@ -100,7 +134,10 @@ def test_yaml_spellings_that_trl_takes(tmp_path):
         (["--lr_scheduler_type", "reduce_lr_on_plateau"], "lr_scheduler_type"),
         (["--dtype", "float16"], "dtype: got 'float16'; wanted float32"),
         (["--report_to", "carrier_pigeon"], "report_to"),
-        (["--output_dir", "a" * 300], "output_dir: got 'a+...', which cannot be a path here: File name too long"),
+        (
+            ["--output_dir", "a" * 300],
+            "output_dir: got 'a+...', which cannot be a path here: File name too long",
+        ),
         (["--config", "/nowhere.yaml"], "config: cannot read '/nowhere.yaml'"),
     ],
 )
@@ -111,7 +148,9 @@ def test_a_wrong_setting_is_one_line(capsys, args, expected):
 def test_a_missing_key_and_a_wrong_command_are_one_line(capsys):
     assert "dataset_name" in one_line(capsys, ["train", "--model_name_or_path", "m"])
     assert "did you mean 'train'" in one_line(capsys, ["trian"])
-    assert "did you mean llama" in one_line(capsys, ["init", "--arch", "lama", "--tokenizer_data", "x"])
+    assert "did you mean llama" in one_line(
+        capsys, ["init", "--arch", "lama", "--tokenizer_data", "x"]
+    )
 
 
 def failing_run(workspace, tmp_path, capsys, **changes) -> str:
@@ -130,11 +169,17 @@ def test_mistakes_in_the_data_are_one_line(workspace, tmp_path, capsys):
     column.write_text('{"prompt": "a", "chosen": "b"}\n')
     assert "rejected" in failing_run(workspace, tmp_path, capsys, dataset_name=column)
     (tmp_path / "empty.jsonl").write_text("")
-    assert "empty" in failing_run(workspace, tmp_path, capsys, dataset_name=tmp_path / "empty.jsonl")
-    assert "missing.jsonl" in failing_run(workspace, tmp_path, capsys, dataset_name=tmp_path / "missing.jsonl")
+    assert "empty" in failing_run(
+        workspace, tmp_path, capsys, dataset_name=tmp_path / "empty.jsonl"
+    )
+    assert "missing.jsonl" in failing_run(
+        workspace, tmp_path, capsys, dataset_name=tmp_path / "missing.jsonl"
+    )
     unpaired = tmp_path / "unpaired.jsonl"
     unpaired.write_text('{"prompt": "a", "completion": "b", "label": true}\n')
-    assert "wanted pairs" in failing_run(workspace, tmp_path, capsys, dataset_name=unpaired, loss_type="sigmoid")
+    assert "wanted pairs" in failing_run(
+        workspace, tmp_path, capsys, dataset_name=unpaired, loss_type="sigmoid"
+    )
 
 
 def changed_model(workspace, tmp_path, change_config=None, change_weights=None) -> Path:
@@ -154,7 +199,9 @@ def changed_model(workspace, tmp_path, change_config=None, change_weights=None) 
 
 
 def test_mistakes_in_the_model_are_one_line(workspace, tmp_path, capsys):
-    assert "there is no folder" in failing_run(workspace, tmp_path, capsys, model_name_or_path=tmp_path / "nowhere")
+    assert "there is no folder" in failing_run(
+        workspace, tmp_path, capsys, model_name_or_path=tmp_path / "nowhere"
+    )
 
     def poison(tensors):
         tensors["model.norm.weight"][0] = float("nan")
@@ -166,7 +213,9 @@ def test_mistakes_in_the_model_are_one_line(workspace, tmp_path, capsys):
     message = failing_run(workspace, tmp_path, capsys, model_name_or_path=model)
     assert "mamba2" in message
     assert "share prefixes" in message
-    model = changed_model(workspace, tmp_path / "c", {"model_type": "qwen3", "layer_types": ["linear_attention"] * 2})
+    model = changed_model(
+        workspace, tmp_path / "c", {"model_type": "qwen3", "layer_types": ["linear_attention"] * 2}
+    )
     message = failing_run(workspace, tmp_path, capsys, model_name_or_path=model)
     assert "linear_attention" in message
 
@@ -182,9 +231,17 @@ def test_a_tokenizer_without_eos_is_one_line(workspace, tmp_path, capsys):
 
 
 def test_a_loss_that_is_no_longer_finite_stops_the_run(workspace, tmp_path, capsys):
-    """A rate of 1e30 makes the weights infinite at once; the step and the last good checkpoint are named."""
+    """A rate of 1e30 makes the weights infinite at once; the step and the last good checkpoint are
+    named."""
     args = flags(
-        settings(workspace, tmp_path, learning_rate=1e30, save_strategy="steps", save_steps=1, max_grad_norm=0)
+        settings(
+            workspace,
+            tmp_path,
+            learning_rate=1e30,
+            save_strategy="steps",
+            save_steps=1,
+            max_grad_norm=0,
+        )
     )
     message = one_line(capsys, ["train", *args])
     assert re.search(r"step [23]: the loss or its gradient is not finite \(rows \d+", message)
@@ -193,35 +250,78 @@ def test_a_loss_that_is_no_longer_finite_stops_the_run(workspace, tmp_path, caps
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_it_says_what_it_will_do_and_warns_when_the_reference_never_moves(workspace, tmp_path, capsys):
+def test_it_says_what_it_will_do_and_warns_when_the_reference_never_moves(
+    workspace, tmp_path, capsys
+):
     main(["train", *flags(settings(workspace, tmp_path, max_steps=2, ref_update="hard"))])
     said = capsys.readouterr().out
     assert "read 24 rows" in said
     assert "tokens per step" in said
     assert "reference: hard, 0 updates planned, mean age 0.5 steps" in said
-    assert "WARNING: the reference will never move: ref_update_every is 512 and the run has 2 steps" in said
+    assert (
+        "WARNING: the reference will never move: ref_update_every is 512 and the run has 2 steps"
+        in said
+    )
 
 
 def test_tensorboard_and_plots_are_written(workspace, tmp_path, capsys):
     main(
-        ["train", *flags(settings(workspace, tmp_path, report_to="tensorboard", ref_update="soft", ref_update_every=2))]
+        [
+            "train",
+            *flags(
+                settings(
+                    workspace,
+                    tmp_path,
+                    report_to="tensorboard",
+                    ref_update="soft",
+                    ref_update_every=2,
+                )
+            ),
+        ]
     )
     assert list((tmp_path / "runs").glob("events.out.tfevents.*"))
     main(["plot", str(tmp_path)])
     assert {path.suffix for path in (tmp_path / "plots").iterdir()} == {".png"}
-    expected = {"loss", "grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected", "rewards/margins",
-                "rewards/accuracies", "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected", "entropy",
-                "mean_token_accuracy", "num_tokens", "epoch", "perf/tokens_per_second", "perf/pairs_per_second",
-                "perf/padding_fraction", "memory/peak_gib", "ref/updates", "ref/age_steps", "ref/distance"}  # fmt: skip
+    expected = {
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+        "logits/chosen",
+        "logits/rejected",
+        "entropy",
+        "mean_token_accuracy",
+        "num_tokens",
+        "epoch",
+        "perf/tokens_per_second",
+        "perf/pairs_per_second",
+        "perf/padding_fraction",
+        "memory/peak_gib",
+        "ref/updates",
+        "ref/age_steps",
+        "ref/distance",
+    }
     assert expected <= steps(tmp_path)[0].keys()
 
 
 def test_the_installed_command_exits_with_status_2(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "fasttr", "train", *NEEDED, "--beta", "-1"], capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": ".:kernels"}, cwd=Path(__file__).parents[2], check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (2, "fasttr: error: beta: got -1.0; wanted a number above 0\n")
+        [sys.executable, "-m", "fasttr", "train", *NEEDED, "--beta", "-1"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": ".:kernels"},
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (
+        2,
+        "fasttr: error: beta: got -1.0; wanted a number above 0\n",
+    )
 
 
 def test_no_setting_is_without_its_help():

@@ -1,4 +1,5 @@
-"""Files and command lines of TRL keep their meaning: the words `trl dpo` become `fasttr train`, nothing else."""
+"""Files and command lines of TRL keep their meaning: the words `trl dpo` become `fasttr train`,
+nothing else."""
 
 import ast
 import importlib.util
@@ -105,8 +106,14 @@ def from_file(tmp_path: Path, text: str, *flags: str) -> TrainConfig:
 
 def documented(script: str) -> list[list[str]]:
     """The command lines in the help of an installed TRL script."""
-    path = Path(importlib.util.find_spec("trl").submodule_search_locations[0]) / "scripts" / f"{script}.py"
-    found = re.findall(r"```bash\n(.*?)```", ast.get_docstring(ast.parse(path.read_text())), re.DOTALL)
+    path = (
+        Path(importlib.util.find_spec("trl").submodule_search_locations[0])
+        / "scripts"
+        / f"{script}.py"
+    )
+    found = re.findall(
+        r"```bash\n(.*?)```", ast.get_docstring(ast.parse(path.read_text())), re.DOTALL
+    )
     return [shlex.split(text.replace("\\\n", " "))[2:] for text in found]
 
 
@@ -120,7 +127,10 @@ def test_documented_command_lines_of_trl_parse(script, capsys):
     assert config.train_batch_size == 16
     assert config.group_size == (2 if script == "dpo" else 16)
     said = capsys.readouterr().out.splitlines()
-    assert said == (["remove_unused_columns: ignored: " + TABLE["remove_unused_columns"].note] * (script == "dpo"))
+    assert said == (
+        ["remove_unused_columns: ignored: " + TABLE["remove_unused_columns"].note]
+        * (script == "dpo")
+    )
     with pytest.raises(FasttrError, match=r"adapters are not built|full-precision weights"):
         parse_train(adapters)
 
@@ -129,34 +139,61 @@ def test_a_full_fine_tune_keeps_its_file(tmp_path, capsys):
     config = from_file(tmp_path, FULL_DPO)
     assert (config.loss_type, config.loss_weights) == (["sigmoid", "sft"], [1.0, 0.2])
     assert (config.train_batch_size, config.group_size, config.learning_rate) == (32, 4, 5e-7)
-    assert (config.ref_update, config.ref_update_alpha, config.ref_update_every) == ("soft", 0.6, 64)
+    assert (config.ref_update, config.ref_update_alpha, config.ref_update_every) == (
+        "soft",
+        0.6,
+        64,
+    )
     assert (config.eval_strategy, config.save_steps, config.save_total_limit) == ("no", 0.25, None)
-    assert (config.lr_scheduler_kwargs, config.report_to, config.tf32) == ({"num_cycles": 0.5}, ["tensorboard"], True)
+    assert (config.lr_scheduler_kwargs, config.report_to, config.tf32) == (
+        {"num_cycles": 0.5},
+        ["tensorboard"],
+        True,
+    )
     said = capsys.readouterr().out.splitlines()
     named = [line.split(":")[0] for line in said]
-    assert sorted(named) == ["dataloader_num_workers", "gradient_checkpointing_kwargs", "per_device_eval_batch_size"]
+    assert sorted(named) == [
+        "dataloader_num_workers",
+        "gradient_checkpointing_kwargs",
+        "per_device_eval_batch_size",
+    ]
 
 
 def test_an_older_file_keeps_its_meaning(tmp_path, capsys):
     config = from_file(tmp_path, HANDBOOK)
     assert (config.warmup_steps, config.eval_strategy, config.eval_steps) == (0.1, "steps", 100)
-    assert (config.train_batch_size, config.group_size, config.beta, config.dtype) == (16, 8, 0.01, "float32")
+    assert (config.train_batch_size, config.group_size, config.beta, config.dtype) == (
+        16,
+        8,
+        0.01,
+        "float32",
+    )
     assert (config.dataset_train_split, config.dataset_test_split) == ("train_prefs", "test_prefs")
     assert sorted(line.split(":")[0] for line in capsys.readouterr().out.splitlines()) == [
-        "do_eval", "gradient_checkpointing_kwargs", "hub_model_id", "log_level",
-    ]  # fmt: skip
-    with pytest.raises(FasttrError, match=r"max_prompt_length: got 512; TRL 1.16 cuts by max_length alone"):
+        "do_eval",
+        "gradient_checkpointing_kwargs",
+        "hub_model_id",
+        "log_level",
+    ]
+    with pytest.raises(
+        FasttrError, match=r"max_prompt_length: got 512; TRL 1.16 cuts by max_length alone"
+    ):
         from_file(tmp_path, HANDBOOK + "max_prompt_length: 512\n")
 
 
 def test_flags_win_over_a_file_under_either_name(tmp_path):
     text = (
-        "model_name_or_path: m\ndataset_name: d\nactivation_checkpointing: true\nwarmup_ratio: 0.1\n"
+        "model_name_or_path: m\ndataset_name: d\nactivation_checkpointing: true\nwarmup_ratio: "
+        "0.1\n"
         "per_device_train_batch_size: 4\ngradient_accumulation_steps: 2\nsync_ref_model: true\n"
         "ref_model_sync_steps: 64\n"
     )
     config = from_file(tmp_path, text)
-    assert (config.gradient_checkpointing, config.warmup_steps, config.train_batch_size) == (True, 0.1, 8)
+    assert (config.gradient_checkpointing, config.warmup_steps, config.train_batch_size) == (
+        True,
+        0.1,
+        8,
+    )
     config = from_file(tmp_path, text, "--gradient_checkpointing", "false", "--warmup_steps", "10")
     assert (config.gradient_checkpointing, config.warmup_steps) == (False, 10)
     config = from_file(tmp_path, text, "--train_batch_size", "6", "--ref_update", "hard")
@@ -184,15 +221,37 @@ def test_a_list_of_losses_is_read_in_every_spelling(words, expected):
 
 
 def test_text_is_read_as_trl_reads_it(tmp_path):
-    text = "model_name_or_path: m\ndataset_name: d\nlearning_rate: 5e-7\nmax_length: None\neval_strategy: no\n"
-    config = from_file(tmp_path, text + "use_cpu: 'yes'\nsave_total_limit: null\n", "--bf16", "--loss_weights", "0.5")
-    assert (config.learning_rate, config.max_length, config.use_cpu, config.bf16) == (5e-7, None, True, True)
-    assert config.loss_weights == [0.5]
-    assert parse_train([*NEEDED, "--lr_scheduler_kwargs", '{"num_cycles": 2}']).lr_scheduler_kwargs == {"num_cycles": 2}
-    assert (
-        parse_train([*NEEDED, "--model_init_kwargs", '{"attn_implementation": "sdpa"}']).attn_implementation == "sdpa"
+    text = (
+        "model_name_or_path: m\ndataset_name: d\nlearning_rate: 5e-7\n"
+        "max_length: None\neval_strategy: no\n"
     )
-    assert parse_train([*NEEDED, "--attn_implementation", "flash_attention_3"]).attn_implementation is None
+    config = from_file(
+        tmp_path,
+        text + "use_cpu: 'yes'\nsave_total_limit: null\n",
+        "--bf16",
+        "--loss_weights",
+        "0.5",
+    )
+    assert (config.learning_rate, config.max_length, config.use_cpu, config.bf16) == (
+        5e-7,
+        None,
+        True,
+        True,
+    )
+    assert config.loss_weights == [0.5]
+    assert parse_train(
+        [*NEEDED, "--lr_scheduler_kwargs", '{"num_cycles": 2}']
+    ).lr_scheduler_kwargs == {"num_cycles": 2}
+    assert (
+        parse_train(
+            [*NEEDED, "--model_init_kwargs", '{"attn_implementation": "sdpa"}']
+        ).attn_implementation
+        == "sdpa"
+    )
+    assert (
+        parse_train([*NEEDED, "--attn_implementation", "flash_attention_3"]).attn_implementation
+        is None
+    )
     assert parse_train([*NEEDED, "--mixed_precision", "bf16"]).bf16 is True
 
 
@@ -227,7 +286,9 @@ def test_values_that_yaml_reads_as_something_else(tmp_path):
 def test_env_of_a_file_is_set(tmp_path, monkeypatch):
     monkeypatch.delenv("FASTTR_TEST_NUMBER", raising=False)
     try:
-        from_file(tmp_path, "model_name_or_path: m\ndataset_name: d\nenv:\n  FASTTR_TEST_NUMBER: 3\n")
+        from_file(
+            tmp_path, "model_name_or_path: m\ndataset_name: d\nenv:\n  FASTTR_TEST_NUMBER: 3\n"
+        )
         assert os.environ["FASTTR_TEST_NUMBER"] == "3"
     finally:
         os.environ.pop("FASTTR_TEST_NUMBER", None)
@@ -247,12 +308,25 @@ def test_several_processes_are_refused(monkeypatch, capsys):
 def test_a_run_under_trls_keys(workspace, tmp_path, capsys):
     """The same file trains, with TRL's names for the batch, the reference and the log."""
     content = {
-        "model_name_or_path": str(workspace / "model"), "dataset_name": str(workspace / "train.jsonl"),
-        "output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
-        "max_steps": 4, "learning_rate": "1e-3", "sync_ref_model": True, "ref_model_sync_steps": 2, "max_length": 64,
-        "logging_steps": 2, "logging_first_step": True, "save_strategy": False, "use_cpu": True, "bf16": False,
-        "per_device_eval_batch_size": 4, "tf32": True, "train_sampling_strategy": "sequential",
-    }  # fmt: skip
+        "model_name_or_path": str(workspace / "model"),
+        "dataset_name": str(workspace / "train.jsonl"),
+        "output_dir": str(tmp_path / "out"),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 4,
+        "learning_rate": "1e-3",
+        "sync_ref_model": True,
+        "ref_model_sync_steps": 2,
+        "max_length": 64,
+        "logging_steps": 2,
+        "logging_first_step": True,
+        "save_strategy": False,
+        "use_cpu": True,
+        "bf16": False,
+        "per_device_eval_batch_size": 4,
+        "tf32": True,
+        "train_sampling_strategy": "sequential",
+    }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
     before = torch.backends.cuda.matmul.fp32_precision
     try:
@@ -283,7 +357,9 @@ def test_a_revision_reaches_the_model_and_its_tokenizer(workspace, monkeypatch, 
         monkeypatch.setattr(cls, "from_pretrained", spy)
     values = settings(workspace, tmp_path, max_steps=1, model_revision="v2")
     main(["train", *(f"--{key}={value}" for key, value in values.items())])
-    assert {"AutoTokenizer", "AutoConfig", "AutoModelForCausalLM"} == {name for name, revision in asked}
+    assert {"AutoTokenizer", "AutoConfig", "AutoModelForCausalLM"} == {
+        name for name, revision in asked
+    }
     assert {revision for _, revision in asked} == {"v2"}
 
 
@@ -297,4 +373,6 @@ def test_dropout_that_should_stay_is_refused(workspace, tmp_path, capsys):
     values = settings(workspace, tmp_path / "out", model_name_or_path=folder, disable_dropout=False)
     with pytest.raises(SystemExit):
         main(["train", *(f"--{key}={value}" for key, value in values.items())])
-    assert "disable_dropout: got false and the model has attention_dropout" in capsys.readouterr().err
+    assert (
+        "disable_dropout: got false and the model has attention_dropout" in capsys.readouterr().err
+    )

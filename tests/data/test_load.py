@@ -1,4 +1,5 @@
-"""Rows of files and folders to trees: formats, what is dropped, the cache, fingerprints, and every error's one line."""
+"""Rows of files and folders to trees: formats, what is dropped, the cache, fingerprints, and every
+error's one line."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ def tokenizer():
 def load(tokenizer, tmp_path):
     def load(source, **options) -> TreeSet:
         path = source if isinstance(source, str | Path) else write(tmp_path / "data.jsonl", source)
-        return load_trees(tokenizer, DataConfig(str(path), cache_dir=str(tmp_path / "cache"), **options))
+        return load_trees(
+            tokenizer, DataConfig(str(path), cache_dir=str(tmp_path / "cache"), **options)
+        )
 
     return load
 
@@ -62,10 +65,15 @@ def write(path, rows):
 
 
 def decoded(tokenizer, trees):
-    return [(tokenizer.decode(tree.prompt_ids), *map(tokenizer.decode, tree.completions)) for tree in trees]
+    return [
+        (tokenizer.decode(tree.prompt_ids), *map(tokenizer.decode, tree.completions))
+        for tree in trees
+    ]
 
 
-@pytest.mark.parametrize("file", ["a.jsonl", "a.json", "a.jsonl.gz", "a.json.gz", "a.parquet", "UPPER.JSONL"])
+@pytest.mark.parametrize(
+    "file", ["a.jsonl", "a.json", "a.jsonl.gz", "a.json.gz", "a.parquet", "UPPER.JSONL"]
+)
 def test_files_give_the_same_trees(load, tokenizer, tmp_path, file):
     trees = load(write(tmp_path / file, [PAIR, OTHER]))
     assert decoded(tokenizer, trees) == [
@@ -74,7 +82,12 @@ def test_files_give_the_same_trees(load, tokenizer, tmp_path, file):
     ]
     assert trees.prompt_lengths.tolist() == [10, 10]
     assert trees.completion_lengths.tolist() == [[6, 7], [6, 10]]
-    assert trees.completion_lengths.dtype == trees.prompt_lengths.dtype == trees[0].prompt_ids.dtype == np.int32
+    assert (
+        trees.completion_lengths.dtype
+        == trees.prompt_lengths.dtype
+        == trees[0].prompt_ids.dtype
+        == np.int32
+    )
     assert trees.weights.tolist() == [1.0, 1.0]
     assert trees.weights.dtype == np.float32
     assert trees.labels is None
@@ -136,8 +149,16 @@ def say(role, content):
 def test_a_string_prompt_with_message_completions(load, tokenizer):
     ask, blue, red = say("user", "sky?"), say("assistant", "blue"), say("assistant", "red")
     wanted = [("<user>sky?\n<assistant>", "blue\n", "red\n")]
-    assert decoded(tokenizer, load([{"prompt": "sky?", "chosen": [ask, blue], "rejected": [ask, red]}])) == wanted
-    assert decoded(tokenizer, load([{"prompt": "sky?", "chosen": [blue], "rejected": [red]}])) == wanted
+    assert (
+        decoded(
+            tokenizer, load([{"prompt": "sky?", "chosen": [ask, blue], "rejected": [ask, red]}])
+        )
+        == wanted
+    )
+    assert (
+        decoded(tokenizer, load([{"prompt": "sky?", "chosen": [blue], "rejected": [red]}]))
+        == wanted
+    )
     unpaired = load([{"prompt": "sky?", "completion": [ask, blue], "label": True}])
     assert decoded(tokenizer, unpaired) == [wanted[0][:2]]
 
@@ -152,7 +173,9 @@ def test_tokenised_rows(load, tokenizer):
     assert trees.labels.tolist() == [False]
     with pytest.raises(FasttrError, match=r"row 0 .*: rejected_ids holds ids outside \[0, \d+\)"):
         load([{**row, "rejected_ids": [99999]}])
-    with pytest.raises(FasttrError, match=r"row 0 .*: prompt_ids is null; wanted a list of token ids"):
+    with pytest.raises(
+        FasttrError, match=r"row 0 .*: prompt_ids is null; wanted a list of token ids"
+    ):
         load([{**row, "prompt_ids": None}, row])
 
 
@@ -191,8 +214,14 @@ def test_rows_are_renumbered_after_dropping_and_the_report_counts(load, tokenize
     ]
     trees = load(rows, max_length=20)
     assert [tree.row for tree in trees] == [0, 1]
-    assert decoded(tokenizer, trees) == [("The sky is", " blue</s>", " black</s>"), ("p" * 19, "c", "d")]
-    assert trees.report.dropped == {"the prompt alone fills max_length": 1, "chosen is identical to rejected": 1}
+    assert decoded(tokenizer, trees) == [
+        ("The sky is", " blue</s>", " black</s>"),
+        ("p" * 19, "c", "d"),
+    ]
+    assert trees.report.dropped == {
+        "the prompt alone fills max_length": 1,
+        "chosen is identical to rejected": 1,
+    }
     assert trees.report.truncated == 1
     text = str(trees.report)
     assert "read 4 rows" in text
@@ -204,7 +233,8 @@ def test_rows_are_renumbered_after_dropping_and_the_report_counts(load, tokenize
 
 def test_many_rows_over_several_batches_keep_their_order(load, tokenizer):
     rows = [
-        {"prompt": f"{i}:", "chosen": "a" * (i % 7), "rejected": "b" if i % 3 else "a" * (i % 7)} for i in range(2500)
+        {"prompt": f"{i}:", "chosen": "a" * (i % 7), "rejected": "b" if i % 3 else "a" * (i % 7)}
+        for i in range(2500)
     ]
     trees = load(rows)
     kept = [row for row in rows if row["chosen"] != row["rejected"]]
@@ -252,7 +282,9 @@ def test_the_fingerprint_follows_content_and_options_not_places(load, tokenizer,
         "sides": load(tmp_path / "a.jsonl", sides=1).fingerprint,
         "order": load(rows[::-1]).fingerprint,
         "token": load([PAIR, {**OTHER, "chosen": " warn"}]).fingerprint,
-        "boundary": load([PAIR, {"prompt": "The sun is ", "chosen": "warm", "rejected": "far away"}]).fingerprint,
+        "boundary": load(
+            [PAIR, {"prompt": "The sun is ", "chosen": "warm", "rejected": "far away"}]
+        ).fingerprint,
         "weight": load([{**row, "w": 2.0} for row in rows], weight_column="w").fingerprint,
     }
     assert len({trees.fingerprint, *others.values()}) == len(others) + 1
@@ -262,7 +294,8 @@ def test_the_fingerprint_is_the_same_in_another_process(load, tokenizer, tmp_pat
     path = write(tmp_path / "a.jsonl", [PAIR, OTHER])
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     program = (
-        "import sys; from transformers import AutoTokenizer; from fasttr.data.load import DataConfig, load_trees\n"
+        "import sys; from transformers import AutoTokenizer; from fasttr.data.load import "
+        "DataConfig, load_trees\n"
         "tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])\n"
         "print(load_trees(tokenizer, DataConfig(sys.argv[1], cache_dir=sys.argv[3])).fingerprint)"
     )
@@ -281,7 +314,10 @@ def test_the_fingerprint_is_the_same_in_another_process(load, tokenizer, tmp_pat
 
 
 def test_importing_reads_neither_transformers_nor_datasets():
-    program = "import sys, fasttr.data.load; assert not {'datasets', 'transformers'} & set(sys.modules), 'heavy import'"
+    program = (
+        "import sys, fasttr.data.load; "
+        "assert not {'datasets', 'transformers'} & set(sys.modules), 'heavy import'"
+    )
     subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], check=True)
 
 
@@ -294,11 +330,18 @@ def test_only_our_own_bar_is_shown(load, capfd):
     assert not datasets.are_progress_bars_disabled()
 
 
-CHAT = {"prompt": [say("user", "a")], "chosen": [say("assistant", "b")], "rejected": [say("assistant", "c")]}
+CHAT = {
+    "prompt": [say("user", "a")],
+    "chosen": [say("assistant", "b")],
+    "rejected": [say("assistant", "c")],
+}
 IMAGE = {"type": "image", "text": None}
 
 ROW_ERRORS = {
-    "null": ([PAIR, {**PAIR, "chosen": None}], r"row 1 .*: chosen is null; wanted text or a list of messages"),
+    "null": (
+        [PAIR, {**PAIR, "chosen": None}],
+        r"row 1 .*: chosen is null; wanted text or a list of messages",
+    ),
     "null prompt": ([PAIR, {**PAIR, "prompt": None}], r"row 1 .*: prompt is null"),
     "number": ([{**PAIR, "chosen": 3}], r"row 0 .*: chosen is 3; wanted text"),
     "no role": (
@@ -306,20 +349,41 @@ ROW_ERRORS = {
         r"row 0 .*: prompt is a list with {'content': 'a'}; wanted messages",
     ),
     "no messages": ([CHAT, {**CHAT, "prompt": []}], r"row 1 .*: prompt is an empty list"),
-    "no common turn": ([{k: CHAT[k] for k in ("chosen", "rejected")}], r"row 0 .*: the prompt has no messages"),
-    "text completion": ([{**CHAT, "chosen": "b", "rejected": "c"}], r"row 0 .*: prompt is a list of messages but"),
-    "two types": ([{**CHAT, "rejected": "c"}], r"row 0 .*: chosen and rejected are of different types"),
-    "image": ([{**CHAT, "prompt": [say("user", [IMAGE])]}], r"row 0 .*: prompt holds content that is not text"),
+    "no common turn": (
+        [{k: CHAT[k] for k in ("chosen", "rejected")}],
+        r"row 0 .*: the prompt has no messages",
+    ),
+    "text completion": (
+        [{**CHAT, "chosen": "b", "rejected": "c"}],
+        r"row 0 .*: prompt is a list of messages but",
+    ),
+    "two types": (
+        [{**CHAT, "rejected": "c"}],
+        r"row 0 .*: chosen and rejected are of different types",
+    ),
+    "image": (
+        [{**CHAT, "prompt": [say("user", [IMAGE])]}],
+        r"row 0 .*: prompt holds content that is not text",
+    ),
     "images": ([{**PAIR, "images": []}], "has a column 'images': fasttr trains on text alone"),
-    "columns": ([{"prompt": "a", "better": "b"}], "has the columns 'prompt', 'better'; wanted 'chosen', 'rejected'"),
+    "columns": (
+        [{"prompt": "a", "better": "b"}],
+        "has the columns 'prompt', 'better'; wanted 'chosen', 'rejected'",
+    ),
     "label column": ([{"prompt": "a", "completion": "b"}], "a completion alone needs a 'label'"),
-    "label": ([{"prompt": "a", "completion": "b", "label": "yes"}], r"row 0 .*: label is 'yes'; wanted true or false"),
+    "label": (
+        [{"prompt": "a", "completion": "b", "label": "yes"}],
+        r"row 0 .*: label is 'yes'; wanted true or false",
+    ),
     "tools": ([{**CHAT, "tools": "[{"}], r"row 0 .*: tools is text that is not JSON"),
     "template": (
         [{**CHAT, "chat_template_kwargs": {"truncation": True}}],
         r"row 0 .*: chat_template_kwargs holds trunc",
     ),
-    "all dropped": ([{**PAIR, "chosen": "x", "rejected": "x"}], r"none of 1 rows can be trained on \(1: chosen is ide"),
+    "all dropped": (
+        [{**PAIR, "chosen": "x", "rejected": "x"}],
+        r"none of 1 rows can be trained on \(1: chosen is ide",
+    ),
 }
 
 
@@ -333,13 +397,18 @@ def test_a_wrong_row_is_one_line(load, case):
 
 
 def test_options_that_do_not_fit_the_data(load):
-    with pytest.raises(FasttrError, match="weight_column 'w' is not among the columns 'prompt', 'chosen', 'rejected'"):
+    with pytest.raises(
+        FasttrError,
+        match="weight_column 'w' is not among the columns 'prompt', 'chosen', 'rejected'",
+    ):
         load([PAIR], weight_column="w")
     with pytest.raises(FasttrError, match=r"row 0 .*: w is text; wanted a number"):
         load([{**PAIR, "w": "much"}], weight_column="w")
     with pytest.raises(FasttrError, match="hh_rlhf reads the columns 'chosen', 'rejected'"):
         load([{"prompt": "a", "completion": "b", "label": True}], dataset_format="hh_rlhf")
-    with pytest.raises(FasttrError, match=r"row 0 .*: chosen is a list of dict; dataset_format hh_rlhf wants"):
+    with pytest.raises(
+        FasttrError, match=r"row 0 .*: chosen is a list of dict; dataset_format hh_rlhf wants"
+    ):
         load([CHAT], dataset_format="hh_rlhf")
     half = [PAIR, {**PAIR, "chosen": "x", "rejected": "x"}]
     assert len(load(half, max_dropped_fraction=0.5)) == 1
@@ -355,7 +424,10 @@ def test_boundary_mismatches_can_be_fatal(tokenizer):
         trees = encode_rows(tokenizer, rows, DataConfig("rows", max_boundary_mismatch=1.0))
         assert trees.report.boundary_mismatches == 2
         assert r"boundary: in 2 (100.0%)" in str(trees.report)
-        with pytest.raises(FasttrError, match=r"in 2 of 2 rows the prompt's tokens .*above max_boundary_mismatch 0.5"):
+        with pytest.raises(
+            FasttrError,
+            match=r"in 2 of 2 rows the prompt's tokens .*above max_boundary_mismatch 0.5",
+        ):
             encode_rows(tokenizer, rows, DataConfig("rows", max_boundary_mismatch=0.5))
     finally:
         tokenizer.chat_template = template
@@ -392,7 +464,8 @@ FILE_ERRORS = {
     "array.json": (b"[\n" + GOOD.strip() + b",\n{]\n", "broken JSON at line 3"),
     "types.jsonl": (
         GOOD * 2 + b'{"prompt": ["a"], "chosen": "b", "rejected": "c"}\n',
-        "row 2 .*: prompt is a list with 'a'; wanted|'prompt' is text at line 1 and a list at line 3",
+        "row 2 .*: prompt is a list with 'a'; wanted|'prompt' is text at line 1 and a list at line "
+        "3",
     ),
     "scalar.jsonl": (b"3\n4\n", "line 1 is not a JSON object"),
     "bytes.jsonl": (GOOD + b'{"prompt": "\xff"}\n', "not UTF-8 text"),
@@ -426,10 +499,19 @@ def test_broken_gzip_is_one_line(load, tmp_path):
 
 def test_places_that_hold_no_data(load, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    for name in ("missing.jsonl", "./missing", "/missing/folder", "a/b/c", "https://example.org/a.jsonl"):
+    for name in (
+        "missing.jsonl",
+        "./missing",
+        "/missing/folder",
+        "a/b/c",
+        "https://example.org/a.jsonl",
+    ):
         with pytest.raises(FasttrError, match="does not exist: give a"):
             load(name)
-    with pytest.raises(FasttrError, match=r"'nobody/nothing' is no file or folder here, and as a data set of the hub"):
+    with pytest.raises(
+        FasttrError,
+        match=r"'nobody/nothing' is no file or folder here, and as a data set of the hub",
+    ):
         load("nobody/nothing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FasttrError, match="is an empty folder"):
@@ -456,7 +538,11 @@ def test_no_code_and_no_path_of_a_data_set_is_followed(load, tmp_path):
         with pytest.raises(FasttrError):
             load(folder)
     features = datasets.Features(
-        {"prompt": datasets.Value("string"), "chosen": datasets.Image(), "rejected": datasets.Value("string")}
+        {
+            "prompt": datasets.Value("string"),
+            "chosen": datasets.Image(),
+            "rejected": datasets.Value("string"),
+        }
     )
     row = {"prompt": ["a"], "chosen": [{"path": str(secret), "bytes": None}], "rejected": ["c"]}
     datasets.Dataset.from_dict(row, features=features).to_parquet(str(tmp_path / "image.parquet"))
@@ -473,7 +559,9 @@ def test_a_full_disk_is_one_line(load, monkeypatch):
         load([PAIR])
     monkeypatch.undo()
     monkeypatch.setattr("datasets.Dataset.map", full)
-    with pytest.raises(FasttrError, match=r"cannot be written to the cache .*No space left.*: free space"):
+    with pytest.raises(
+        FasttrError, match=r"cannot be written to the cache .*No space left.*: free space"
+    ):
         load([PAIR])
 
 
@@ -484,5 +572,7 @@ def test_a_tokenizer_without_eos(tokenizer):
 
 
 def test_a_column_of_the_format_is_no_weight(load):
-    with pytest.raises(FasttrError, match="weight_column 'chosen' is a column of the rows' own content"):
+    with pytest.raises(
+        FasttrError, match="weight_column 'chosen' is a column of the rows' own content"
+    ):
         load([PAIR, OTHER], weight_column="chosen")

@@ -36,17 +36,41 @@ def file(folder: Path, name: str, **more) -> dict:
 CASES = {
     "concatenated in order": lambda f: [file(f, "c"), file(f, "a"), file(f, "b")],
     "a part twice": lambda f: [file(f, "a"), file(f, "a")],
-    "columns select": lambda f: [file(f, "weighted", columns=["prompt", "chosen", "rejected"]), file(f, "a")],
+    "columns select": lambda f: [
+        file(f, "weighted", columns=["prompt", "chosen", "rejected"]),
+        file(f, "a"),
+    ],
     "columns that one part lacks are null": lambda f: [file(f, "weighted"), file(f, "a")],
-    "fractions normalised": lambda f: [file(f, "a", fraction=2), file(f, "b", fraction=2), file(f, "c", fraction=4)],
-    "fractions, the scarcest part caps": lambda f: [file(f, "a", fraction=0.1), file(f, "b", fraction=0.9)],
+    "fractions normalised": lambda f: [
+        file(f, "a", fraction=2),
+        file(f, "b", fraction=2),
+        file(f, "c", fraction=4),
+    ],
+    "fractions, the scarcest part caps": lambda f: [
+        file(f, "a", fraction=0.1),
+        file(f, "b", fraction=0.9),
+    ],
     "a fraction of 0": lambda f: [file(f, "a", fraction=0), file(f, "b", fraction=0.3)],
-    "rounding": lambda f: [file(f, "a", fraction=1 / 3), file(f, "b", fraction=1 / 7), file(f, "c", fraction=0.5)],
-    "a split": lambda f: [{"path": str(f / "splits"), "data_dir": "inner", "split": "test"}, file(f, "a")],
-    "a slice": lambda f: [{"path": str(f / "splits"), "split": "train[2:5]"}, file(f, "a", split="train[:50%]")],
+    "rounding": lambda f: [
+        file(f, "a", fraction=1 / 3),
+        file(f, "b", fraction=1 / 7),
+        file(f, "c", fraction=0.5),
+    ],
+    "a split": lambda f: [
+        {"path": str(f / "splits"), "data_dir": "inner", "split": "test"},
+        file(f, "a"),
+    ],
+    "a slice": lambda f: [
+        {"path": str(f / "splits"), "split": "train[2:5]"},
+        file(f, "a", split="train[:50%]"),
+    ],
     "files of a folder": lambda f: [{"path": str(f), "data_files": ["b.jsonl", "a.jsonl"]}],
     "files under splits": lambda f: [
-        {"path": "json", "data_files": {"x": str(f / "a.jsonl"), "y": str(f / "b.jsonl")}, "split": "y"}
+        {
+            "path": "json",
+            "data_files": {"x": str(f / "a.jsonl"), "y": str(f / "b.jsonl")},
+            "split": "y",
+        }
     ],
     "a pattern": lambda f: [{"path": "json", "data_files": str(f / "[ab].jsonl")}],
 }
@@ -66,9 +90,13 @@ def test_the_rows_are_trls(folder, case):
 @pytest.mark.parametrize("size", [0.25, 5])
 def test_a_test_split_has_trls_size_and_no_row_of_the_other(folder, size):
     parts = [file(folder, "a"), file(folder, "c")]
-    theirs = get_dataset(DatasetMixtureConfig(datasets=[dict(p) for p in parts], test_split_size=size))
+    theirs = get_dataset(
+        DatasetMixtureConfig(datasets=[dict(p) for p in parts], test_split_size=size)
+    )
     ours = read_mixture(parse_parts(parts), test_split_size=size, seed=3)
-    assert {name: len(rows) for name, rows in ours.items()} == {name: len(rows) for name, rows in theirs.items()}
+    assert {name: len(rows) for name, rows in ours.items()} == {
+        name: len(rows) for name, rows in theirs.items()
+    }
     rows = [row["rejected"] for row in read_mixture(parse_parts(parts))["train"]]
     assert sorted([*ours["train"]["rejected"], *ours["test"]["rejected"]]) == sorted(rows)
 
@@ -77,20 +105,35 @@ def test_two_processes_draw_the_same_test_rows(folder):
     parts = [file(folder, "c")]
     code = (
         "import json, sys; from fasttr.data.mixture import *; "
-        "print(json.dumps(read_mixture(parse_parts(json.loads(sys.argv[1])), test_split_size=0.5, seed=7)"
+        "print(json.dumps(read_mixture(parse_parts(json.loads(sys.argv[1])), test_split_size=0.5, "
+        "seed=7)"
         "['test']['rejected'][:]))"
     )
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(parts)], capture_output=True, text=True, check=False,
-                          cwd=Path(__file__).parents[2])  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(parts)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
     assert done.returncode == 0, done.stderr
     here = read_mixture(parse_parts(parts), test_split_size=0.5, seed=7)["test"]["rejected"][:]
     assert json.loads(done.stdout) == here
-    assert read_mixture(parse_parts(parts), test_split_size=0.5, seed=8)["test"]["rejected"][:] != here
+    assert (
+        read_mixture(parse_parts(parts), test_split_size=0.5, seed=8)["test"]["rejected"][:] != here
+    )
 
 
 def test_nothing_is_oversampled():
-    for lengths, fractions in (([7, 5, 12], [1, 2, 3]), ([1, 1000], [0.999, 0.001]), ([3, 3], [0, 1])):
-        assert all(kept <= length for kept, length in zip(kept_rows(lengths, fractions), lengths, strict=True))
+    for lengths, fractions in (
+        ([7, 5, 12], [1, 2, 3]),
+        ([1, 1000], [0.999, 0.001]),
+        ([3, 3], [0, 1]),
+    ):
+        assert all(
+            kept <= length
+            for kept, length in zip(kept_rows(lengths, fractions), lengths, strict=True)
+        )
     assert kept_rows([7, 5, 12], [2, 2, 4]) == [5, 5, 10]
 
 
@@ -138,10 +181,19 @@ def test_parts_that_cannot_be_read_or_joined_are_one_line(folder, tmp_path):
     assert "wanted JSON" in error({"path": "text", "data_files": str(folder / "a.jsonl")})
 
 
-def test_a_run_trains_on_a_mixture_and_evaluates_on_its_test_split(workspace, folder, tmp_path, capsys):
+def test_a_run_trains_on_a_mixture_and_evaluates_on_its_test_split(
+    workspace, folder, tmp_path, capsys
+):
     parts = [{"path": str(folder / "a.jsonl")}, file(folder, "c")]
-    run(workspace, tmp_path, dataset_name="ignored", datasets=parts, test_split_size=4, eval_strategy="steps",
-        eval_steps=3)  # fmt: skip
+    run(
+        workspace,
+        tmp_path,
+        dataset_name="ignored",
+        datasets=parts,
+        test_split_size=4,
+        eval_strategy="steps",
+        eval_steps=3,
+    )
     said = capsys.readouterr().out
     assert "read 15 rows of datasets (train), kept 15" in said
     assert "read 4 rows of datasets (test), kept 4" in said
@@ -150,8 +202,10 @@ def test_a_run_trains_on_a_mixture_and_evaluates_on_its_test_split(workspace, fo
 
 def test_trls_yaml_of_a_mixture_is_read(tmp_path):
     (tmp_path / "run.yaml").write_text(
-        "model_name_or_path: m\ndatasets:\n  - path: a\n    split: train\n    fraction: 0.3\n  - path: b\n"
-        "    columns: [prompt, chosen, rejected]\n    fraction: 0.7\ntest_split_size: 0.1\neval_strategy: steps\n"
+        "model_name_or_path: m\ndatasets:\n  - path: a\n    split: train\n    fraction: 0.3\n  - "
+        "path: b\n"
+        "    columns: [prompt, chosen, rejected]\n    fraction: 0.7\ntest_split_size: "
+        "0.1\neval_strategy: steps\n"
     )
     config = parse_train(["--config", str(tmp_path / "run.yaml")])
     assert [part["path"] for part in config.datasets] == ["a", "b"]

@@ -39,12 +39,17 @@ TEMPLATES = {
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}",
     "strips": "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] | trim }}"
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}",
-    "adds_a_system_turn": "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant."
+    "adds_a_system_turn": "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a "
+    "helpful assistant."
     "<|im_end|>\n{% endif %}{% for m in messages %}" + TURN + "{% endfor %}" + HEADER,
     "no_header_no_end": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}",
-    "tools_and_kwargs": "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}" + TURN + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think> </think>{% endif %}{% endif %}",
+    "tools_and_kwargs": "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% "
+    "endif %}"
+    "{% for m in messages %}"
+    + TURN
+    + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think> </think>{% endif %}{% "
+    "endif %}",
 }
 
 
@@ -61,7 +66,9 @@ def make_tokenizer(texts=TEXTS, *, vocab_size=400, adds_bos=False, template="end
     )
     backend.train_from_iterator(texts, trainer)
     if adds_bos:
-        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token="<s>",
@@ -74,11 +81,16 @@ def make_tokenizer(texts=TEXTS, *, vocab_size=400, adds_bos=False, template="end
 
 
 def trl_pairs(tokenizer, rows, max_length):
-    """TRL's own (prompt ids, chosen ids, rejected ids): its preparation of the data set, then its collator's cut."""
+    """TRL's own (prompt ids, chosen ids, rejected ids): its preparation of the data set, then its
+    collator's cut."""
     from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
-    args = SimpleNamespace(dataset_num_proc=None, max_length=max_length, truncation_mode="keep_start")
-    prepared = DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), rows, tokenizer, args, "train")
+    args = SimpleNamespace(
+        dataset_num_proc=None, max_length=max_length, truncation_mode="keep_start"
+    )
+    prepared = DPOTrainer._prepare_dataset(
+        SimpleNamespace(_tokenizer=tokenizer), rows, tokenizer, args, "train"
+    )
     collate = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id, max_length=max_length)
     result = []
     for row in prepared:
@@ -95,7 +107,9 @@ def trl_pairs(tokenizer, rows, max_length):
 
 def our_rows(tokenizer, rows, max_length, **options):
     trees = encode_rows(tokenizer, rows, DataConfig("rows", max_length=max_length, **options))
-    return [(tree.prompt_ids.tolist(), *(ids.tolist() for ids in tree.completions)) for tree in trees], trees
+    return [
+        (tree.prompt_ids.tolist(), *(ids.tolist() for ids in tree.completions)) for tree in trees
+    ], trees
 
 
 def assert_equal_to_trl(tokenizer, rows, max_length=None, *, mismatches=None):
@@ -120,7 +134,9 @@ def _no_bars():
 def shared_rows(file, tmp_path, count):
     if not (SHARED / file).is_file():
         pytest.skip("the shared data is not here")
-    rows = datasets.load_dataset("json", data_files=str(SHARED / file), split="train", cache_dir=str(tmp_path))
+    rows = datasets.load_dataset(
+        "json", data_files=str(SHARED / file), split="train", cache_dir=str(tmp_path)
+    )
     return rows.select(range(min(count, len(rows))))
 
 
@@ -201,10 +217,13 @@ def test_a_tokenizer_in_python_that_ends_every_text_equals_trl():
     tokenizer = ByT5Tokenizer()
     assert not tokenizer.is_fast
     rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in TEXT_ROWS.values()]
-    # The EOS added to a prompt parts from the whole text, except where the text itself goes on with one.
+    # The EOS added to a prompt parts from the whole text, except where the text itself goes on with
+    # one.
     assert_equal_to_trl(tokenizer, rows, mismatches=len(rows) - 1)
     tokenizer.chat_template = TEMPLATES["ends_with_a_header"]
-    assert_equal_to_trl(tokenizer, [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in CONVERSATIONS])
+    assert_equal_to_trl(
+        tokenizer, [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in CONVERSATIONS]
+    )
     assert tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(ByT5Tokenizer())
 
 
@@ -229,9 +248,21 @@ def say(role, content, **extra):
 CONVERSATIONS = [
     ([say("user", "The sky?")], [say("assistant", "blue")], [say("assistant", "black")]),
     ([say("user", " The sky? ")], [say("assistant", " blue ")], [say("assistant", "blue")]),
-    ([say("system", "Zürich"), say("user", "👩‍")], [say("assistant", "👩‍👧")], [say("assistant", "👍🏽")]),
-    ([say("user", "a"), say("assistant", "b"), say("user", "c")], [say("assistant", "d")], [say("assistant", "</s>")]),
-    ([say("user", "a"), say("assistant", "begun: ")], [say("assistant", "d")], [say("assistant", "e")]),
+    (
+        [say("system", "Zürich"), say("user", "👩‍")],
+        [say("assistant", "👩‍👧")],
+        [say("assistant", "👍🏽")],
+    ),
+    (
+        [say("user", "a"), say("assistant", "b"), say("user", "c")],
+        [say("assistant", "d")],
+        [say("assistant", "</s>")],
+    ),
+    (
+        [say("user", "a"), say("assistant", "begun: ")],
+        [say("assistant", "d")],
+        [say("assistant", "e")],
+    ),
     (
         [say("user", "a")],
         [say("assistant", "b"), say("user", "more"), say("assistant", "c")],
@@ -248,24 +279,38 @@ def test_hard_conversations_equal_trl(template, adds_bos):
     rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in CONVERSATIONS]
     assert_equal_to_trl(tokenizer, rows)
     assert_equal_to_trl(tokenizer, rows, 30)
-    assert_equal_to_trl(tokenizer, [{"chosen": p + c, "rejected": p + r} for p, c, r in CONVERSATIONS])
+    assert_equal_to_trl(
+        tokenizer, [{"chosen": p + c, "rejected": p + r} for p, c, r in CONVERSATIONS]
+    )
 
 
 TOOL = {"type": "function", "function": {"name": "sky", "description": "colour of the sky"}}
 
 
-@pytest.mark.parametrize("tools", [[TOOL], '[{"name": "sky"}]', "[]"], ids=["list", "json", "empty"])
+@pytest.mark.parametrize(
+    "tools", [[TOOL], '[{"name": "sky"}]', "[]"], ids=["list", "json", "empty"]
+)
 def test_tools_and_template_kwargs_equal_trl(tools):
     prompt, chosen, rejected = CONVERSATIONS[0]
     rows = [
-        {"prompt": prompt, "chosen": chosen, "rejected": rejected, "tools": tools, "chat_template_kwargs": kwargs}
+        {
+            "prompt": prompt,
+            "chosen": chosen,
+            "rejected": rejected,
+            "tools": tools,
+            "chat_template_kwargs": kwargs,
+        }
         for kwargs in ({"enable_thinking": False}, {"enable_thinking": True})
     ]
     tokenizer = make_tokenizer(template="tools_and_kwargs")
     trees = assert_equal_to_trl(tokenizer, rows)
     assert ("sky" in tokenizer.decode(trees[0].prompt_ids).split("The sky?")[0]) == (tools != "[]")
-    assert trees.report.boundary_mismatches == 1  # of the row without thinking, whose header the turns do not repeat
-    assert_equal_to_trl(tokenizer, [{key: row[key] for key in row if key != "chat_template_kwargs"} for row in rows])
+    assert (
+        trees.report.boundary_mismatches == 1
+    )  # of the row without thinking, whose header the turns do not repeat
+    assert_equal_to_trl(
+        tokenizer, [{key: row[key] for key in row if key != "chat_template_kwargs"} for row in rows]
+    )
 
 
 @pytest.mark.parametrize("kind", ["text", "messages"])
@@ -282,7 +327,9 @@ def test_unpaired_rows_equal_trl(kind):
     trainer = SimpleNamespace(_tokenizer=tokenizer, calculate_KL=False)
     wanted = KTOTrainer._prepare_dataset(trainer, rows, tokenizer, args, "eval")
     ours, trees = our_rows(tokenizer, rows, 16)
-    assert ours == [(row["prompt_ids"], row["completion_ids"][: 16 - len(row["prompt_ids"])]) for row in wanted]
+    assert ours == [
+        (row["prompt_ids"], row["completion_ids"][: 16 - len(row["prompt_ids"])]) for row in wanted
+    ]
     assert trees.labels.tolist() == wanted["label"]
     assert 0 < len(trees) <= len(rows)
 
@@ -292,7 +339,9 @@ def test_rendering_then_tokenising_equals_the_templates_own_ids(template):
     tokenizer = make_tokenizer(adds_bos=True, template=template)
     for prompt, chosen, _ in CONVERSATIONS:
         (row,) = encode(tokenizer, [Example(0, prompt, (chosen,))])
-        wanted = tokenizer.apply_chat_template(prompt + chosen, tokenize=True, return_dict=True)["input_ids"]
+        wanted = tokenizer.apply_chat_template(prompt + chosen, tokenize=True, return_dict=True)[
+            "input_ids"
+        ]
         assert [*row.prompt_ids.tolist(), *row.completions[0].tolist()] == wanted
 
 
@@ -321,7 +370,9 @@ def test_one_call_and_many_calls_give_the_same_ids(monkeypatch):
 
 
 def test_the_boundary_is_the_smaller_of_both_sides():
-    prompt, chosen, rejected = (np.array(ids, dtype=np.int32) for ids in ([1, 2, 3], [1, 2, 3, 4], [1, 9]))
+    prompt, chosen, rejected = (
+        np.array(ids, dtype=np.int32) for ids in ([1, 2, 3], [1, 2, 3, 4], [1, 9])
+    )
     row = split_at_boundary(prompt, [chosen, rejected])
     assert row.prompt_ids.tolist() == [1]
     assert [ids.tolist() for ids in row.completions] == [[2, 3, 4], [9]]
@@ -334,10 +385,14 @@ def test_refusals_are_one_line():
     tokenizer = make_tokenizer()
     chat = Example(7, [say("user", "a")], ([say("assistant", "b")],))
     tokenizer.chat_template = "{{ raise_exception('roles must\nalternate') }}"
-    with pytest.raises(FasttrError, match=r"^row 7 .*: the chat template of .* refuses .*roles must alternate$"):
+    with pytest.raises(
+        FasttrError, match=r"^row 7 .*: the chat template of .* refuses .*roles must alternate$"
+    ):
         encode(tokenizer, [chat])
     tokenizer.chat_template = None
-    with pytest.raises(FasttrError, match="has no chat template: use an instruction-tuned model's tokenizer"):
+    with pytest.raises(
+        FasttrError, match="has no chat template: use an instruction-tuned model's tokenizer"
+    ):
         encode(tokenizer, [chat])
     with pytest.raises(FasttrError, match=r"row 7 .*: chat_template_kwargs holds truncation"):
         encode(make_tokenizer(), [chat._replace(template_kwargs={"truncation": True})])
@@ -349,7 +404,9 @@ def test_refusals_are_one_line():
 def test_the_fingerprint_of_a_tokenizer_follows_what_decides_ids():
     tokenizer = make_tokenizer()
     before = tokenizer_fingerprint(tokenizer)
-    tokenizer(["a", "a b c"], padding=True, truncation=True, max_length=2)  # leaves its mark on the backend
+    tokenizer(
+        ["a", "a b c"], padding=True, truncation=True, max_length=2
+    )  # leaves its mark on the backend
     assert tokenizer_fingerprint(tokenizer) == before
     assert tokenizer_fingerprint(make_tokenizer()) == before
     assert tokenizer_fingerprint(make_tokenizer(adds_bos=True)) != before

@@ -1,4 +1,5 @@
-"""A model folder from a stranger: pickled weights are not read, its code is not run, and broken files are one line."""
+"""A model folder from a stranger: pickled weights are not read, its code is not run, and broken
+files are one line."""
 
 import json
 import shutil
@@ -42,22 +43,32 @@ def test_code_beside_the_weights_is_not_run_nor_asked_about(folder, tmp_path, mo
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     marks = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
     (folder / "own.py").write_text(marks + "class C: pass\nclass M: pass\nclass T: pass\n")
-    change(folder / "config.json", auto_map={"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"})
+    change(
+        folder / "config.json", auto_map={"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}
+    )
     load_model(str(folder), device=CPU)
-    change(folder / "tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.T", "own.T"]})
+    change(
+        folder / "tokenizer_config.json",
+        tokenizer_class="Own",
+        auto_map={"AutoTokenizer": ["own.T", "own.T"]},
+    )
     assert "is not run" in refused(load_tokenizer, str(folder))
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe" * 40, b"[]"], ids=["empty", "torn", "bytes", "list"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\xfe" * 40, b"[]"], ids=["empty", "torn", "bytes", "list"]
+)
 def test_a_broken_model_file_is_one_line(folder, name, content):
     (folder / name).write_bytes(content)
     assert "model_name_or_path" in refused(load_model, str(folder), device=CPU)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe" * 40, b"[]"], ids=["empty", "torn", "bytes", "list"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\xfe" * 40, b"[]"], ids=["empty", "torn", "bytes", "list"]
+)
 def test_a_broken_tokenizer_file_is_one_line(folder, name, content):
     (folder / name).write_bytes(content)
     assert "model_name_or_path" in refused(load_tokenizer, str(folder))
@@ -72,4 +83,6 @@ def test_weights_that_are_missing_are_not_drawn_at_random(folder):
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    assert "lacks 1 weights (model.norm.weight first)" in refused(load_model, str(folder), device=CPU)
+    assert "lacks 1 weights (model.norm.weight first)" in refused(
+        load_model, str(folder), device=CPU
+    )

@@ -13,12 +13,17 @@ ROOT = Path(__file__).parents[2]
 
 def example(page: str, holding: str) -> str:
     """The Python block of a page that holds some text."""
-    (block,) = [b for b in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL) if holding in b]
+    (block,) = [
+        b
+        for b in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+        if holding in b
+    ]
     return block
 
 
 def pairs_in_a_model():
-    """What both examples assume is there: one row of pairs in a model that needs no packing (one pair a call)."""
+    """What both examples assume is there: one row of pairs in a model that needs no packing (one
+    pair a call)."""
     (tree,) = random_trees([(5, 4, 4)])
     policy, reference = tiny_model("llama", seed=0), tiny_model("llama", seed=0)
     perturb(reference, 0.05)
@@ -29,18 +34,26 @@ def test_the_dpo_step_with_the_ops_alone_equals_a_plain_one():
     tree, model, reference = pairs_in_a_model()
     with torch.no_grad():
         ref_logp = alone_logps(reference, [tree])
-    ids = [torch.cat([torch.from_numpy(tree.prompt_ids), torch.from_numpy(c)]).long() for c in tree.completions]
+    ids = [
+        torch.cat([torch.from_numpy(tree.prompt_ids), torch.from_numpy(c)]).long()
+        for c in tree.completions
+    ]
     rows = torch.arange(4, 8)
     names = {
-        "model": model, "input_ids": torch.stack(ids), "ref_logp": ref_logp,
+        "model": model,
+        "input_ids": torch.stack(ids),
+        "ref_logp": ref_logp,
         "scored": (torch.tensor([0] * 4 + [1] * 4), torch.cat([rows, rows])),
-        "target": torch.cat([i[5:] for i in ids]), "cu_completions": torch.tensor([0, 4, 8]),
-    }  # fmt: skip
+        "target": torch.cat([i[5:] for i in ids]),
+        "cu_completions": torch.tensor([0, 4, 8]),
+    }
     exec(example("kernels/README.md", "def dpo"), names)
     got = gradients(model)
     model.zero_grad()
     logp = alone_logps(model, [tree])
-    plain = -torch.nn.functional.logsigmoid(0.1 * ((logp[0] - logp[1]) - (ref_logp[0] - ref_logp[1])))
+    plain = -torch.nn.functional.logsigmoid(
+        0.1 * ((logp[0] - logp[1]) - (ref_logp[0] - ref_logp[1]))
+    )
     plain.backward()
     assert abs(float(names["out"].loss.detach() - plain.detach())) < 1e-6
     for name, want in gradients(model).items():
@@ -53,11 +66,17 @@ def test_the_first_page_s_op_example_runs_and_moves_the_reference():
     before = [p.detach().clone() for p in reference.parameters()]
     hidden = torch.randn(len(batch.target), 32, requires_grad=True)
     names = {
-        "hidden": hidden, "lm_head": policy.lm_head, "target": batch.target, "cu_completions": batch.cu_completions,
-        "cu_groups": batch.cu_groups, "tokens": batch.token_counts, "pairs": 1,
+        "hidden": hidden,
+        "lm_head": policy.lm_head,
+        "target": batch.target,
+        "cu_completions": batch.cu_completions,
+        "cu_groups": batch.cu_groups,
+        "tokens": batch.token_counts,
+        "pairs": 1,
         "ref_logp": torch.tensor([-20.0, -21.0]),
-        "reference": reference, "policy": policy,
-    }  # fmt: skip
+        "reference": reference,
+        "policy": policy,
+    }
     exec(example("README.md", "multi_tensor_lerp_"), names)
     assert hidden.grad.abs().max() > 0
     for old, new, target in zip(before, reference.parameters(), policy.parameters(), strict=True):

@@ -23,6 +23,12 @@ def test_every_loss_has_an_equation_and_a_source():
 
 
 def test_every_format_is_one_that_the_reader_knows():
-    assert {row.split("|")[3].split(":")[0].strip() for row in formats_table().splitlines()[2:]} == {
-        "paired", "unpaired", "hh_rlhf", "paired_ids", "unpaired_ids",
-    }  # fmt: skip
+    assert {
+        row.split("|")[3].split(":")[0].strip() for row in formats_table().splitlines()[2:]
+    } == {
+        "paired",
+        "unpaired",
+        "hh_rlhf",
+        "paired_ids",
+        "unpaired_ids",
+    }

@@ -1,4 +1,5 @@
-"""What the kernel tests share: the rule for errors, the two kinds of row functions, and a head to try them on."""
+"""What the kernel tests share: the rule for errors, the two kinds of row functions, and a head to
+try them on."""
 
 from __future__ import annotations
 
@@ -24,22 +25,35 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 def bare(*command: str) -> subprocess.CompletedProcess:
     """Another process with this package on its path and nothing else of the project."""
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
-    return subprocess.run([sys.executable, *command], env={**env, "PYTHONPATH": str(KERNELS)}, cwd=KERNELS.anchor,
-                          capture_output=True, text=True)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, *command],
+        env={**env, "PYTHONPATH": str(KERNELS)},
+        cwd=KERNELS.anchor,
+        capture_output=True,
+        text=True,
+    )
 
 
-def assert_as_good_as_torch(name: str, got: Tensor, plain: Tensor, truth: Tensor, result_dtype: torch.dtype) -> None:
-    """err(got) <= 2 err(plain torch in the same dtype) + a few ulp of the largest entry, against fp64."""
+def assert_as_good_as_torch(
+    name: str, got: Tensor, plain: Tensor, truth: Tensor, result_dtype: torch.dtype
+) -> None:
+    """err(got) <= 2 err(plain torch in the same dtype) + a few ulp of the largest entry, against
+    fp64."""
     assert got.shape == truth.shape, (name, got.shape, truth.shape)
     assert got.isfinite().all(), name
-    ours, theirs = ((x.double() - truth).abs().max().item() if x.numel() else 0.0 for x in (got, plain))
+    ours, theirs = (
+        (x.double() - truth).abs().max().item() if x.numel() else 0.0 for x in (got, plain)
+    )
     largest = truth.abs().max().item() if truth.numel() else 0.0
     floor = FLOOR_ULP * torch.finfo(result_dtype).eps * largest
-    assert ours <= 2 * theirs + floor, f"{name}: error {ours:.3e}, plain torch {theirs:.3e}, floor {floor:.3e}"
+    assert ours <= 2 * theirs + floor, (
+        f"{name}: error {ours:.3e}, plain torch {theirs:.3e}, floor {floor:.3e}"
+    )
 
 
 def dpo(logp: Tensor, ref_logp: Tensor | None, groups: slice, beta: float = 0.1) -> Tensor:
-    """DPO of pairs: the sum over groups of -log sigmoid(beta (log-ratio of chosen - log-ratio of rejected))."""
+    """DPO of pairs: the sum over groups of -log sigmoid(beta (log-ratio of chosen - log-ratio of
+    rejected))."""
     ratio = logp if ref_logp is None else logp - ref_logp
     return -F.logsigmoid(beta * (ratio[0::2] - ratio[1::2])).sum()
 
@@ -48,8 +62,12 @@ def coupled(size: int) -> Callable[[Tensor, Tensor | None, slice], Tensor]:
     """A loss that couples all `size` completions of a group, not symmetric in them."""
 
     def loss_fn(logp: Tensor, ref_logp: Tensor | None, groups: slice) -> Tensor:
-        scores = (logp if ref_logp is None else logp - ref_logp).view(groups.stop - groups.start, size)
-        return (0.2 * scores).logsumexp(1).square().sum() + 0.1 * (scores[:, 0] * scores[:, -1]).sum()
+        scores = (logp if ref_logp is None else logp - ref_logp).view(
+            groups.stop - groups.start, size
+        )
+        return (0.2 * scores).logsumexp(1).square().sum() + 0.1 * (
+            scores[:, 0] * scores[:, -1]
+        ).sum()
 
     return loss_fn
 
@@ -110,7 +128,9 @@ class Problem:
 
     def plain(self, **kw: Any) -> tuple[PreferenceLoss, tuple[Tensor, ...]]:
         """Plain torch in the dtype of the problem, with its gradients."""
-        out = self.loss(None, linear_preference_loss_ref, **{"ref_logp": self.ref_logp.to(self.dtype), **kw})
+        out = self.loss(
+            None, linear_preference_loss_ref, **{"ref_logp": self.ref_logp.to(self.dtype), **kw}
+        )
         return out, torch.autograd.grad(out.loss, self.leaves())
 
     def ours(self, **kw: Any) -> tuple[PreferenceLoss, tuple[Tensor, ...]]:

@@ -1,4 +1,5 @@
-"""Row functions as a parameter of tests: torch's, and Triton's (interpreted where there is no GPU)."""
+"""Row functions as a parameter of tests: torch's, and Triton's (interpreted where there is no
+GPU)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""multi_tensor_lerp_: exact ends, one rounding, split storage equal to fp32 storage, kernel equal to the torch path."""
+"""multi_tensor_lerp_: exact ends, one rounding, split storage equal to fp32 storage, kernel equal
+to the torch path."""
 
 from __future__ import annotations
 
@@ -29,31 +30,47 @@ def clone(xs: list[Tensor]) -> list[Tensor]:
     return [x.clone() for x in xs]
 
 
-def kernel(refs: list[Tensor], pols: list[Tensor], alpha: float, rems: list[Tensor] | None = None, stochastic=False,
-           seed: int = 0) -> None:  # fmt: skip
+def kernel(
+    refs: list[Tensor],
+    pols: list[Tensor],
+    alpha: float,
+    rems: list[Tensor] | None = None,
+    stochastic=False,
+    seed: int = 0,
+) -> None:
     """The Triton launch itself, interpreted where there is no GPU."""
     from fasttr_kernels.lerp_triton import launch
 
     rems_or_none = rems or [None] * len(refs)
-    items = [Item(r.view(-1), p.view(-1), None if m is None else m.view(-1))
-             for r, p, m in zip(refs, pols, rems_or_none, strict=True)]  # fmt: skip
+    items = [
+        Item(r.view(-1), p.view(-1), None if m is None else m.view(-1))
+        for r, p, m in zip(refs, pols, rems_or_none, strict=True)
+    ]
     launch(items, alpha, stochastic, seed)
 
 
 def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
     ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return all(torch.equal(x.view(ints[x.itemsize]), y.view(ints[y.itemsize])) for x, y in zip(a, b, strict=True))
+    return all(
+        torch.equal(x.view(ints[x.itemsize]), y.view(ints[y.itemsize]))
+        for x, y in zip(a, b, strict=True)
+    )
 
 
 @pytest.mark.parametrize(("ref", "pol"), PAIRS, ids=str)
 @pytest.mark.parametrize("alpha", ALPHAS)
-def test_one_rounding_of_the_exact_average(ref: torch.dtype, pol: torch.dtype, alpha: float) -> None:
+def test_one_rounding_of_the_exact_average(
+    ref: torch.dtype, pol: torch.dtype, alpha: float
+) -> None:
     refs, pols = tensors(ref, 1), tensors(pol, 2)
-    exact = [r.double() + alpha * (p.double() - r.double()) for r, p in zip(refs, pols, strict=True)]
+    exact = [
+        r.double() + alpha * (p.double() - r.double()) for r, p in zip(refs, pols, strict=True)
+    ]
     multi_tensor_lerp_(refs, pols, alpha)
     for got, want in zip(refs, exact, strict=True):
         wide = FP64 if FP64 in (ref, pol) else FP32
-        # Half an ulp of the result for its one rounding, and the roundings of fp32 (fp64) on the way.
+        # Half an ulp of the result for its one rounding, and the roundings of fp32 (fp64) on the
+        # way.
         bound = want.abs() * torch.finfo(ref).eps / 2 + 4 * torch.finfo(wide).eps * (want.abs() + 8)
         assert ((got.double() - want).abs() <= bound).all()
         assert got.dtype == ref
@@ -103,13 +120,19 @@ def test_split_reference_is_bitwise_the_fp32_lerp(path: str, policy: torch.dtype
         assert same_bits([join_halves(h, m) for h, m in zip(high, low, strict=True)], whole)
     assert all(m.abs().max() > 0 for m in low if m.numel() > 1), "the low halves are used"
     for h, w in zip(high, whole, strict=True):
-        assert ((h.double() - w.double()).abs() <= w.abs().double() * 2**-8).all(), "the model sees the rounded average"
+        assert ((h.double() - w.double()).abs() <= w.abs().double() * 2**-8).all(), (
+            "the model sees the rounded average"
+        )
 
 
 def test_halves_are_exact_for_every_kind_of_number() -> None:
-    bits = torch.randint(-(2**31), 2**31, (100_000,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    bits = torch.randint(
+        -(2**31), 2**31, (100_000,), generator=torch.Generator().manual_seed(0)
+    ).to(torch.int32)
     value = bits.view(FP32)
-    value = torch.cat([value[~value.isnan()], torch.tensor([0.0, -0.0, 1e-45, 3.4e38, -3.4e38, 1.0039062])])
+    value = torch.cat(
+        [value[~value.isnan()], torch.tensor([0.0, -0.0, 1e-45, 3.4e38, -3.4e38, 1.0039062])]
+    )
     assert same_bits([join_halves(*split_halves(value))], [value])
 
 
@@ -136,7 +159,10 @@ def test_stochastic_rounding_is_unbiased_and_repeats_by_seed(path: str) -> None:
     n = 1 << 16
 
     def run(seed: int) -> Tensor:
-        refs, pols = [torch.ones(n, device=DEVICE, dtype=BF16)], [torch.full((n,), 1.001, device=DEVICE)]
+        refs, pols = (
+            [torch.ones(n, device=DEVICE, dtype=BF16)],
+            [torch.full((n,), 1.001, device=DEVICE)],
+        )
         if path == "public":
             multi_tensor_lerp_(refs, pols, 0.5, rounding="stochastic", seed=seed)
         else:
@@ -167,7 +193,9 @@ def test_stochastic_rounding_leaves_what_bf16_holds_and_what_is_not_finite() -> 
 def test_unseeded_stochastic_rounding_follows_torchs_generator() -> None:
     def run() -> Tensor:
         refs = [torch.ones(4096, device=DEVICE, dtype=BF16)]
-        multi_tensor_lerp_(refs, [torch.full((4096,), 1.004, device=DEVICE)], 0.5, rounding="stochastic")
+        multi_tensor_lerp_(
+            refs, [torch.full((4096,), 1.004, device=DEVICE)], 0.5, rounding="stochastic"
+        )
         return refs[0]
 
     torch.manual_seed(5)
@@ -180,9 +208,12 @@ def test_unseeded_stochastic_rounding_follows_torchs_generator() -> None:
 def test_parameters_generators_and_a_backward_in_between() -> None:
     model, reference = nn.Linear(3, 3, device=DEVICE), nn.Linear(3, 3, device=DEVICE)
     want = [
-        lerp_ref(r.detach(), p.detach(), 0.25) for r, p in zip(reference.parameters(), model.parameters(), strict=True)
+        lerp_ref(r.detach(), p.detach(), 0.25)
+        for r, p in zip(reference.parameters(), model.parameters(), strict=True)
     ]
-    loss = (model(torch.ones(2, 3, device=DEVICE)) * reference(torch.ones(2, 3, device=DEVICE))).sum()
+    loss = (
+        model(torch.ones(2, 3, device=DEVICE)) * reference(torch.ones(2, 3, device=DEVICE))
+    ).sum()
     multi_tensor_lerp_(reference.parameters(), model.parameters(), 0.25)
     loss.backward()
     for r, w in zip(reference.parameters(), want, strict=True):
@@ -243,7 +274,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from fasttr_kernels import multi_tensor_lerp_
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 mesh = init_device_mesh("cpu", (1,))
-ref, pol = (torch.nn.Parameter(distribute_tensor(x, mesh, [Shard(0)])) for x in (torch.zeros(4, 3), torch.ones(4, 3)))
+whole = (torch.zeros(4, 3), torch.ones(4, 3))
+ref, pol = (torch.nn.Parameter(distribute_tensor(x, mesh, [Shard(0)])) for x in whole)
 multi_tensor_lerp_([ref], [pol], 0.25)
 print((ref.to_local() == 0.25).all().item())
 dist.destroy_process_group()
@@ -279,14 +311,25 @@ WRONG = {
     "half precision": (([ONE.half()], [ONE], 0.5), {}, "bfloat16"),
     "integers": (([ONE], [ONE.long()], 0.5), {}, "bfloat16"),
     "unknown rounding": (([ONE], [ONE], 0.5), {"rounding": "up"}, "nearest"),
-    "stochastic and split": (([ONE.bfloat16()], [ONE], 0.5),
-                             {"rounding": "stochastic", "remainders": [ONE.short()]}, "one of the two"),
-    "remainder of an fp32 reference": (([ONE], [ONE], 0.5), {"remainders": [ONE.short()]}, "bfloat16"),
+    "stochastic and split": (
+        ([ONE.bfloat16()], [ONE], 0.5),
+        {"rounding": "stochastic", "remainders": [ONE.short()]},
+        "one of the two",
+    ),
+    "remainder of an fp32 reference": (
+        ([ONE], [ONE], 0.5),
+        {"remainders": [ONE.short()]},
+        "bfloat16",
+    ),
     "remainder that is not int16": (([ONE.bfloat16()], [ONE], 0.5), {"remainders": [ONE]}, "int16"),
-    "remainder of another shape": (([ONE.bfloat16()], [ONE], 0.5), {"remainders": [ONE[:2].short()]}, "match"),
+    "remainder of another shape": (
+        ([ONE.bfloat16()], [ONE], 0.5),
+        {"remainders": [ONE[:2].short()]},
+        "match",
+    ),
     "fewer remainders": (([ONE.bfloat16()], [ONE], 0.5), {"remainders": []}, "remainders"),
     "seed below 0": (([ONE], [ONE], 0.5), {"seed": -1}, "seed"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("wrong", WRONG)

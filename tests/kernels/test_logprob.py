@@ -45,7 +45,9 @@ def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def test_gradcheck(rows: str, head: str) -> None:
     problem = Problem([4], group=1, hidden_size=3, vocab=7, dtype=torch.float64, **HEADS[head])
     problem.target[1] = -100
-    assert torch.autograd.gradcheck(lambda *leaves: call(linear_logprob, problem, list(leaves))[:2], problem.leaves())
+    assert torch.autograd.gradcheck(
+        lambda *leaves: call(linear_logprob, problem, list(leaves))[:2], problem.leaves()
+    )
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -58,7 +60,9 @@ def test_error_at_most_twice_that_of_plain_torch(rows: str, chunked: None, head:
         call(linear_logprob_ref, problem, exact, stats=True),
     )
     for name in ("logp", "lse", "entropy"):
-        assert_as_good_as_torch(name, *(getattr(x, name).detach() for x in (got, plain, truth)), torch.float32)
+        assert_as_good_as_torch(
+            name, *(getattr(x, name).detach() for x in (got, plain, truth)), torch.float32
+        )
     every = (grads(got, problem.leaves()), grads(plain, problem.leaves()), grads(truth, exact))
     for name, *triple in zip(("dX", "dW", "db"), *every, strict=False):
         assert_as_good_as_torch(name, *triple, torch.float32)
@@ -70,7 +74,11 @@ def test_error_at_most_twice_that_of_plain_torch(rows: str, chunked: None, head:
 def test_fp64_equals_the_specification(rows: str, chunked: None, head: str) -> None:
     problem = make(head, torch.float64)
     got, truth = call(linear_logprob, problem), call(linear_logprob_ref, problem)
-    pairs = zip((*got[:2], *grads(got, problem.leaves())), (*truth[:2], *grads(truth, problem.leaves())), strict=True)
+    pairs = zip(
+        (*got[:2], *grads(got, problem.leaves())),
+        (*truth[:2], *grads(truth, problem.leaves())),
+        strict=True,
+    )
     for a, b in pairs:
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
@@ -80,7 +88,10 @@ def test_all_rows_ignored_leaves_the_gradient_of_lse_alone(rows: str) -> None:
     out = call(linear_logprob, problem, stats=True)
     assert (out.logp == 0).all()
     assert not out.correct.any()
-    assert all(g.abs().max() == 0 for g in torch.autograd.grad(out.logp.sum(), problem.leaves(), retain_graph=True))
+    assert all(
+        g.abs().max() == 0
+        for g in torch.autograd.grad(out.logp.sum(), problem.leaves(), retain_graph=True)
+    )
     truth = torch.autograd.grad(call(linear_logprob_ref, problem).lse.sum(), problem.leaves())
     for a, b in zip(torch.autograd.grad(out.lse.sum(), problem.leaves()), truth, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
@@ -97,7 +108,9 @@ def test_id_outside_the_vocabulary_gives_nan_not_a_wrong_number(rows: str) -> No
 def test_no_rows(rows: str) -> None:
     hidden = torch.zeros(0, 4, device=DEVICE, requires_grad=True)
     weight = torch.ones(9, 4, device=DEVICE, requires_grad=True)
-    out = linear_logprob(hidden, weight, torch.zeros(0, dtype=torch.int64, device=DEVICE), stats=True)
+    out = linear_logprob(
+        hidden, weight, torch.zeros(0, dtype=torch.int64, device=DEVICE), stats=True
+    )
     assert [x.shape for x in out] == [(0,)] * 4
     d_hidden, d_weight = torch.autograd.grad(out.logp.sum(), (hidden, weight))
     assert d_hidden.shape == (0, 4)
@@ -106,8 +119,15 @@ def test_no_rows(rows: str) -> None:
 
 def test_unwritten_memory_never_shows(rows: str, chunked: None, poisoned: None) -> None:
     problem = make("all of them", torch.float64)
-    got, truth = call(linear_logprob, problem, stats=True), call(linear_logprob_ref, problem, stats=True)
-    for a, b in zip((*got, *grads(got, problem.leaves())), (*truth, *grads(truth, problem.leaves())), strict=True):
+    got, truth = (
+        call(linear_logprob, problem, stats=True),
+        call(linear_logprob_ref, problem, stats=True),
+    )
+    for a, b in zip(
+        (*got, *grads(got, problem.leaves())),
+        (*truth, *grads(truth, problem.leaves())),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
@@ -118,7 +138,9 @@ def test_frozen_side_gets_no_gradient_and_the_other_is_right(rows: str, frozen: 
     getattr(problem, frozen).requires_grad_(False)
     free = problem.weight if frozen == "hidden" else problem.hidden
     out = call(linear_logprob, problem)
-    torch.testing.assert_close(grads(out, [free])[0], truth[frozen == "hidden"], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        grads(out, [free])[0], truth[frozen == "hidden"], rtol=1e-12, atol=1e-14
+    )
 
 
 def test_statistics_do_not_change_the_log_probs(rows: str) -> None:
@@ -147,7 +169,9 @@ def test_compiles_without_a_graph_break(rows: str) -> None:
         return out.logp.sum() + (out.lse * out.entropy).sum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    eager, after = (torch.autograd.grad(f(*problem.leaves()), problem.leaves()) for f in (step, compiled))
+    eager, after = (
+        torch.autograd.grad(f(*problem.leaves()), problem.leaves()) for f in (step, compiled)
+    )
     for a, b in zip(eager, after, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
@@ -155,9 +179,21 @@ def test_compiles_without_a_graph_break(rows: str) -> None:
 def test_meta_tensors_agree_with_real_ones() -> None:
     problem = make("bias")
     with torch.no_grad():
-        args = (problem.hidden, problem.weight, problem.target, problem.bias_V, -100, 1.0, None, True, torch.float32)
+        args = (
+            problem.hidden,
+            problem.weight,
+            problem.target,
+            problem.bias_V,
+            -100,
+            1.0,
+            None,
+            True,
+            torch.float32,
+        )
         torch.library.opcheck(
-            torch.ops.fasttr.linear_logprob.default, args, test_utils=("test_schema", "test_faketensor")
+            torch.ops.fasttr.linear_logprob.default,
+            args,
+            test_utils=("test_schema", "test_faketensor"),
         )
 
 
@@ -171,7 +207,9 @@ def test_autocast_keeps_fp32_sums(rows: str) -> None:
         got_grads = grads(got, problem.leaves())
     truth = call(linear_logprob_ref, problem, exact)
     assert got.logp.dtype == got_grads[0].dtype == torch.float32
-    assert_as_good_as_torch("logp", got.logp.detach(), plain.logp.detach(), truth.logp.detach(), torch.float32)
+    assert_as_good_as_torch(
+        "logp", got.logp.detach(), plain.logp.detach(), truth.logp.detach(), torch.float32
+    )
     every = (got_grads, grads(plain, problem.leaves()), grads(truth, exact))
     for name, *triple in zip(("dX", "dW", "db"), *every, strict=True):
         assert_as_good_as_torch(name, *triple, torch.float32)
@@ -179,7 +217,9 @@ def test_autocast_keeps_fp32_sums(rows: str) -> None:
 
 def test_cannot_be_differentiated_twice(rows: str) -> None:
     problem = make("plain", torch.float64)
-    (grad,) = torch.autograd.grad(call(linear_logprob, problem).logp.sum(), problem.hidden, create_graph=True)
+    (grad,) = torch.autograd.grad(
+        call(linear_logprob, problem).logp.sum(), problem.hidden, create_graph=True
+    )
     with pytest.raises(RuntimeError):
         grad.sum().backward()
 
@@ -201,7 +241,11 @@ def test_cannot_be_differentiated_twice(rows: str) -> None:
     ids=lambda x: x if isinstance(x, str) else None,
 )
 def test_bad_arguments_are_refused_with_got_wanted_remedy(change: dict, says: str) -> None:
-    good = {"hidden": torch.zeros(6, 4), "weight": torch.zeros(9, 4), "target": torch.zeros(6).long()}
+    good = {
+        "hidden": torch.zeros(6, 4),
+        "weight": torch.zeros(9, 4),
+        "target": torch.zeros(6).long(),
+    }
     linear_logprob(**good)
     with pytest.raises(ValueError, match=says) as error:
         linear_logprob(**{**good, **change})

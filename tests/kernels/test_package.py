@@ -1,4 +1,5 @@
-"""The package as others meet it: imports with torch alone, compiles for GPUs, needs no memory of T x V."""
+"""The package as others meet it: imports with torch alone, compiles for GPUs, needs no memory of T
+x V."""
 
 from __future__ import annotations
 
@@ -22,8 +23,11 @@ import fasttr_kernels as k
 assert torch.equal(state, torch.get_rng_state())
 assert not torch.cuda.is_initialized()
 hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
-out = k.linear_preference_loss(hidden, weight, torch.arange(6), torch.tensor([0, 3, 6]), torch.tensor([0, 2]),
-    lambda logp, ref, groups: -torch.nn.functional.logsigmoid(logp[0] - logp[1]), ref_logp=None, normalizer=1)
+dpo = lambda logp, ref, groups: -torch.nn.functional.logsigmoid(logp[0] - logp[1])
+cu_completions, cu_groups = torch.tensor([0, 3, 6]), torch.tensor([0, 2])
+out = k.linear_preference_loss(
+    hidden, weight, torch.arange(6), cu_completions, cu_groups, dpo, ref_logp=None, normalizer=1
+)
 out.loss.backward()
 assert "torch._dynamo" not in sys.modules
 k.linear_logprob(hidden, weight, torch.arange(6)).logp.sum().backward()
@@ -45,7 +49,13 @@ def test_every_kernel_compiles_for_every_chip_without_spills_and_with_wide_acces
     lines = [line for line in done.stdout.splitlines() if " sm_" in line]
     for chip in ("sm_80", "sm_90", "sm_100"):
         names = {line.split(chip)[0].strip() for line in lines if f" {chip} " in line}
-        assert {"score", "score stats", "logit_grad bf16", "logit_grad fp32", "lerp bf16 <- fp32 split"} <= names
+        assert {
+            "score",
+            "score stats",
+            "logit_grad bf16",
+            "logit_grad fp32",
+            "lerp bf16 <- fp32 split",
+        } <= names
         assert len(names) == 19
 
 
@@ -58,7 +68,8 @@ def test_ahead_of_time_check_finds_every_fault() -> None:
 
 
 def peak_bytes(step) -> int:
-    """Most bytes alive at once above the start, by the device's allocator or by counting the CPU's allocations."""
+    """Most bytes alive at once above the start, by the device's allocator or by counting the CPU's
+    allocations."""
     step()
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
@@ -86,15 +97,28 @@ def test_peak_memory_has_no_term_in_rows_times_vocabulary() -> None:
 
     def fused() -> None:
         hidden.grad = weight.grad = None
-        linear_preference_loss(hidden, weight, target, cu, torch.arange(0, len(cu), 2), dpo, ref_logp=None,
-                               normalizer=32, chunk_rows=chunk, stats=True).loss.backward()  # fmt: skip
+        linear_preference_loss(
+            hidden,
+            weight,
+            target,
+            cu,
+            torch.arange(0, len(cu), 2),
+            dpo,
+            ref_logp=None,
+            normalizer=32,
+            chunk_rows=chunk,
+            stats=True,
+        ).loss.backward()
 
     def plain() -> None:
         hidden.grad = weight.grad = None
-        torch.nn.functional.linear(hidden, weight).log_softmax(-1).gather(1, target[:, None]).sum().backward()
+        torch.nn.functional.linear(hidden, weight).log_softmax(-1).gather(
+            1, target[:, None]
+        ).sum().backward()
 
     pitch = -(-V // 64) * 64
-    # The chunk's logits, dX and dW twice (made, and handed on), vectors of T, and 2 MiB for blocks of rows.
+    # The chunk's logits, dX and dW twice (made, and handed on), vectors of T, and 2 MiB for blocks
+    # of rows.
     bound = 4 * (chunk * pitch + 2 * D * (T + V) + 16 * T) + (2 << 20)
     assert bound < 4 * T * V / 4
     assert 4 * chunk * V < peak_bytes(fused) <= bound

@@ -28,22 +28,28 @@ HEADS = {
 def assert_equal_to_truth(problem: Problem, **kw) -> None:
     """fp64 against the specification: equal up to the order of summation."""
     (got, got_grads), (truth, truth_grads) = problem.ours(**kw), problem.truth()
-    for a, b in zip((got.loss, got.logp, got.token_logp, *got_grads), (*truth[:3], *truth_grads), strict=True):
+    for a, b in zip(
+        (got.loss, got.logp, got.token_logp, *got_grads), (*truth[:3], *truth_grads), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("head", ["plain", "all of them"])
 def test_gradcheck(rows: str, head: str) -> None:
     problem = Problem([2, 1, 3, 1], hidden_size=3, vocab=7, dtype=torch.float64, **HEADS[head])
-    assert torch.autograd.gradcheck(lambda *leaves: problem.loss(list(leaves)).loss, problem.leaves())
+    assert torch.autograd.gradcheck(
+        lambda *leaves: problem.loss(list(leaves)).loss, problem.leaves()
+    )
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_error_at_most_twice_that_of_plain_torch(rows: str, head: str) -> None:
     problem = Problem(LENGTHS, **HEADS[head])
     (got, got_grads), (plain, plain_grads), (truth, truth_grads) = (
-        problem.ours(stats=True), problem.plain(stats=True), problem.truth(stats=True)
-    )  # fmt: skip
+        problem.ours(stats=True),
+        problem.plain(stats=True),
+        problem.truth(stats=True),
+    )
     for name in ("loss", "logp", "token_logp", "entropy", "logit_mean"):
         triple = (getattr(x, name).detach() for x in (got, plain, truth))
         assert_as_good_as_torch(name, *triple, torch.float32)
@@ -61,7 +67,11 @@ def test_bf16_error_at_most_twice_that_of_plain_torch(rows: str) -> None:
     if rows == "triton" and DEVICE.type == "cpu":
         pytest.skip("the interpreter stores fp32 to bf16 by truncation: compiled kernels only")
     problem = Problem(LENGTHS, vocab=301, hidden_size=64, dtype=torch.bfloat16, bias=True)
-    (got, got_grads), (plain, plain_grads), (truth, truth_grads) = problem.ours(), problem.plain(), problem.truth()
+    (got, got_grads), (plain, plain_grads), (truth, truth_grads) = (
+        problem.ours(),
+        problem.plain(),
+        problem.truth(),
+    )
     assert got.logp.dtype == got.loss.dtype == torch.float32
     for name in ("loss", "logp", "token_logp"):
         triple = (getattr(x, name).detach() for x in (got, plain, truth))
@@ -73,10 +83,18 @@ def test_bf16_error_at_most_twice_that_of_plain_torch(rows: str) -> None:
 
 @pytest.mark.parametrize("group", [1, 2, 3, 7])
 @pytest.mark.parametrize("chunk_rows", [None, 20, 2])
-def test_any_grouping_and_chunking_gives_the_same_numbers(rows: str, group: int, chunk_rows: int | None) -> None:
+def test_any_grouping_and_chunking_gives_the_same_numbers(
+    rows: str, group: int, chunk_rows: int | None
+) -> None:
     lengths = [3, 1, 2, 5, 4, 1, 2] * (2 if group == 7 else group)
-    problem = Problem(lengths, group=group, dtype=torch.float64, bias=True, options={"softcap": 4.0})
-    cut = list(chunks.plan(problem.cu_completions.tolist(), problem.cu_groups.tolist(), chunk_rows or 10**6))
+    problem = Problem(
+        lengths, group=group, dtype=torch.float64, bias=True, options={"softcap": 4.0}
+    )
+    cut = list(
+        chunks.plan(
+            problem.cu_completions.tolist(), problem.cu_groups.tolist(), chunk_rows or 10**6
+        )
+    )
     assert (len(cut) == 1) == (chunk_rows is None or sum(lengths) <= chunk_rows)
     assert any(len(chunk.pieces) > 1 for chunk in cut) == (chunk_rows == 2)
     assert_equal_to_truth(problem, chunk_rows=chunk_rows)
@@ -89,24 +107,44 @@ def test_loss_fn_sees_whole_groups_in_order(rows: str) -> None:
         assert ref_logp is not None
         n = groups.stop - groups.start
         assert logp.shape == ref_logp.shape == (3 * n,)
-        torch.testing.assert_close(ref_logp, problem.ref_logp[3 * groups.start : 3 * groups.stop].float())
+        torch.testing.assert_close(
+            ref_logp, problem.ref_logp[3 * groups.start : 3 * groups.stop].float()
+        )
         seen.append(groups)
         return logp.sum()
 
-    linear_preference_loss(problem.hidden, problem.weight, *problem.arguments()[:3], loss_fn,
-                           ref_logp=problem.ref_logp, normalizer=1, chunk_rows=24)  # fmt: skip
+    linear_preference_loss(
+        problem.hidden,
+        problem.weight,
+        *problem.arguments()[:3],
+        loss_fn,
+        ref_logp=problem.ref_logp,
+        normalizer=1,
+        chunk_rows=24,
+    )
     assert seen == [slice(0, 2), slice(2, 4)]
 
 
 @pytest.mark.parametrize("stats", [False, True])
 @pytest.mark.parametrize("chunk_rows", [None, 12, 3])
-def test_scoring_is_bitwise_the_same_with_and_without_gradients(rows: str, stats: bool, chunk_rows: int | None) -> None:
+def test_scoring_is_bitwise_the_same_with_and_without_gradients(
+    rows: str, stats: bool, chunk_rows: int | None
+) -> None:
     problem = Problem(LENGTHS, vocab=301, bias=True)
     full = problem.loss(chunk_rows=chunk_rows)
     with torch.no_grad():
         valued = problem.loss(chunk_rows=chunk_rows, stats=stats)
-    scored = linear_preference_loss(problem.hidden, problem.weight, *problem.arguments()[:3], None, ref_logp=None,
-                                    normalizer=1, bias=problem.bias_V, chunk_rows=chunk_rows, stats=stats)  # fmt: skip
+    scored = linear_preference_loss(
+        problem.hidden,
+        problem.weight,
+        *problem.arguments()[:3],
+        None,
+        ref_logp=None,
+        normalizer=1,
+        bias=problem.bias_V,
+        chunk_rows=chunk_rows,
+        stats=stats,
+    )
     assert full.loss.requires_grad
     assert not valued.loss.requires_grad
     assert torch.equal(full.loss, valued.loss)
@@ -148,8 +186,17 @@ def test_argmax_hit_takes_the_first_of_tied_logits(rows: str) -> None:
     weight = torch.tensor([[0.0], [2.0], [1.0], [2.0]], device=DEVICE)
     hidden, target = torch.ones(4, 1, device=DEVICE), torch.tensor([0, 1, 2, 3], device=DEVICE)
     one = torch.tensor([0, 4])
-    out = linear_preference_loss(hidden, weight, target, one, torch.tensor([0, 1]), None, ref_logp=None, normalizer=1,
-                                 stats=True)  # fmt: skip
+    out = linear_preference_loss(
+        hidden,
+        weight,
+        target,
+        one,
+        torch.tensor([0, 1]),
+        None,
+        ref_logp=None,
+        normalizer=1,
+        stats=True,
+    )
     assert out.correct is not None
     assert out.correct.tolist() == [False, True, False, False]
 
@@ -173,11 +220,15 @@ def test_extreme_logits(rows: str) -> None:
         problem.bias_V[2] = -math.inf
         problem.target[problem.target == 2] = 5
     (got, got_grads), (plain, plain_grads), (truth, truth_grads) = (
-        problem.ours(stats=True), problem.plain(stats=True), problem.truth(stats=True)
-    )  # fmt: skip
+        problem.ours(stats=True),
+        problem.plain(stats=True),
+        problem.truth(stats=True),
+    )
     assert truth.token_logp.min() < -1e4
     for name in ("logp", "token_logp", "entropy"):
-        assert_as_good_as_torch(name, *(getattr(x, name) for x in (got, plain, truth)), torch.float32)
+        assert_as_good_as_torch(
+            name, *(getattr(x, name) for x in (got, plain, truth)), torch.float32
+        )
     for name, *triple in zip(("dX", "dW", "db"), got_grads, plain_grads, truth_grads, strict=True):
         assert_as_good_as_torch(name, *triple, torch.float32)
     assert torch.equal(got.correct, truth.correct)
@@ -187,7 +238,9 @@ def test_extreme_logits(rows: str) -> None:
     ("lengths", "vocab"), [([1], 1), ([1], 5), ([0, 1], 5), ([0, 0], 5), ([3, 0, 0, 2], 9)], ids=str
 )
 def test_few_rows_and_completions_without_rows(rows: str, lengths: list[int], vocab: int) -> None:
-    problem = Problem(lengths, group=1 if len(lengths) == 1 else 2, vocab=vocab, dtype=torch.float64)
+    problem = Problem(
+        lengths, group=1 if len(lengths) == 1 else 2, vocab=vocab, dtype=torch.float64
+    )
     out = problem.loss()
     assert all(out.logp[i] == 0 for i, n in enumerate(lengths) if n == 0)
     assert_equal_to_truth(problem)
@@ -223,21 +276,29 @@ def test_tied_weight_gets_both_gradients(rows: str) -> None:
         (grad,) = torch.autograd.grad(problem.loss([weight[ids].tanh(), weight], op).loss, weight)
         return grad
 
-    torch.testing.assert_close(tied(linear_preference_loss), tied(linear_preference_loss_ref), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        tied(linear_preference_loss), tied(linear_preference_loss_ref), rtol=1e-12, atol=1e-14
+    )
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
-def test_frozen_side_costs_no_product(rows: str, frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frozen_side_costs_no_product(
+    rows: str, frozen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     problem = Problem(LENGTHS, dtype=torch.float64)
     _, (d_hidden, d_weight) = problem.truth()
     made = []
     for name in ("hidden_grad", "weight_grad"):
         original = getattr(products, name)
-        monkeypatch.setattr(products, name, lambda *a, f=original, n=name: (made.append(n), f(*a))[1])
+        monkeypatch.setattr(
+            products, name, lambda *a, f=original, n=name: (made.append(n), f(*a))[1]
+        )
     getattr(problem, frozen).requires_grad_(False)
     free = "weight" if frozen == "hidden" else "hidden"
     (grad,) = torch.autograd.grad(problem.loss().loss, getattr(problem, free))
-    torch.testing.assert_close(grad, d_weight if free == "weight" else d_hidden, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        grad, d_weight if free == "weight" else d_hidden, rtol=1e-12, atol=1e-14
+    )
     assert made == [f"{free}_grad"]
 
 
@@ -245,7 +306,9 @@ def test_scores_only_make_one_product_a_chunk(rows: str, monkeypatch: pytest.Mon
     problem, made = Problem(LENGTHS), []
     for name in ("logits", "hidden_grad", "weight_grad"):
         original = getattr(products, name)
-        monkeypatch.setattr(products, name, lambda *a, f=original, n=name: (made.append(n), f(*a))[1])
+        monkeypatch.setattr(
+            products, name, lambda *a, f=original, n=name: (made.append(n), f(*a))[1]
+        )
     with torch.no_grad():
         problem.loss()
     assert made == ["logits"]
@@ -280,8 +343,14 @@ def test_checkpoint_around_the_op_does_not_multiply_calls_of_loss_fn(rows: str) 
         return dpo(logp, ref_logp, groups)
 
     def step(hidden: Tensor, weight: Tensor) -> Tensor:
-        return linear_preference_loss(hidden, weight, *problem.arguments()[:3], counted, ref_logp=problem.ref_logp,
-                                      normalizer=problem.groups).loss  # fmt: skip
+        return linear_preference_loss(
+            hidden,
+            weight,
+            *problem.arguments()[:3],
+            counted,
+            ref_logp=problem.ref_logp,
+            normalizer=problem.groups,
+        ).loss
 
     loss = checkpoint(step, problem.hidden, problem.weight, use_reentrant=False)
     grads = torch.autograd.grad(loss, problem.leaves())
@@ -316,8 +385,14 @@ def test_strided_inputs_give_the_same_numbers(rows: str) -> None:
     weight = problem.weight.detach().t().contiguous().t().requires_grad_()
     target = torch.stack([problem.target, problem.target], 1)[:, 0]
     assert not any(x.is_contiguous() for x in (hidden, weight, target))
-    out = linear_preference_loss(hidden, weight, target, *problem.arguments()[1:], ref_logp=problem.ref_logp,
-                                 normalizer=problem.groups)  # fmt: skip
+    out = linear_preference_loss(
+        hidden,
+        weight,
+        target,
+        *problem.arguments()[1:],
+        ref_logp=problem.ref_logp,
+        normalizer=problem.groups,
+    )
     torch.testing.assert_close(out.logp, truth.logp, rtol=1e-13, atol=0)
     for a, b in zip(torch.autograd.grad(out.loss, (hidden, weight)), truth_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
@@ -325,7 +400,11 @@ def test_strided_inputs_give_the_same_numbers(rows: str) -> None:
 
 def test_real_vocabulary(rows: str) -> None:
     problem = Problem([2, 1], vocab=151936, hidden_size=4)
-    (got, got_grads), (plain, plain_grads), (truth, truth_grads) = problem.ours(), problem.plain(), problem.truth()
+    (got, got_grads), (plain, plain_grads), (truth, truth_grads) = (
+        problem.ours(),
+        problem.plain(),
+        problem.truth(),
+    )
     assert_as_good_as_torch("logp", got.logp, plain.logp, truth.logp, torch.float32)
     for name, *triple in zip(("dX", "dW"), got_grads, plain_grads, truth_grads, strict=True):
         assert_as_good_as_torch(name, *triple, torch.float32)
@@ -336,14 +415,18 @@ def test_compiler_breaks_the_graph_once() -> None:
     rest = problem.arguments()
 
     def step(hidden: Tensor, weight: Tensor) -> Tensor:
-        out = linear_preference_loss(hidden * 2, weight, *rest, ref_logp=problem.ref_logp, normalizer=2)
+        out = linear_preference_loss(
+            hidden * 2, weight, *rest, ref_logp=problem.ref_logp, normalizer=2
+        )
         return out.loss * 3
 
     found = torch._dynamo.explain(step)(*problem.leaves())
     assert found.graph_break_count == 1
     assert found.graph_count == 2, "what is before it and what is after it"
     compiled = torch.compile(step, backend="aot_eager")
-    eager, after = (torch.autograd.grad(f(*problem.leaves()), problem.leaves()) for f in (step, compiled))
+    eager, after = (
+        torch.autograd.grad(f(*problem.leaves()), problem.leaves()) for f in (step, compiled)
+    )
     for a, b in zip(eager, after, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
 
@@ -384,15 +467,26 @@ class _Scaled(nn.Module):
 def test_loss_fn_that_cannot_be_right_is_refused(loss_fn, wanted: str) -> None:
     problem = Problem(LENGTHS)
     with pytest.raises(ValueError, match=wanted):
-        linear_preference_loss(problem.hidden, problem.weight, *problem.arguments()[:3], loss_fn, ref_logp=None,
-                               normalizer=1)  # fmt: skip
+        linear_preference_loss(
+            problem.hidden,
+            problem.weight,
+            *problem.arguments()[:3],
+            loss_fn,
+            ref_logp=None,
+            normalizer=1,
+        )
 
 
 def test_loss_fn_that_ignores_the_log_probs_gives_zero_gradients(rows: str) -> None:
     problem = Problem(LENGTHS)
-    out = linear_preference_loss(problem.hidden, problem.weight, *problem.arguments()[:3],
-                                 lambda logp, ref, groups: torch.ones((), device=DEVICE), ref_logp=None,
-                                 normalizer=2)  # fmt: skip
+    out = linear_preference_loss(
+        problem.hidden,
+        problem.weight,
+        *problem.arguments()[:3],
+        lambda logp, ref, groups: torch.ones((), device=DEVICE),
+        ref_logp=None,
+        normalizer=2,
+    )
     assert out.loss == 0.5
     assert all(g.abs().max() == 0 for g in torch.autograd.grad(out.loss, problem.leaves()))
 
@@ -400,7 +494,10 @@ def test_loss_fn_that_ignores_the_log_probs_gives_zero_gradients(rows: str) -> N
 WRONG = {
     "hidden of three dimensions": ({"hidden": torch.zeros(1, 6, 4)}, "hidden"),
     "weight of another width": ({"weight": torch.zeros(9, 5)}, "weight"),
-    "half precision": ({"hidden": torch.zeros(6, 4).half(), "weight": torch.zeros(9, 4).half()}, "bfloat16"),
+    "half precision": (
+        {"hidden": torch.zeros(6, 4).half(), "weight": torch.zeros(9, 4).half()},
+        "bfloat16",
+    ),
     "two dtypes": ({"weight": torch.zeros(9, 4).double()}, "autocast"),
     "too few targets": ({"target": torch.zeros(5).long()}, "target"),
     "targets that are not ids": ({"target": torch.zeros(6)}, "target"),
@@ -424,9 +521,16 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_bad_arguments_are_refused_with_got_wanted_remedy(wrong: str) -> None:
-    good = {"hidden": torch.zeros(6, 4), "weight": torch.zeros(9, 4), "target": torch.zeros(6).long(),
-            "cu_completions": torch.tensor([0, 3, 6]), "cu_groups": torch.tensor([0, 2]), "loss_fn": dpo,
-            "ref_logp": None, "normalizer": 1}  # fmt: skip
+    good = {
+        "hidden": torch.zeros(6, 4),
+        "weight": torch.zeros(9, 4),
+        "target": torch.zeros(6).long(),
+        "cu_completions": torch.tensor([0, 3, 6]),
+        "cu_groups": torch.tensor([0, 2]),
+        "loss_fn": dpo,
+        "ref_logp": None,
+        "normalizer": 1,
+    }
     linear_preference_loss(**good)
     change, says = WRONG[wrong]
     with pytest.raises(ValueError, match=says) as error:

@@ -12,7 +12,9 @@ from fasttr.losses import LOSSES, IpoSum, Scored, Sft, Sigmoid, group_loss, make
 def scored(logp, ref=None, tokens=None, **more):
     logp = torch.tensor(logp, dtype=torch.float64)
     tokens = torch.ones(len(logp), dtype=torch.int64) if tokens is None else torch.tensor(tokens)
-    return Scored(logp, None if ref is None else torch.tensor(ref, dtype=torch.float64), tokens, **more)
+    return Scored(
+        logp, None if ref is None else torch.tensor(ref, dtype=torch.float64), tokens, **more
+    )
 
 
 def test_known_values_by_hand():
@@ -20,7 +22,9 @@ def test_known_values_by_hand():
     assert LOSSES["sigmoid"](beta=0.5)(one).item() == pytest.approx(math.log(1 + math.exp(-1.0)))
     assert LOSSES["ipo_sum"](beta=0.5)(one).item() == pytest.approx((2 - 1) ** 2)
     assert LOSSES["ipo"](beta=0.5)(one).item() == pytest.approx((0.5 + 0.25 - 1) ** 2)
-    assert Sft()(scored([-6.0], tokens=[3], per_row=1, chosen_tokens_mean=3.0)).item() == pytest.approx(2.0)
+    assert Sft()(
+        scored([-6.0], tokens=[3], per_row=1, chosen_tokens_mean=3.0)
+    ).item() == pytest.approx(2.0)
 
 
 def test_an_update_of_the_reference_moves_the_target_margin_of_ipo_by_half_over_beta():
@@ -54,7 +58,8 @@ def test_settings_that_a_loss_would_ignore_are_refused():
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_fused_head_equals_the_plain_head_in_fp64(name):
-    """Loss and every gradient, with weights, labels, unequal lengths, a one-token side, groups and several chunks."""
+    """Loss and every gradient, with weights, labels, unequal lengths, a one-token side, groups and
+    several chunks."""
     loss = LOSSES[name](beta=0.3)
     m, cu_rows = loss.completions, [0, 3, 4] if LOSSES[name].coupled else [0, 1, 2, 3, 4]
     generator = torch.Generator().manual_seed(1)
@@ -69,7 +74,9 @@ def test_fused_head_equals_the_plain_head_in_fp64(name):
     target = torch.randint(V, (T,), generator=generator)
     ref = random(len(lengths)) - 8 if loss.needs_reference else None
     weights, labels = torch.tensor([0.5, 1.0, 2.0, 1.0]), torch.tensor([True, False, False, True])
-    fn = group_loss(loss, torch.tensor(lengths), weights, cu_rows=cu_rows, labels=labels, chosen_tokens_mean=2.5)
+    fn = group_loss(
+        loss, torch.tensor(lengths), weights, cu_rows=cu_rows, labels=labels, chosen_tokens_mean=2.5
+    )
 
     token = torch.log_softmax(hidden @ weight.T + bias, -1).gather(1, target[:, None])[:, 0]
     logp = torch.stack([piece.sum() for piece in token.split(lengths)])
@@ -77,7 +84,16 @@ def test_fused_head_equals_the_plain_head_in_fp64(name):
     want = torch.autograd.grad(plain, (hidden, weight, bias))
 
     out = linear_preference_loss(
-        hidden, weight, target, cu, m * torch.tensor(cu_rows), fn, ref_logp=ref, normalizer=7, bias=bias, chunk_rows=9
+        hidden,
+        weight,
+        target,
+        cu,
+        m * torch.tensor(cu_rows),
+        fn,
+        ref_logp=ref,
+        normalizer=7,
+        bias=bias,
+        chunk_rows=9,
     )
     got = torch.autograd.grad(out.loss, (hidden, weight, bias))
     assert abs(float((out.loss - plain).detach())) < 1e-12

@@ -22,13 +22,22 @@ def preference_lines(steps=100, every=20, gold=True):
     for step in range(steps + 1):
         if step:
             train = {"loss": 0.69 - step / 1000, "logps/chosen": -20.0, "logps/rejected": -21.0}
-            rewards = {f"rewards/{k}": step / 100 for k in ("chosen", "rejected", "margins", "accuracies")}
+            rewards = {
+                f"rewards/{k}": step / 100 for k in ("chosen", "rejected", "margins", "accuracies")
+            }
             lines.append({"step": step, **train, **rewards})
         if step % 25 == 0:
-            anchor = {"eval_anchor/logratios/chosen": -step / 10, "eval_anchor/rewards/margins": step / 10}
+            anchor = {
+                "eval_anchor/logratios/chosen": -step / 10,
+                "eval_anchor/rewards/margins": step / 10,
+            }
             lines.append({"step": step, "eval_loss": 0.6, "eval_rewards/accuracies": 0.7, **anchor})
             if gold:
-                measured = {"eval_gold_reward": 0.5, "eval_gold_reward_stderr": 0.01, "eval_kl_to_initial": step / 50}
+                measured = {
+                    "eval_gold_reward": 0.5,
+                    "eval_gold_reward_stderr": 0.01,
+                    "eval_kl_to_initial": step / 50,
+                }
                 lines.append({"step": step, **measured})
         if every and step and step % every == 0:
             lines.append({"step": step, "event": "reference_update", "ref/updates": step // every})
@@ -84,14 +93,24 @@ def test_hundreds_of_moves_are_thinned_and_said_to_be():
 def test_a_mean_never_reaches_over_a_move():
     lines = [{"step": step, "rewards/margins": float(step > 50)} for step in range(1, 101)]
     moved = [*lines, {"step": 50, "event": "reference_update"}]
-    means = {len(case): drawn("rewards", case).get_legend_handles_labels()[0][0].get_ydata() for case in (lines, moved)}
+    means = {
+        len(case): drawn("rewards", case).get_legend_handles_labels()[0][0].get_ydata()
+        for case in (lines, moved)
+    }
     assert any(0 < value < 1 for value in means[100])
     assert set(means[101]) == {0.0, 1.0}
 
 
 def test_values_that_are_not_finite_leave_a_gap(tmp_path):
-    lines = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": float("nan")}, {"step": 3, "loss": float("inf")}]
-    assert plots.series(plots.read_metrics(write_run(tmp_path / "run", lines)), "loss") == ([1], [1.0])
+    lines = [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": float("nan")},
+        {"step": 3, "loss": float("inf")},
+    ]
+    assert plots.series(plots.read_metrics(write_run(tmp_path / "run", lines)), "loss") == (
+        [1],
+        [1.0],
+    )
 
 
 def test_comparison_draws_gold_against_kl_and_an_overview(tmp_path):
@@ -102,7 +121,14 @@ def test_comparison_draws_gold_against_kl_and_an_overview(tmp_path):
     paths = plots.plot_comparison(runs, tmp_path / "out")
     names = [path.stem for path in paths]
     assert names[0] == "comparison"
-    assert {"gold_reward", "gold_against_kl", "kl_to_initial", "anchor_margins", "accuracies", "loss"} <= set(names)
+    assert {
+        "gold_reward",
+        "gold_against_kl",
+        "kl_to_initial",
+        "anchor_margins",
+        "accuracies",
+        "loss",
+    } <= set(names)
     assert all(path.read_bytes().startswith(PNG) for path in paths)
 
 

@@ -1,4 +1,5 @@
-"""Metrics reach wandb and trackio (here stand-ins that note their calls) and none of them stops a run."""
+"""Metrics reach wandb and trackio (here stand-ins that note their calls) and none of them stops a
+run."""
 
 import sys
 from types import ModuleType
@@ -47,9 +48,19 @@ def fake(monkeypatch):
 
 def test_a_run_reports_every_number_to_all_trackers(workspace, tmp_path, fake):
     wandb, trackio = fake("wandb"), fake("trackio")
-    run(workspace, tmp_path, report_to=["wandb", "trackio", "tensorboard"], run_name="mine", project="ours",
-        max_steps=3, eval_strategy="steps", eval_steps=3, eval_dataset_name=str(workspace / "test.jsonl"),
-        ref_update="soft", ref_update_every=2)  # fmt: skip
+    run(
+        workspace,
+        tmp_path,
+        report_to=["wandb", "trackio", "tensorboard"],
+        run_name="mine",
+        project="ours",
+        max_steps=3,
+        eval_strategy="steps",
+        eval_steps=3,
+        eval_dataset_name=str(workspace / "test.jsonl"),
+        ref_update="soft",
+        ref_update_every=2,
+    )
     for package in (wandb, trackio):
         ((_, asked),) = package.of("init")
         assert (asked["project"], asked["name"], asked["config"]["beta"]) == ("ours", "mine", 0.1)
@@ -82,7 +93,10 @@ def test_a_tracker_that_fails_is_left_out_and_told_once(tmp_path, fake, capsys):
     trackers.close()
     assert len(wandb.of("log")) == 1
     assert len(trackio.of("log")) == 3
-    assert capsys.readouterr().out.count("wandb failed and is left out from here on (log is unwell)") == 1
+    assert (
+        capsys.readouterr().out.count("wandb failed and is left out from here on (log is unwell)")
+        == 1
+    )
 
 
 def test_a_tracker_that_cannot_start_is_one_line(tmp_path, fake):
@@ -93,7 +107,9 @@ def test_a_tracker_that_cannot_start_is_one_line(tmp_path, fake):
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_missing_package_stops_before_anything_is_read(workspace, tmp_path, monkeypatch, name):
-    monkeypatch.setitem(sys.modules, name, None)  # importing it raises, whether it is installed or not
+    monkeypatch.setitem(
+        sys.modules, name, None
+    )  # importing it raises, whether it is installed or not
     with pytest.raises(FasttrError, match=f"{name} is not installed; run pip install {name}"):
         run(workspace, tmp_path / "out", report_to=name, dataset_name="nowhere.jsonl")
     assert not (tmp_path / "out").exists()
@@ -101,7 +117,11 @@ def test_a_missing_package_stops_before_anything_is_read(workspace, tmp_path, mo
 
 def test_names_are_a_name_or_a_list(workspace, tmp_path):
     assert tracker_names("none") == tracker_names(["none"]) == []
-    assert tracker_names(["tensorboard", "tensorboard"]) == tracker_names("tensorboard") == ["tensorboard"]
+    assert (
+        tracker_names(["tensorboard", "tensorboard"])
+        == tracker_names("tensorboard")
+        == ["tensorboard"]
+    )
     require_trackers("tensorboard")
     for wrong in ("pigeon", ["tensorboard", "none"]):
         with pytest.raises(FasttrError, match="report_to: got"):

@@ -1,4 +1,5 @@
-"""Packed = prefix-shared = padded = one completion at a time: log-probs and every gradient, per architecture."""
+"""Packed = prefix-shared = padded = one completion at a time: log-probs and every gradient, per
+architecture."""
 
 import pytest
 import torch
@@ -62,7 +63,9 @@ def test_packed_shared_padded_and_alone_agree(arch, checkpointing):
     for layout in (trees, single):
         model = packed_tiny(arch)
         if checkpointing:
-            model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         batch = pack(layout)
         out = model(batch._replace(cu_groups=batch.cu_groups[[0, -1]]), sum_loss)
         out.loss.backward()
@@ -102,7 +105,9 @@ def test_no_grad_scoring_is_bitwise_the_training_forward():
     for checkpointing in (False, True):
         model = packed_tiny()
         if checkpointing:
-            model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         batch = pack(trees)
         scored = model.score(batch)
         trained = model(batch, lambda logp, ref, groups: logp.sum(), stats=True)
@@ -112,7 +117,8 @@ def test_no_grad_scoring_is_bitwise_the_training_forward():
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_bf16_compute_stays_near_fp32_and_keeps_the_step_0_zero(arch):
-    """Autocast on fp32 weights: every back end gets q, k and v of one dtype, and gradients come back in fp32."""
+    """Autocast on fp32 weights: every back end gets q, k and v of one dtype, and gradients come
+    back in fp32."""
     trees = random_trees(SHAPES)
     exact = packed_tiny(arch)
     low = packed_tiny(arch)

@@ -53,12 +53,16 @@ def test_every_architecture_loads_and_generates(arch, text_file, tmp_path):
 def test_same_seed_same_bytes_and_global_random_state_untouched(llama, text_file, tmp_path):
     before = torch.random.get_rng_state()
     scratch.init_model("llama", **TINY, tokenizer_data=text_file, output_dir=tmp_path / "same")
-    scratch.init_model("llama", **TINY, tokenizer_data=text_file, output_dir=tmp_path / "other", seed=1)
+    scratch.init_model(
+        "llama", **TINY, tokenizer_data=text_file, output_dir=tmp_path / "other", seed=1
+    )
     assert torch.equal(before, torch.random.get_rng_state())
     names = sorted(p.name for p in llama.iterdir())
     assert names == sorted(p.name for p in (tmp_path / "same").iterdir())
     assert all((llama / n).read_bytes() == (tmp_path / "same" / n).read_bytes() for n in names)
-    assert (llama / "model.safetensors").read_bytes() != (tmp_path / "other" / "model.safetensors").read_bytes()
+    assert (llama / "model.safetensors").read_bytes() != (
+        tmp_path / "other" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_no_path_doubles_bos(llama):
@@ -74,7 +78,9 @@ def test_no_path_doubles_bos(llama):
 def test_prompt_with_generation_header_is_a_prefix_of_the_chat_and_the_answer_ends_with_eos(llama):
     _, tokenizer = load(llama)
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": " yo"}]
-    prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
+    prompt = tokenizer.apply_chat_template(
+        messages[:1], add_generation_prompt=True, return_dict=False
+    )
     full = tokenizer.apply_chat_template(messages, return_dict=False)
     assert full[: len(prompt)] == prompt
     assert tokenizer.decode(full[len(prompt) :]) == " yo<|im_end|>\n"
@@ -92,13 +98,17 @@ def test_byte_tokenizer_has_one_token_a_byte():
 
 
 def test_without_data_the_folder_has_the_byte_tokenizer(tmp_path):
-    scratch.init_model("llama", hidden_size=32, num_layers=1, num_heads=2, output_dir=tmp_path / "m")
+    scratch.init_model(
+        "llama", hidden_size=32, num_layers=1, num_heads=2, output_dir=tmp_path / "m"
+    )
     model, tokenizer = load(tmp_path / "m")
     assert model.config.vocab_size == len(tokenizer) == 260
 
 
 def test_gemma3_has_a_full_and_a_sliding_layer_with_the_window_asked_for(tmp_path):
-    scratch.init_model("gemma3", **TINY, output_dir=tmp_path / "m", sliding_window=16, num_kv_heads=1)
+    scratch.init_model(
+        "gemma3", **TINY, output_dir=tmp_path / "m", sliding_window=16, num_kv_heads=1
+    )
     model, _ = load(tmp_path / "m")
     assert model.config.layer_types == ["sliding_attention", "full_attention"]
     assert (model.config.sliding_window, model.config.num_key_value_heads) == (16, 1)
@@ -106,7 +116,10 @@ def test_gemma3_has_a_full_and_a_sliding_layer_with_the_window_asked_for(tmp_pat
 
 @pytest.mark.parametrize("kind", ["text", "jsonl", "json array", "json lines", "gz", "parquet"])
 def test_every_kind_of_file_gives_all_its_texts(kind, tmp_path):
-    rows = [{"prompt": [{"role": "user", "content": "zebra"}], "n": 3, "chosen": "yak"}, {"chosen": "ibex", "x": None}]
+    rows = [
+        {"prompt": [{"role": "user", "content": "zebra"}], "n": 3, "chosen": "yak"},
+        {"chosen": "ibex", "x": None},
+    ]
     wanted = {"user", "zebra", "yak", "ibex"}
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     if kind == "text":
@@ -129,22 +142,37 @@ def test_trl_takes_a_dpo_step_on_plain_and_on_conversational_rows(llama, tmp_pat
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    plain = [{"prompt": f"What is {i}?", "chosen": f" It is {i}.", "rejected": f" no {i}"} for i in range(4)]
+    plain = [
+        {"prompt": f"What is {i}?", "chosen": f" It is {i}.", "rejected": f" no {i}"}
+        for i in range(4)
+    ]
     chat = [
         {
             "prompt": [{"role": "user", "content": row["prompt"]}],
-            **{side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")},
+            **{
+                side: [{"role": "assistant", "content": row[side]}]
+                for side in ("chosen", "rejected")
+            },
         }
         for row in plain
     ]
     for rows, ending in ((plain, "<|im_end|>"), (chat, "<|im_end|>\n")):
         model, tokenizer = load(llama)
         args = DPOConfig(
-            str(tmp_path), per_device_train_batch_size=4, max_steps=1, learning_rate=1e-3, report_to="none",
-            use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True,
-        )  # fmt: skip
+            str(tmp_path),
+            per_device_train_batch_size=4,
+            max_steps=1,
+            learning_rate=1e-3,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            save_strategy="no",
+            disable_tqdm=True,
+        )
         start = model.lm_head.weight.detach().clone()
-        trainer = DPOTrainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+        trainer = DPOTrainer(
+            model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        )
         assert trainer.train().training_loss == pytest.approx(0.693147, abs=1e-5)
         assert not torch.equal(start, model.lm_head.weight)
         batch = next(iter(trainer.get_train_dataloader()))
@@ -169,7 +197,12 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_mistakes_are_one_line_and_leave_nothing_behind(case, text_file, tmp_path):
     changes, message = BAD[case]
-    arguments = {"arch": "llama", **TINY, "tokenizer_data": text_file, "output_dir": tmp_path / "m"} | changes
+    arguments = {
+        "arch": "llama",
+        **TINY,
+        "tokenizer_data": text_file,
+        "output_dir": tmp_path / "m",
+    } | changes
     with pytest.raises(FasttrError, match=message) as caught:
         scratch.init_model(**arguments)
     assert "\n" not in str(caught.value)

@@ -60,7 +60,8 @@ def test_layout_of_a_pack_by_hand():
     assert batch.attention.q_lengths == (5, 1, 2)
     assert batch.attention.k_lengths == (5, 3, 2)
     assert batch.attention.keys.sources.tolist() == [0, 1, 2, 3, 4, 0, 1, 5, 6, 7]
-    # The prompt's last row predicts the first token of both completions; without a prompt nothing does.
+    # The prompt's last row predicts the first token of both completions; without a prompt nothing
+    # does.
     assert batch.scored.sources.tolist() == [1, 2, 3, 1, 6]
     assert batch.target.tolist() == [*c1, *c2, d[1]]
     assert batch.cu_completions.tolist() == [0, 3, 4, 5]

@@ -1,4 +1,5 @@
-"""What a run must be: constants at step 0, independence of packing, a reference that is where it should be."""
+"""What a run must be: constants at step 0, independence of packing, a reference that is where it
+should be."""
 
 import json
 import math
@@ -18,11 +19,26 @@ from tests.tiny import gradients, packed_tiny
 
 # The loss at policy = reference, beta 0.1, label smoothing 0 (0.1 for exo_pair).
 CONSTANT = {
-    "sigmoid": LOG2, "sigmoid_norm": LOG2, "hinge": 1.0, "ipo": 25.0, "ipo_sum": 25.0, "cdpo": LOG2, "robust": LOG2,
-    "exo_pair": -LOG2 - 0.5 * math.log(0.9) - 0.5 * math.log(0.1), "nca_pair": 2 * LOG2, "bco_pair": 2 * LOG2,
-    "sppo_hard": 50.0, "aot": LOG2, "aot_unpaired": LOG2, "apo_zero": 1.0, "apo_down": 1.0,
-    "discopop": 0.5 * LOG2 + 0.5, "kto_paired": 0.5, "kto": 0.5, "apo_zero_unpaired": 0.5,
-}  # fmt: skip
+    "sigmoid": LOG2,
+    "sigmoid_norm": LOG2,
+    "hinge": 1.0,
+    "ipo": 25.0,
+    "ipo_sum": 25.0,
+    "cdpo": LOG2,
+    "robust": LOG2,
+    "exo_pair": -LOG2 - 0.5 * math.log(0.9) - 0.5 * math.log(0.1),
+    "nca_pair": 2 * LOG2,
+    "bco_pair": 2 * LOG2,
+    "sppo_hard": 50.0,
+    "aot": LOG2,
+    "aot_unpaired": LOG2,
+    "apo_zero": 1.0,
+    "apo_down": 1.0,
+    "discopop": 0.5 * LOG2 + 0.5,
+    "kto_paired": 0.5,
+    "kto": 0.5,
+    "apo_zero_unpaired": 0.5,
+}
 SMOOTHED = {"exo_pair": {"label_smoothing": 0.1}}
 
 
@@ -30,14 +46,23 @@ def test_every_loss_with_a_reference_has_its_constant():
     assert CONSTANT.keys() == {name for name, loss in LOSSES.items() if loss.needs_reference}
 
 
-# gate 1 ---------------------------------------------------------------------------------------------------------------
+# gate 1
 
 
 @pytest.mark.parametrize("ref_update", ["none", "soft", "hard"])
 @pytest.mark.parametrize("loss_type", CONSTANT)
-def test_step_0_is_the_constant_of_the_loss_and_every_logratio_is_0(workspace, tmp_path, loss_type, ref_update):
-    run(workspace, tmp_path, loss_type=loss_type, ref_update=ref_update, ref_update_every=2, max_steps=1,
-        **SMOOTHED.get(loss_type, {}))  # fmt: skip
+def test_step_0_is_the_constant_of_the_loss_and_every_logratio_is_0(
+    workspace, tmp_path, loss_type, ref_update
+):
+    run(
+        workspace,
+        tmp_path,
+        loss_type=loss_type,
+        ref_update=ref_update,
+        ref_update_every=2,
+        max_steps=1,
+        **SMOOTHED.get(loss_type, {}),
+    )
     first = steps(tmp_path)[0]
     assert first["ref/distance"] == 0.0
     assert first.get("rewards/margins", 0.0) == 0.0
@@ -57,11 +82,18 @@ def test_weights_multiply_the_loss_and_the_row_count_divides_it(workspace, tmp_p
     data = workspace / "weighted.jsonl"
     given = [json.loads(line)["weight"] for line in data.read_text().splitlines()]
     assert len(set(given)) > 1
-    run(workspace, tmp_path, dataset_name=str(data), weight_column="weight", train_batch_size=8, max_steps=1)
+    run(
+        workspace,
+        tmp_path,
+        dataset_name=str(data),
+        weight_column="weight",
+        train_batch_size=8,
+        max_steps=1,
+    )
     assert abs(steps(tmp_path)[0]["loss"] / (np.mean(given) * LOG2) - 1) < 1e-6
 
 
-# gate 4 ---------------------------------------------------------------------------------------------------------------
+# gate 4
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
@@ -71,7 +103,9 @@ def test_pack_size_and_order_do_not_change_the_gradient(workspace, loss_type):
     sides = 1 if loss_type == "sft" else 2
     trees = load_trees(tokenizer, DataConfig(str(workspace / "train.jsonl"), sides=sides))
     if loss.unpaired:
-        trees = Unpaired(trees, labels=None, block=4 if loss.completions == 2 else None, max_length=1024)
+        trees = Unpaired(
+            trees, labels=None, block=4 if loss.completions == 2 else None, max_length=1024
+        )
     group = 4 if loss.coupled else 1
     model = load_model(str(workspace / "model"), device=torch.device("cpu"))
     rows = np.arange(20, 28)  # both labels, when the pairs are taken apart
@@ -85,8 +119,14 @@ def test_pack_size_and_order_do_not_change_the_gradient(workspace, loss_type):
         packs = pack_rows(trees, order, budget, group)
         for batch in packs:
             ref = model.score(batch) + noise[list(batch.rows)].flatten()
-            fn = group_loss(loss, batch.token_counts, batch.weights, cu_rows=list(batch.cu_rows), labels=batch.labels,
-                            chosen_tokens_mean=3.0)  # fmt: skip
+            fn = group_loss(
+                loss,
+                batch.token_counts,
+                batch.weights,
+                cu_rows=list(batch.cu_rows),
+                labels=batch.labels,
+                chosen_tokens_mean=3.0,
+            )
             out = model(batch, fn, ref if loss.needs_reference else None, normalizer=len(rows))
             out.loss.backward()
             total += float(out.loss.detach())
@@ -104,21 +144,35 @@ def test_pack_size_and_order_do_not_change_the_gradient(workspace, loss_type):
 
 def test_a_whole_run_does_not_depend_on_the_pack_size(workspace, tmp_path):
     for name, budget in (("wide", 8192), ("narrow", 64)):
-        run(workspace, tmp_path / name, max_tokens_per_batch=budget, ref_update="soft", ref_update_every=2,
-            adam_epsilon=1e-4)  # fmt: skip
+        run(
+            workspace,
+            tmp_path / name,
+            max_tokens_per_batch=budget,
+            ref_update="soft",
+            ref_update_every=2,
+            adam_epsilon=1e-4,
+        )
     wide, narrow = weights(tmp_path / "wide"), weights(tmp_path / "narrow")
     assert max(float((wide[k] - narrow[k]).abs().max()) for k in wide) < 2e-5
     assert not same_weights(tmp_path / "wide", workspace / "model")
 
 
-# gate 7 ---------------------------------------------------------------------------------------------------------------
+# gate 7
 
 
 def test_the_soft_reference_is_its_closed_form(workspace, tmp_path):
-    """reference_k = alpha policy_k + (1 - alpha) reference_(k-1), from the checkpoints' own policies."""
+    """reference_k = alpha policy_k + (1 - alpha) reference_(k-1), from the checkpoints' own
+    policies."""
     alpha, every = 0.3, 2
-    run(workspace, tmp_path, ref_update="soft", ref_update_alpha=alpha, ref_update_every=every, save_strategy="steps",
-        save_steps=1)  # fmt: skip
+    run(
+        workspace,
+        tmp_path,
+        ref_update="soft",
+        ref_update_alpha=alpha,
+        ref_update_every=every,
+        save_strategy="steps",
+        save_steps=1,
+    )
     from safetensors.torch import load_file
 
     expected = {k: v.double() for k, v in weights(workspace / "model").items()}
@@ -127,7 +181,9 @@ def test_the_soft_reference_is_its_closed_form(workspace, tmp_path):
         folder = tmp_path / f"checkpoint-{step}"
         if step % every == 0:
             policy = weights(folder)
-            expected = {k: alpha * policy[k].double() + (1 - alpha) * v for k, v in expected.items()}
+            expected = {
+                k: alpha * policy[k].double() + (1 - alpha) * v for k, v in expected.items()
+            }
             moved += 1
         stored = load_file(folder / "fasttr" / "reference.safetensors")
         got = {name.removeprefix("model."): value for name, value in stored.items()}
@@ -135,7 +191,9 @@ def test_the_soft_reference_is_its_closed_form(workspace, tmp_path):
         for name, value in expected.items():
             assert (got[name] - value).abs().max() < 1e-6, (step, name)
     assert moved == 3
-    assert [line["step"] for line in lines(tmp_path) if line.get("event") == "reference_update"] == [2, 4, 6]
+    assert [
+        line["step"] for line in lines(tmp_path) if line.get("event") == "reference_update"
+    ] == [2, 4, 6]
 
 
 def test_soft_with_alpha_1_is_hard(workspace, tmp_path):
@@ -153,27 +211,38 @@ def test_alpha_0_is_no_update_and_other_schedules_differ(workspace, tmp_path):
 
 
 def test_another_first_reference_scores_window_0_alone_under_hard_updates(workspace, tmp_path):
-    run(workspace, tmp_path, ref_update="hard", ref_update_every=2, ref_model_name_or_path=str(workspace / "reference"))
+    run(
+        workspace,
+        tmp_path,
+        ref_update="hard",
+        ref_update_every=2,
+        ref_model_name_or_path=str(workspace / "reference"),
+    )
     distance = [line["ref/distance"] for line in steps(tmp_path)]
     assert distance[0] > 0.01
     assert distance[2] == 0.0
 
 
-# gate 8 ---------------------------------------------------------------------------------------------------------------
+# gate 8
 
 
 @pytest.mark.parametrize("ref_update", ["none", "hard", "soft"])
 def test_the_window_cache_equals_a_live_second_model(workspace, tmp_path, ref_update):
-    """The same run written plainly: a second model in memory that scores every pack at the moment it is trained on."""
+    """The same run written plainly: a second model in memory that scores every pack at the moment
+    it is trained on."""
     every, alpha, total = 2, 0.5, 6
     run(workspace, tmp_path, ref_update=ref_update, ref_update_every=every, ref_update_alpha=alpha)
 
     loss = LOSSES["sigmoid"]()
     tokenizer = load_tokenizer(str(workspace / "model"))
     trees = load_trees(tokenizer, DataConfig(str(workspace / "train.jsonl"), max_length=64))
-    policy, live = (load_model(str(workspace / "model"), device=torch.device("cpu")) for _ in range(2))
+    policy, live = (
+        load_model(str(workspace / "model"), device=torch.device("cpu")) for _ in range(2)
+    )
     plan = Plan(trees, 4, 3.0, total, 42, 8192)
-    optimizer = adamw(policy.model, learning_rate=3e-3, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
+    optimizer = adamw(
+        policy.model, learning_rate=3e-3, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8
+    )
     rates = schedule(optimizer, "linear", warmup_steps=0, total_steps=total, kwargs=None)
     for step in range(total):
         for batch in plan.packs(step):
@@ -196,24 +265,44 @@ def test_the_window_cache_equals_a_live_second_model(workspace, tmp_path, ref_up
             assert (got[name] - value).abs().max() <= bound, name
 
 
-# evaluation -----------------------------------------------------------------------------------------------------------
+# evaluation
 
 
 @pytest.mark.parametrize("ref_update", ["none", "soft", "hard"])
-def test_evaluation_comes_before_the_move_and_is_anchored_at_the_initial_policy(workspace, tmp_path, ref_update):
-    run(workspace, tmp_path, ref_update=ref_update, ref_update_every=2, eval_strategy="steps", eval_steps=2,
-        eval_on_start=True, eval_dataset_name=str(workspace / "test.jsonl"))  # fmt: skip
+def test_evaluation_comes_before_the_move_and_is_anchored_at_the_initial_policy(
+    workspace, tmp_path, ref_update
+):
+    run(
+        workspace,
+        tmp_path,
+        ref_update=ref_update,
+        ref_update_every=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        eval_on_start=True,
+        eval_dataset_name=str(workspace / "test.jsonl"),
+    )
     found = evaluations(tmp_path)
     assert [line["step"] for line in found] == [0, 2, 4, 6]
     assert found[0]["eval_rewards/margins"] == found[0]["eval_anchor/rewards/margins"] == 0.0
-    assert all(line["eval_ref/distance"] > 0 for line in found[1:])  # after a hard move it would be 0
+    assert all(
+        line["eval_ref/distance"] > 0 for line in found[1:]
+    )  # after a hard move it would be 0
     same = [abs(a["eval_rewards/margins"] - a["eval_anchor/rewards/margins"]) < 1e-6 for a in found]
     assert same == ([True] * 4 if ref_update == "none" else [True, True, False, False])
 
 
 def test_sft_reads_the_chosen_side_alone_and_lowers_its_loss(workspace, tmp_path):
-    run(workspace, tmp_path, loss_type="sft", max_steps=20, eval_strategy="steps", eval_steps=10, eval_on_start=True,
-        eval_dataset_name=str(workspace / "test.jsonl"))  # fmt: skip
+    run(
+        workspace,
+        tmp_path,
+        loss_type="sft",
+        max_steps=20,
+        eval_strategy="steps",
+        eval_steps=10,
+        eval_on_start=True,
+        eval_dataset_name=str(workspace / "test.jsonl"),
+    )
     first, *_, last = evaluations(tmp_path)
     assert last["eval_loss"] < first["eval_loss"] - 0.5
     assert "rewards/margins" not in steps(tmp_path)[0]
@@ -223,5 +312,9 @@ def test_sft_reads_the_chosen_side_alone_and_lowers_its_loss(workspace, tmp_path
 def test_tied_head_and_embedding_train_as_one(tmp_path):
     model = packed_tiny("qwen3").model
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    groups = adamw(model, learning_rate=1.0, weight_decay=0.1, betas=(0.9, 0.9), eps=1e-8).param_groups
-    assert sum(p.numel() for g in groups for p in g["params"]) == sum(p.numel() for p in model.parameters())
+    groups = adamw(
+        model, learning_rate=1.0, weight_decay=0.1, betas=(0.9, 0.9), eps=1e-8
+    ).param_groups
+    assert sum(p.numel() for g in groups for p in g["params"]) == sum(
+        p.numel() for p in model.parameters()
+    )

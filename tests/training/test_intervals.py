@@ -45,9 +45,16 @@ def test_steps_and_shares_and_epochs_are_when_they_say():
 
 
 def test_the_last_rows_are_dropped_when_they_do_not_fill_a_batch():
-    plan = Plan(Rows(), 4, 1.0, -1, 0, 100, shuffle=False, multiple_of=2)  # 11 rows: 10 of them in batches of 2
+    plan = Plan(
+        Rows(), 4, 1.0, -1, 0, 100, shuffle=False, multiple_of=2
+    )  # 11 rows: 10 of them in batches of 2
     assert plan.steps_per_epoch == 3
-    assert [plan.rows(step).tolist() for step in range(4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [0, 1, 2, 3]]
+    assert [plan.rows(step).tolist() for step in range(4)] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9],
+        [0, 1, 2, 3],
+    ]
     assert Plan(Rows(), 4, 1.0, -1, 0, 100, multiple_of=4).steps_per_epoch == 2
     kept = np.concatenate([plan.rows(step) for step in range(plan.total_steps)])
     assert len(set(kept.tolist())) == 10
@@ -57,12 +64,23 @@ def test_the_last_rows_are_dropped_when_they_do_not_fill_a_batch():
     ("changes", "expected"),
     [
         ({"load_best_model_at_end": True}, "with eval_strategy no"),
-        ({"load_best_model_at_end": True, "eval_strategy": "epoch"}, "wanted that of eval_strategy, or best"),
         (
-            {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 4, "save_steps": 6},
+            {"load_best_model_at_end": True, "eval_strategy": "epoch"},
+            "wanted that of eval_strategy, or best",
+        ),
+        (
+            {
+                "load_best_model_at_end": True,
+                "eval_strategy": "steps",
+                "eval_steps": 4,
+                "save_steps": 6,
+            },
             "a multiple of 4",
         ),
-        ({"save_strategy": "best", "eval_strategy": "steps", "metric_for_best_model": "gold"}, "metric_for_best_model"),
+        (
+            {"save_strategy": "best", "eval_strategy": "steps", "metric_for_best_model": "gold"},
+            "metric_for_best_model",
+        ),
         (
             {"save_strategy": "best", "eval_strategy": "steps", "ref_update": "soft"},
             "different references do not compare",
@@ -79,10 +97,19 @@ def test_contradictions_about_checkpoints_are_refused(changes, expected):
 
 def test_the_best_checkpoint_outlives_the_limit_and_becomes_the_model(workspace, tmp_path, capsys):
     values = settings(
-        workspace, tmp_path, max_steps=4, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
-        save_total_limit=1, save_only_model=True, load_best_model_at_end=True, greater_is_better=True,
+        workspace,
+        tmp_path,
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=1,
+        save_only_model=True,
+        load_best_model_at_end=True,
+        greater_is_better=True,
         eval_dataset_name=str(workspace / "test.jsonl"),
-    )  # fmt: skip
+    )
     main(["train", *(f"--{key}={value}" for key, value in values.items())])
     losses = [line["eval_loss"] for line in evaluations(tmp_path)]
     best = losses.index(max(losses)) + 1
@@ -94,16 +121,29 @@ def test_the_best_checkpoint_outlives_the_limit_and_becomes_the_model(workspace,
     assert (tmp_path / "tokenizer.json").is_file()
     assert f"the final model is checkpoint-{best}, the best by eval_loss" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        main(["train", *(f"--{key}={value}" for key, value in values.items()), "--resume_from_checkpoint"])
+        main(
+            [
+                "train",
+                *(f"--{key}={value}" for key, value in values.items()),
+                "--resume_from_checkpoint",
+            ]
+        )
     assert "holds no reference, position or window" in capsys.readouterr().err
 
 
 def test_save_strategy_best_saves_what_improves(workspace, tmp_path):
     values = settings(
-        workspace, tmp_path, max_steps=3, eval_strategy="steps", eval_steps=1, save_strategy="best", ref_update="hard",
-        ref_update_every=2, metric_for_best_model="anchor/rewards/margins",
+        workspace,
+        tmp_path,
+        max_steps=3,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="best",
+        ref_update="hard",
+        ref_update_every=2,
+        metric_for_best_model="anchor/rewards/margins",
         eval_dataset_name=str(workspace / "test.jsonl"),
-    )  # fmt: skip
+    )
     main(["train", *(f"--{key}={value}" for key, value in values.items())])
     best, expected = float("-inf"), set()
     for line in evaluations(tmp_path):

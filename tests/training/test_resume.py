@@ -13,12 +13,25 @@ from fasttr.training.window import PARTIAL
 from tests.killed import signalled_run
 from tests.runs import lines, run, same_weights, settings, timeless, weights
 
-CHANGES = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8, "logging_steps": 3, "ref_update_every": 4,
-           "eval_strategy": "steps", "eval_steps": 3, "max_tokens_per_batch": 100}  # fmt: skip
+CHANGES = {
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "max_steps": 8,
+    "logging_steps": 3,
+    "ref_update_every": 4,
+    "eval_strategy": "steps",
+    "eval_steps": 3,
+    "max_tokens_per_batch": 100,
+}
 
 
 def changes(workspace, ref_update, **more):
-    return {**CHANGES, "ref_update": ref_update, "eval_dataset_name": str(workspace / "test.jsonl"), **more}
+    return {
+        **CHANGES,
+        "ref_update": ref_update,
+        "eval_dataset_name": str(workspace / "test.jsonl"),
+        **more,
+    }
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +51,14 @@ def signalled(workspace, folder, ref_update, what, calls, signum, after=None):
     output = folder.with_suffix(".txt")
     process = context.Process(
         target=signalled_run,
-        args=(settings(workspace, folder, **changes(workspace, ref_update)), what, calls, signum, output, after),
+        args=(
+            settings(workspace, folder, **changes(workspace, ref_update)),
+            what,
+            calls,
+            signum,
+            output,
+            after,
+        ),
     )
     process.start()
     process.join(timeout=120)
@@ -47,14 +67,20 @@ def signalled(workspace, folder, ref_update, what, calls, signum, after=None):
 
 def assert_same_run(resumed, uninterrupted):
     assert same_weights(resumed, uninterrupted)
-    assert [timeless(line) for line in lines(resumed)] == [timeless(line) for line in lines(uninterrupted)]
+    assert [timeless(line) for line in lines(resumed)] == [
+        timeless(line) for line in lines(uninterrupted)
+    ]
 
 
-# With saves every 2 steps and windows of 4, step 6 is in the middle of the second window; the 14th pack to be scored
-# belongs to the first sweep, after the evaluation split.
-@pytest.mark.parametrize(("what", "calls"), [("step", 6), ("score", 14), ("save", 3), ("rename", 3)])
+# With saves every 2 steps and windows of 4, step 6 is in the middle of the second window; the 14th
+# pack to be scored belongs to the first sweep, after the evaluation split.
+@pytest.mark.parametrize(
+    ("what", "calls"), [("step", 6), ("score", 14), ("save", 3), ("rename", 3)]
+)
 @pytest.mark.parametrize("ref_update", ["none", "soft", "hard"])
-def test_killed_then_resumed_is_bitwise_the_uninterrupted_run(workspace, tmp_path, whole, ref_update, what, calls):
+def test_killed_then_resumed_is_bitwise_the_uninterrupted_run(
+    workspace, tmp_path, whole, ref_update, what, calls
+):
     folder = tmp_path / "run"
     status, text = signalled(workspace, folder, ref_update, what, calls, signal.SIGKILL)
     assert status == -signal.SIGKILL, text
@@ -67,7 +93,9 @@ def test_killed_then_resumed_is_bitwise_the_uninterrupted_run(workspace, tmp_pat
 @pytest.mark.parametrize("ref_update", ["soft", "hard"])
 def test_killed_while_scoring_a_later_window(workspace, tmp_path, whole, ref_update):
     folder = tmp_path / "run"
-    status, text = signalled(workspace, folder, ref_update, "score", 2, signal.SIGKILL, folder / "checkpoint-4")
+    status, text = signalled(
+        workspace, folder, ref_update, "score", 2, signal.SIGKILL, folder / "checkpoint-4"
+    )
     assert status == -signal.SIGKILL, text
     saved = list_checkpoints(folder)[-1]
     assert saved.name == "checkpoint-4"
@@ -102,7 +130,11 @@ def test_a_signal_saves_and_stops_with_its_status(workspace, tmp_path, whole, si
 def test_resuming_from_a_named_older_folder(workspace, tmp_path, whole):
     folder = tmp_path / "run"
     shutil.copytree(whole["soft"], folder)
-    run(workspace, folder, **changes(workspace, "soft", resume_from_checkpoint=str(folder / "checkpoint-2")))
+    run(
+        workspace,
+        folder,
+        **changes(workspace, "soft", resume_from_checkpoint=str(folder / "checkpoint-2")),
+    )
     assert_same_run(folder, whole["soft"])
 
 
@@ -122,10 +154,16 @@ def test_a_folder_that_holds_a_run_is_not_written_over(workspace, tmp_path, whol
 def test_another_configuration_is_refused_and_named(workspace, tmp_path, whole):
     shutil.copytree(whole["none"], tmp_path / "run")
     with pytest.raises(FasttrError, match=r"another configuration \(beta: 0.1 -> 0.2\)"):
-        run(workspace, tmp_path / "run", **changes(workspace, "none", resume_from_checkpoint=True, beta=0.2))
+        run(
+            workspace,
+            tmp_path / "run",
+            **changes(workspace, "none", resume_from_checkpoint=True, beta=0.2),
+        )
 
 
-@pytest.mark.parametrize("missing", ["fasttr/optimizer.safetensors", "model.safetensors", "fasttr/state.json"])
+@pytest.mark.parametrize(
+    "missing", ["fasttr/optimizer.safetensors", "model.safetensors", "fasttr/state.json"]
+)
 def test_an_incomplete_checkpoint_is_refused(workspace, tmp_path, whole, missing):
     shutil.copytree(whole["soft"], tmp_path / "run")
     path = tmp_path / "run" / "checkpoint-8" / missing
@@ -138,7 +176,9 @@ def test_an_incomplete_checkpoint_is_refused(workspace, tmp_path, whole, missing
 
 
 @pytest.mark.parametrize("fails", ["safetensors.torch.save_file", "os.fsync"])
-def test_a_full_disk_leaves_the_last_good_checkpoint(workspace, tmp_path, whole, monkeypatch, fails):
+def test_a_full_disk_leaves_the_last_good_checkpoint(
+    workspace, tmp_path, whole, monkeypatch, fails
+):
     import importlib
 
     module, name = fails.rsplit(".", 1)
@@ -151,7 +191,9 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(workspace, tmp_path, whole,
         return original(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, full)
-    with pytest.raises(FasttrError, match=r"No space left on device.*last good checkpoint is .*checkpoint-4"):
+    with pytest.raises(
+        FasttrError, match=r"No space left on device.*last good checkpoint is .*checkpoint-4"
+    ):
         run(workspace, tmp_path / "run", **changes(workspace, "hard"))
     left = sorted(path.name for path in (tmp_path / "run").iterdir() if "checkpoint" in path.name)
     assert left == ["checkpoint-2", "checkpoint-4"]

@@ -1,4 +1,5 @@
-"""The same rows, weights and reference through TRL's DPOTrainer: loss, gradient norm, metrics and parameters."""
+"""The same rows, weights and reference through TRL's DPOTrainer: loss, gradient norm, metrics and
+parameters."""
 
 import json
 
@@ -8,32 +9,85 @@ import torch
 from tests.runs import run, steps, weights
 
 SHARED = [
-    "loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
-    "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy",
-    "num_tokens", "learning_rate",
-]  # fmt: skip
+    "loss",
+    "grad_norm",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "logits/chosen",
+    "logits/rejected",
+    "entropy",
+    "mean_token_accuracy",
+    "num_tokens",
+    "learning_rate",
+]
 # fasttr leaves the rejected side out of an sft run, so nothing that reads it is shared there.
-SHARED_SFT = ["loss", "grad_norm", "logps/chosen", "logits/chosen", "mean_token_accuracy", "learning_rate"]
-SHARED_KTO = ["loss", "grad_norm", "kl", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen",
-              "logps/rejected", "logits/chosen", "logits/rejected", "entropy", "learning_rate"]  # fmt: skip
+SHARED_SFT = [
+    "loss",
+    "grad_norm",
+    "logps/chosen",
+    "logits/chosen",
+    "mean_token_accuracy",
+    "learning_rate",
+]
+SHARED_KTO = [
+    "loss",
+    "grad_norm",
+    "kl",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "logits/chosen",
+    "logits/rejected",
+    "entropy",
+    "learning_rate",
+]
 
-# forward_kl and alpha_divergence take exp(-u): the fp32 rounding of a long sum of log-probs is a relative error there.
+# forward_kl and alpha_divergence take exp(-u): the fp32 rounding of a long sum of log-probs is a
+# relative error there.
 DPO_CASES = {
-    **{name: {} for name in ("sigmoid", "sigmoid_norm", "hinge", "ipo", "nca_pair", "bco_pair", "sppo_hard", "aot",
-                             "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft")},
-    "robust": {"label_smoothing": 0.1}, "exo_pair": {"label_smoothing": 0.1},
-    "aot smoothed": {"label_smoothing": 0.2}, 
+    **{
+        name: {}
+        for name in (
+            "sigmoid",
+            "sigmoid_norm",
+            "hinge",
+            "ipo",
+            "nca_pair",
+            "bco_pair",
+            "sppo_hard",
+            "aot",
+            "aot_unpaired",
+            "apo_zero",
+            "apo_down",
+            "discopop",
+            "sft",
+        )
+    },
+    "robust": {"label_smoothing": 0.1},
+    "exo_pair": {"label_smoothing": 0.1},
+    "aot smoothed": {"label_smoothing": 0.2},
     "sigmoid forward_kl": {"f_divergence_type": "forward_kl", "max_length": 24},
     "ipo js_divergence": {"f_divergence_type": "js_divergence"},
-    "hinge alpha_divergence": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3,
-                               "max_length": 24},
-    "sigmoid ld_alpha": {"ld_alpha": 0.4}, "ipo ld_alpha": {"ld_alpha": 0.4},
+    "hinge alpha_divergence": {
+        "f_divergence_type": "alpha_divergence",
+        "f_alpha_divergence_coef": 0.3,
+        "max_length": 24,
+    },
+    "sigmoid ld_alpha": {"ld_alpha": 0.4},
+    "ipo ld_alpha": {"ld_alpha": 0.4},
     "list": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
-}  # fmt: skip
+}
 
 
 def trl_run(workspace, tmp_path, after_step=None, **changes):
-    """TRL's log, one dict a step, on the workspace's rows: DPOTrainer, or KTOTrainer for its losses."""
+    """TRL's log, one dict a step, on the workspace's rows: DPOTrainer, or KTOTrainer for its
+    losses."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
@@ -41,16 +95,30 @@ def trl_run(workspace, tmp_path, after_step=None, **changes):
     kto = changes["loss_type"] in ("kto", "apo_zero_unpaired")
     rows = [json.loads(line) for line in (workspace / "train.jsonl").read_text().splitlines()]
     model = AutoModelForCausalLM.from_pretrained(workspace / "model", dtype=torch.float32)
-    reference = AutoModelForCausalLM.from_pretrained(workspace / "reference", dtype=torch.float32).eval()
+    reference = AutoModelForCausalLM.from_pretrained(
+        workspace / "reference", dtype=torch.float32
+    ).eval()
     if kto:
         rows = unpaired_rows(rows)
         changes = {"train_sampling_strategy": "sequential", **changes}
     args = (KTOConfig if kto else DPOConfig)(
-        output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, gradient_checkpointing=False, logging_steps=1,
-        save_strategy="no", report_to=[], disable_tqdm=True,
-        **{"max_length": 64, "learning_rate": 0.0, "max_grad_norm": 0.0, "per_device_train_batch_size": 4,
-           "max_steps": 6, **changes},
-    )  # fmt: skip
+        output_dir=str(tmp_path / "trl"),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        **{
+            "max_length": 64,
+            "learning_rate": 0.0,
+            "max_grad_norm": 0.0,
+            "per_device_train_batch_size": 4,
+            "max_steps": 6,
+            **changes,
+        },
+    )
 
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -58,15 +126,20 @@ def trl_run(workspace, tmp_path, after_step=None, **changes):
                 after_step(state.global_step, model)
 
     trainer = (KTOTrainer if kto else DPOTrainer)(
-        model=model, ref_model=reference, args=args, train_dataset=Dataset.from_list(rows), callbacks=[Watch()],
+        model=model,
+        ref_model=reference,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        callbacks=[Watch()],
         processing_class=AutoTokenizer.from_pretrained(workspace / "model"),
-    )  # fmt: skip
+    )
     trainer.train()
     return [line for line in trainer.state.log_history if "grad_norm" in line]
 
 
 def unpaired_rows(rows):
-    """Chosen and rejected of the pairs in turn, so that most groups hold both classes; one holds a single one."""
+    """Chosen and rejected of the pairs in turn, so that most groups hold both classes; one holds a
+    single one."""
     out = []
     for i, row in enumerate(rows):
         side = ("chosen", "rejected")[i % 2 if i >= 4 else 0]
@@ -82,7 +155,9 @@ def assert_same_log(ours, theirs, keys):
             if key not in mine:
                 continue
             # Means of logits and margins lie near 0 against terms of order 1 and more.
-            bound = 1e-5 * max(abs(other[key]), 1.0 if key.startswith(("logits", "rewards", "kl")) else 0.0)
+            bound = 1e-5 * max(
+                abs(other[key]), 1.0 if key.startswith(("logits", "rewards", "kl")) else 0.0
+            )
             assert abs(mine[key] - other[key]) <= bound, (key, mine[key], other[key])
 
 
@@ -101,16 +176,25 @@ def test_every_shared_metric_is_trls_with_a_perturbed_reference(workspace, tmp_p
 @pytest.mark.parametrize("case", ["kto", "kto weighted", "apo_zero_unpaired"])
 def test_kto_is_trls_with_a_perturbed_reference(workspace, tmp_path, case):
     """Rows in the order of the file, as TRL demands; the first group holds desirable rows alone."""
-    weights_ = {"desirable_weight": 1.5, "undesirable_weight": 0.5} if case == "kto weighted" else {}
+    weights_ = (
+        {"desirable_weight": 1.5, "undesirable_weight": 0.5} if case == "kto weighted" else {}
+    )
     changes = {"loss_type": case.split()[0], "beta": 0.5, **weights_}
     theirs = trl_run(workspace, tmp_path, **changes)
     assert case == "apo_zero_unpaired" or any(line["kl"] > 1e-3 for line in theirs)
     data = tmp_path / "unpaired.jsonl"
     rows = [json.loads(line) for line in (workspace / "train.jsonl").read_text().splitlines()]
     data.write_text("".join(json.dumps(row) + "\n" for row in unpaired_rows(rows)))
-    run(workspace, tmp_path / "ours", dataset_name=str(data), learning_rate=0.0, max_grad_norm=0.0,
-        train_sampling_strategy="sequential", ref_model_name_or_path=str(workspace / "reference"),
-        **changes)  # fmt: skip
+    run(
+        workspace,
+        tmp_path / "ours",
+        dataset_name=str(data),
+        learning_rate=0.0,
+        max_grad_norm=0.0,
+        train_sampling_strategy="sequential",
+        ref_model_name_or_path=str(workspace / "reference"),
+        **changes,
+    )
     ours = steps(tmp_path / "ours")
     assert "rewards/rejected" not in ours[0]
     assert_same_log(ours, theirs, SHARED_KTO)
@@ -118,17 +202,39 @@ def test_kto_is_trls_with_a_perturbed_reference(workspace, tmp_path, case):
 
 def test_parameters_follow_trl_over_8_steps_and_two_soft_updates(workspace, tmp_path):
     """adam_epsilon is large: Adam amplifies differences of gradients near zero."""
-    common = {"learning_rate": 1e-3, "max_steps": 8, "lr_scheduler_type": "constant", "adam_epsilon": 1e-4,
-              "max_grad_norm": 1.0}  # fmt: skip
+    common = {
+        "learning_rate": 1e-3,
+        "max_steps": 8,
+        "lr_scheduler_type": "constant",
+        "adam_epsilon": 1e-4,
+        "max_grad_norm": 1.0,
+    }
     theirs = {}
 
     def keep(step, model):
         theirs[step] = {k: v.detach().clone() for k, v in model.named_parameters()}
 
-    log = trl_run(workspace, tmp_path, keep, loss_type="sigmoid", sync_ref_model=True, ref_model_mixup_alpha=0.6,
-                  ref_model_sync_steps=3, **common)  # fmt: skip
-    run(workspace, tmp_path / "ours", ref_update="soft", ref_update_alpha=0.6, ref_update_every=3,
-        ref_model_name_or_path=str(workspace / "reference"), save_strategy="steps", save_steps=1, **common)  # fmt: skip
+    log = trl_run(
+        workspace,
+        tmp_path,
+        keep,
+        loss_type="sigmoid",
+        sync_ref_model=True,
+        ref_model_mixup_alpha=0.6,
+        ref_model_sync_steps=3,
+        **common,
+    )
+    run(
+        workspace,
+        tmp_path / "ours",
+        ref_update="soft",
+        ref_update_alpha=0.6,
+        ref_update_every=3,
+        ref_model_name_or_path=str(workspace / "reference"),
+        save_strategy="steps",
+        save_steps=1,
+        **common,
+    )
     assert_same_log(steps(tmp_path / "ours"), log, ["loss", "rewards/margins"])
     assert len(theirs) == 8
     start = weights(workspace / "model")
