@@ -14,7 +14,7 @@ from fasttr_kernels import linear_preference_loss, multi_tensor_lerp_
 from bench.head import make_problem
 from bench.head_providers import PROVIDERS
 from bench.step import make_trees
-from fasttr.models.attention import gather_rows
+from fasttr.models.gather import gather_rows
 from fasttr.packing.layout import first_fit_decreasing, pack
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -7,7 +7,7 @@ import torch
 from fasttr.batch import Tree
 from fasttr.errors import FasttrError
 from fasttr.models.attention import packed_attention
-from fasttr.models.load import ARCHITECTURES
+from fasttr.models.checks import ARCHITECTURES
 from fasttr.packing.layout import pack
 from tests.tiny import (
     WINDOW,
@@ -109,7 +109,7 @@ def test_no_grad_scoring_is_bitwise_the_training_forward():
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
         batch = pack(trees)
-        scored = model.score(batch)
+        scored = model.logps(batch)
         trained = model(batch, lambda logp, ref, groups: logp.sum(), stats=True)
         trained.loss.backward()
         assert torch.equal(scored, trained.logp)
@@ -124,7 +124,7 @@ def test_bf16_compute_stays_near_fp32_and_keeps_the_step_0_zero(arch):
     low = packed_tiny(arch)
     low.bf16 = True
     batch = pack(trees)
-    want, scored = exact.score(batch), low.score(batch)
+    want, scored = exact.logps(batch), low.logps(batch)
     out = low(batch, lambda logp, ref, groups: logp.sum())
     out.loss.backward()
     assert torch.equal(scored, out.logp)
