@@ -18,7 +18,7 @@ FLOORS = [
     {"data", "losses", "optim", "packing"},
     {"metrics", "models"},
     {"reference", "rollouts"},
-    {"checkpoint"},
+    {"checkpoint", "parts"},
     {"config"},
     {"evaluation"},
     {"training"},

@@ -14,4 +14,5 @@ def run(args: list[str]) -> None:
         ScratchSettings,
         args,
     )
-    init_model(**values)
+    parameters = init_model(**values)
+    print(f"wrote {values['output_dir']}: {values['arch']}, {parameters:,} random parameters")

@@ -143,11 +143,14 @@ class StepSettings:
         "1024 on a CPU, where larger passes are not faster",
         in_eval=True,
     )
-    num_train_epochs: float = setting(3.0, above(0), "passes over the data, may be a fraction")
+    num_train_epochs: float = setting(
+        3.0, above(0), "passes over the data, may be a fraction", may_change=True
+    )
     max_steps: int = setting(
         -1,
         Range("a whole number from 1, or -1", lambda x: x == -1 or x >= 1),
         "optimizer steps; above 0 it wins over num_train_epochs",
+        may_change=True,
     )
     train_sampling_strategy: str = setting(
         "random",

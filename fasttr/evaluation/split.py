@@ -54,6 +54,10 @@ class EvaluationSplit:
         tables = [LogpTable(len(self.trees), loss.completions) for _ in range(2)]
         return EvaluationSplit(self.trees, self.max_tokens_per_batch, self.group_rows, *tables)
 
+    def lacks_reference(self) -> bool:
+        """Whether the window's reference has not scored all rows."""
+        return self.ref_logps is not None and self.ref_logps.lacks(range(len(self.trees)))
+
     def packs(self) -> Iterator[PackedBatch]:
         """The same packs at every evaluation."""
         block = max(BLOCK // self.group_rows, 1) * self.group_rows

@@ -11,7 +11,7 @@ from torch import nn
 
 from fasttr.errors import FasttrError
 from fasttr.models import attention, checks
-from fasttr.models.load import ModelConfig, finish_packed
+from fasttr.models.load import ModelConfig, checkpoint_activations, finish_packed
 from fasttr.models.packed import PackedModel
 
 _KEPT = "_fasttr_kept"
@@ -99,8 +99,7 @@ class _Kept:
         for owner, name, value in self._dropouts:
             setattr(owner, name, value)
         self._model.set_attn_implementation(self._implementation)
-        if getattr(self._model, "is_gradient_checkpointing", False):
-            self._model.gradient_checkpointing_disable()
+        checkpoint_activations(self._model, False)
         self._model.train(self._is_training)
 
 

@@ -58,7 +58,7 @@ def finish_packed(model: Any, config: ModelConfig) -> PackedModel:
     if _wants_liger(config, model.config.model_type):
         _apply_liger(model)
     if config.gradient_checkpointing:
-        _checkpoint_activations(model)
+        checkpoint_activations(model, True)
     packed = PackedModel(
         model,
         HeadSpec(softcap=getattr(model.config, "final_logit_softcapping", None)),
@@ -167,11 +167,15 @@ def _read_weights(config: ModelConfig, hf_config: Any) -> Any:
     return model
 
 
-def _checkpoint_activations(model: Any) -> None:
+def checkpoint_activations(model: Any, on: bool) -> None:
+    """Recompute activations in the backward, or keep them."""
     # transformers renamed it: both names are tried, the newer first.
-    newer = getattr(model, "activation_checkpointing_enable", None)
-    enable = newer or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    is_new = hasattr(model, "activation_checkpointing_enable")
+    name = "activation_checkpointing" if is_new else "gradient_checkpointing"
+    if on:
+        getattr(model, f"{name}_enable")({"use_reentrant": False})
+    elif getattr(model, f"is_{name}"):
+        getattr(model, f"{name}_disable")()
 
 
 def _wants_liger(config: ModelConfig, model_type: str) -> bool:

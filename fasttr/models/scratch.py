@@ -78,9 +78,10 @@ class ScratchSettings:
     )
 
 
-def init_model(arch: str, **settings: Any) -> None:
+def init_model(arch: str, **settings: Any) -> int:
     """Write a Hugging Face folder: a random model, its tokenizer with a ChatML template, its
-    generation config. The keyword arguments are those of `ScratchSettings`.
+    generation config; returns its number of parameters. The keyword arguments are those of
+    `ScratchSettings`.
 
     Weights are fp32, drawn by the architecture's own initialisation from `seed` alone (the caller's
     random state is left as it was): the same arguments give the same bytes. The folder is written
@@ -107,6 +108,7 @@ def init_model(arch: str, **settings: Any) -> None:
     tokenizer.model_max_length = wanted.max_position_embeddings
     model = _random_model(wanted, {**sizes, "vocab_size": vocab_size}, tokenizer)
     _save(model, tokenizer, target)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _new_folder(output_dir: str | Path) -> Path:
@@ -205,7 +207,9 @@ def _random_model(wanted: ScratchSettings, sizes: dict[str, Any], tokenizer: Any
 
 def _save(model: Any, tokenizer: Any, target: Path) -> None:
     from safetensors import SafetensorError
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     try:
         with written_aside(target) as aside:
             model.save_pretrained(aside)

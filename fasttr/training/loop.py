@@ -209,8 +209,13 @@ class _Loop:
         run.requests.discard("evaluate")
         if run.split is None:
             raise FasttrError(
-                "evaluate: a callback asks for it and there are no rows; give eval_dataset or "
-                "eval_strategy"
+                "evaluate: a callback asks for it and there are no rows; give eval_strategy and "
+                "rows to evaluate on"
+            )
+        if run.loss.needs_reference and run.split.lacks_reference():
+            raise FasttrError(
+                "evaluate: a callback asks for it in a window that was scored without the "
+                "evaluation rows; set may_evaluate = True on the callback"
             )
         line = evaluate(run.policy, run.split, run.objective)
         self.log.write(run.step, line)

@@ -67,9 +67,7 @@ def score_split_late(run: Run) -> None:
 
     Only a soft reference still has, inside a window, the weights that it began with.
     """
-    if run.split is None or run.split.ref_logps is None:
-        return
-    if not run.split.ref_logps.lacks(range(len(run.split.trees))):
+    if run.split is None or not run.split.lacks_reference():
         return
     if run.reference.weights is None:
         raise FasttrError(
