@@ -72,8 +72,9 @@ def evaluate(
     split: EvaluationSplit,
     objective: Objective,
     after: Callable[[PackedBatch, Tensor], None] | None = None,
+    name: str = "",
 ) -> dict[str, float]:
-    """Means over all rows of the split, under `eval_` names.
+    """Means over all rows of the split, under `eval_` names, or `eval_NAME_` where it has a name.
 
     `after` is called after every pack with the model's log-probs (N,) of it.
     """
@@ -94,13 +95,14 @@ def evaluate(
             against_anchor.labels.append(batch.labels)
         if after is not None:
             after(batch, out.logp)
-    line = as_metrics(by_name(means(sums)), loss, prefix="eval_")
-    if "eval_rewards/accuracies" in line:
-        share = line["eval_rewards/accuracies"]
-        line["eval_rewards/accuracies_stderr"] = binomial_stderr(share, len(rows))
+    line = as_metrics(by_name(means(sums)[0]), loss)
+    if "rewards/accuracies" in line:
+        share = line["rewards/accuracies"]
+        line["rewards/accuracies_stderr"] = binomial_stderr(share, len(rows))
     if split.anchor_logps is not None:
         line.update(against_anchor.metrics(loss))
-    return line
+    prefix = f"eval_{name}_" if name else "eval_"
+    return {prefix + metric: value for metric, value in line.items()}
 
 
 class _AgainstAnchor(NamedTuple):
@@ -123,7 +125,7 @@ class _AgainstAnchor(NamedTuple):
             share = float((chosen > rejected).float().mean())
             found["rewards/accuracies"] = share
             found["rewards/accuracies_stderr"] = binomial_stderr(share, len(chosen))
-        return {f"eval_anchor/{name}": value for name, value in found.items()}
+        return {f"anchor/{name}": value for name, value in found.items()}
 
     def _sides(self, loss: Loss) -> tuple[Tensor, Tensor]:
         logratio_Bm = torch.cat(self.logratios).view(-1, loss.completions)

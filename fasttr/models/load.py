@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fasttr.errors import FasttrError, first_line
+from fasttr.hub import go_offline_if_unreachable
 from fasttr.models import attention, checks
 from fasttr.models.packed import HeadSpec, PackedModel
 
@@ -79,17 +80,34 @@ def load_config(name: str, revision: str = "main", key: str = "model_name_or_pat
         raise FasttrError(
             f"{key}: there is no folder {name}; wanted a Hugging Face folder or a hub id"
         )
+    checks.check_no_adapter(Path(name), key)
+    is_offline = not Path(name).is_dir() and go_offline_if_unreachable()
     try:
         # The type is read before the config is built: what we refuse may not even be known.
         content = PreTrainedConfig.get_config_dict(name, revision=revision)[0]
+        checks.check_not_quantised(content, key, name)
         checks.check_architecture(content.get("model_type"), key)
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except FasttrError:
         raise
     except (OSError, ValueError, AttributeError, TypeError, StrictDataclassError) as error:
+        if is_offline and isinstance(error, OSError):
+            raise FasttrError(
+                f"{key}: there is no folder {name!r} here, and the hub does not answer or is not "
+                "asked (HF_HUB_OFFLINE): check the name and the network"
+            ) from error
         raise FasttrError(f"{key}: cannot read {name!r}: {first_line(error)}") from error
     checks.check_layers(config, key, name)
     return config
+
+
+def check_loadable(
+    name: str, tokenizer: Any, revision: str = "main", key: str = "model_name_or_path"
+) -> None:
+    """Raise FasttrError, before any row is read, where the weights of a folder are not there or a
+    tokenizer has ids beyond the embedding."""
+    checks.check_weight_files(Path(name), key)
+    checks.check_vocabulary(load_config(name, revision, key), tokenizer, key, name)
 
 
 def load_tokenizer(name: str, revision: str = "main", key: str = "model_name_or_path") -> Any:

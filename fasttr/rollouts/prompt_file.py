@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from fasttr.data.formats import read_prompt
+from fasttr.data.reading import read_prompt
 from fasttr.data.sources import FILE_KINDS, read_rows
 from fasttr.data.tokens import Messages
 from fasttr.errors import FasttrError

@@ -10,18 +10,21 @@ import torch
 
 from fasttr.batch import TreeSource
 from fasttr.config import rules
-from fasttr.config.rows import RowReader, as_loss_reads
+from fasttr.config.rows import RowReader, as_loss_reads, reads_a_stream
 from fasttr.config.train_config import TrainConfig
 from fasttr.console import say
+from fasttr.data.tokens import adjust
 from fasttr.environment import device_for
 from fasttr.errors import FasttrError
 from fasttr.evaluation.split import EvaluationSplit
 from fasttr.losses import Loss, as_loss
 from fasttr.metrics.sums import Averages
 from fasttr.metrics.trackers import require_trackers
+from fasttr.models.checks import check_vocabulary
 from fasttr.models.given import pack_model, read_weights_into
 from fasttr.models.load import (
     ModelConfig,
+    check_loadable,
     dropout_rates,
     load_config,
     load_model,
@@ -30,7 +33,7 @@ from fasttr.models.load import (
 from fasttr.models.packed import PackedModel
 from fasttr.reference.logp_table import LogpTable
 from fasttr.reference.moving import MovingReference
-from fasttr.training.announce import announce_plan
+from fasttr.training.announce import announce_plan, announce_settings
 from fasttr.training.best import Best
 from fasttr.training.checkpoints import Resume, check_resume, find_resume, take_up
 from fasttr.training.run import Run
@@ -47,27 +50,36 @@ class Given(NamedTuple):
 
 
 def setup(config: TrainConfig, given: Given) -> Run:
-    """Read rows and models, say what was found, and take up a checkpoint when asked to."""
+    """Read rows and models, say what was found, and take up a checkpoint when asked to.
+
+    What can be refused without a row is refused first: tokenising takes long.
+    """
     device = _prepare_torch(config)
     require_trackers(config.report_to)
+    config.optimizer().check_schedule()
     resume = find_resume(config)
     source = str(resume.folder) if resume is not None else config.model_name_or_path
     tokenizer = _checked_tokenizer(config, given, source)
     reader = RowReader(config, tokenizer)
+    if reads_a_stream(config, given.train_dataset):
+        config = _in_order_of_the_stream(config)
     custom_loss = None if given.loss is None else as_loss(given.loss, config.beta)
     rows = reader.train(custom_loss or config.loss, given.train_dataset)
     config, loss = _with_loss(config, custom_loss, rows)
     trees = as_loss_reads(rows, loss, config)
-    eval_trees = None
+    eval_trees: dict[str, TreeSource] = {}
     if config.evaluates:
         eval_rows = reader.evaluation(loss, given.eval_dataset)
-        eval_trees = as_loss_reads(eval_rows, loss, config)
+        eval_trees = {name: as_loss_reads(one, loss, config) for name, one in eval_rows.items()}
     config = dataclasses.replace(config, max_tokens_per_batch=config.token_budget(device))
     plan = config.plan(trees, loss, device)
     if resume is not None:
         check_resume(resume, config, loss, trees.fingerprint, plan.total_steps)
     announce_plan(config, loss, plan)
+    announce_settings(config, loss, trees)
     policy, initial = _models(config, device, given, resume)
+    if config.eos_token is not None:
+        _end_with(policy, tokenizer)
     optimizer = config.optimizer().optimizer(policy.model)
     run = Run(
         config=config,
@@ -81,7 +93,7 @@ def setup(config: TrainConfig, given: Given) -> Run:
         optimizer=optimizer,
         scheduler=config.optimizer().scheduler(optimizer, plan.total_steps),
         window_logps=LogpTable(len(trees), loss.completions),
-        split=None if eval_trees is None else EvaluationSplit.of(eval_trees, loss, plan),
+        splits={name: EvaluationSplit.of(one, loss, plan) for name, one in eval_trees.items()},
         best=Best.of(config),
         averages=Averages(device),
         total_loss=torch.zeros((), device=device),
@@ -117,16 +129,43 @@ def _checked_tokenizer(config: TrainConfig, given: Given, source: str | None) ->
                 f"disable_dropout: got false and the model has {', '.join(rates)}; it is off in "
                 "both models: leave it out"
             )
-        if given.tokenizer is None:
-            return load_tokenizer(source, revision)
-    if given.tokenizer is not None:
-        return given.tokenizer
-    name = config.model_name_or_path or given.model.config.name_or_path
+        tokenizer = given.tokenizer or load_tokenizer(source, revision)
+        adjust(tokenizer, chat_template=config.chat_template, eos_token=config.eos_token)
+        check_loadable(source, tokenizer, revision)
+    else:
+        tokenizer = given.tokenizer or _tokenizer_of(given.model, config)
+        adjust(tokenizer, chat_template=config.chat_template, eos_token=config.eos_token)
+        if hasattr(given.model, "config"):  # else its architecture is refused, once it is packed
+            check_vocabulary(given.model.config, tokenizer, "model", "the given model")
+    reference = config.ref_model_name_or_path
+    if reference is not None:
+        check_loadable(reference, tokenizer, key="ref_model_name_or_path")
+    return tokenizer
+
+
+def _tokenizer_of(model: Any, config: TrainConfig) -> Any:
+    name = config.model_name_or_path or model.config.name_or_path
     if not name:
         raise FasttrError(
             "tokenizer: missing beside the model, which does not say where it came from; give one"
         )
     return load_tokenizer(name, key="tokenizer")
+
+
+def _in_order_of_the_stream(config: TrainConfig) -> TrainConfig:
+    if config.train_sampling_strategy == "random":
+        say("train_sampling_strategy: rows of a stream are taken in their order, as in TRL")
+    return dataclasses.replace(config, train_sampling_strategy="sequential")
+
+
+def _end_with(policy: PackedModel, tokenizer: Any) -> None:
+    """Let the saved model end with the tokenizer's EOS, in its config and when it generates."""
+    model = policy.model
+    eos = tokenizer.eos_token_id
+    model.fasttr_config.eos_token_id = eos
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    model.generation_config.eos_token_id = [eos, *(end for end in ends if end != eos)]
 
 
 def _with_loss(

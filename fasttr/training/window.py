@@ -48,8 +48,8 @@ def score_window(run: Run, window: range, *, evaluates: bool, stop: StopSignal) 
     with run.reference.model() as reference:
         partial = _Partial.of(run, reference) if window.start == 0 else None
         _sweep(run, reference, steps, partial, stop)
-        if run.split is not None and evaluates:
-            _score_split(run, run.split, reference)
+        if evaluates:
+            _score_splits(run, reference)
     run.reference.window_scored()
     run.window_scored = True
     if partial is not None:
@@ -57,9 +57,10 @@ def score_window(run: Run, window: range, *, evaluates: bool, stop: StopSignal) 
 
 
 def score_anchor(run: Run) -> None:
-    """Score the evaluation split by the policy as it is now: the initial one, before any step."""
-    if run.split is not None and run.split.anchor_logps is not None:
-        fill_logps(run.policy, run.split.packs(), run.split.anchor_logps)
+    """Score the evaluation splits by the policy as it is now: the initial one, before any step."""
+    for split in run.splits.values():
+        if split.anchor_logps is not None:
+            fill_logps(run.policy, split.packs(), split.anchor_logps)
 
 
 def score_split_late(run: Run) -> None:
@@ -67,7 +68,7 @@ def score_split_late(run: Run) -> None:
 
     Only a soft reference still has, inside a window, the weights that it began with.
     """
-    if run.split is None or not run.split.lacks_reference():
+    if not any(split.lacks_reference() for split in run.splits.values()):
         return
     if run.reference.weights is None:
         raise FasttrError(
@@ -76,7 +77,7 @@ def score_split_late(run: Run) -> None:
             "the run began with, or from a checkpoint where a window begins"
         )
     with run.reference.model() as reference:
-        _score_split(run, run.split, reference)
+        _score_splits(run, reference)
 
 
 def _sweep(
@@ -107,6 +108,11 @@ def _sweep(
 
     with bar:
         fill_logps(reference, packs(), run.window_logps, after_pack)
+
+
+def _score_splits(run: Run, reference: PackedModel) -> None:
+    for split in run.splits.values():
+        _score_split(run, split, reference)
 
 
 def _score_split(run: Run, split: EvaluationSplit, reference: PackedModel) -> None:
