@@ -61,7 +61,7 @@ class Built(NamedTuple):
 def rows_cases() -> Iterator[Case]:
     from fasttr_kernels import rows_triton as kernels
 
-    score, grad = kernels.SCORE_CONFIGS[0], kernels.GRAD_CONFIGS[0]
+    logp, grad = kernels.LOGP_CONFIGS[0], kernels.GRAD_CONFIGS[0]
     for names, vocab in _by_specialisation():
         pitch = -(-vocab // kernels.PITCH) * kernels.PITCH
         for label, head in HEADS.items() if vocab % 16 == 0 else [("", HEADS[""])]:
@@ -78,14 +78,14 @@ def rows_cases() -> Iterator[Case]:
                     **(some if stats else dict.fromkeys(some)),
                     **head,
                     "STATS": stats,
-                    **score.kwargs,
+                    **logp.kwargs,
                 }
                 yield Case(
-                    _join("score", "stats" if stats else "", label, names),
-                    kernels._score_kernel,
+                    _join("row_logps", "stats" if stats else "", label, names),
+                    kernels._logp_kernel,
                     arguments,
                     _multiples(arguments, vocab),
-                    score.num_warps,
+                    logp.num_warps,
                     False,
                     _moved(4 * pitch, 4 * vocab),
                 )

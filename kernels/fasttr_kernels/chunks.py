@@ -9,16 +9,49 @@ Legend: T scored rows, N completions, G groups, V vocabulary, D hidden size, C r
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fasttr_kernels import products
-from fasttr_kernels import rows as torch_rows
-from fasttr_kernels.rows import Head, RowScores
+from fasttr_kernels import products, rows_torch
+from fasttr_kernels.head import Head, RowLogps
+
+
+class Batch(NamedTuple):
+    """What goes through the head: rows by completion, completions by group."""
+
+    hidden: Tensor  # (T, D) in the dtype of the products
+    head: Head
+    target: Tensor  # (T,) int64
+    cu_completions: list[int]  # (N+1,)
+    cu_groups: list[int]  # (G+1,)
+    chunk_rows: int
+    stats: bool
+
+
+class Chunk(NamedTuple):
+    """A run of whole groups. `pieces` are its row ranges: more than one where a single group
+    exceeds the chunk."""
+
+    groups: slice
+    completions: slice
+    rows: slice
+    pieces: tuple[slice, ...]
+
+
+class HeadOutput(NamedTuple):
+    """What the rows of a batch gave, in the dtype of the logits. `loss` is 0 where nothing
+    weighs."""
+
+    loss: Tensor  # ()
+    logp: Tensor  # (N,)
+    token_logp: Tensor  # (T,)
+    entropy: Tensor | None  # (T,)
+    correct: Tensor | None  # (T,)
+    mean: Tensor | None  # (T,)
+
 
 # Returns the loss of some groups and, when asked, its gradient by their sequence log-probs.
 Weigh = Callable[[slice, slice, Tensor], tuple[Tensor, Tensor | None]]
@@ -27,7 +60,7 @@ Weigh = Callable[[slice, slice, Tensor], tuple[Tensor, Tensor | None]]
 def select(device: torch.device) -> Any:
     """The row functions of a device: Triton's on a GPU, torch's elsewhere."""
     if device.type != "cuda":
-        return torch_rows
+        return rows_torch
     try:
         from fasttr_kernels import rows_triton
     except ImportError as error:
@@ -45,69 +78,34 @@ def default_rows(vocab: int, device: torch.device) -> int:
     return min(8192, max(1024, (1 << 29) // vocab // 128 * 128))
 
 
-class Chunk(NamedTuple):
-    """A run of whole groups. `pieces` are its row ranges: more than one where a single group
-    exceeds the chunk."""
+class Wanted(NamedTuple):
+    """Which gradients a call makes."""
 
-    groups: slice
-    completions: slice
-    rows: slice
-    pieces: tuple[slice, ...]
+    hidden: bool
+    weight: bool
+    bias: bool
 
 
-def plan(cu_completions: list[int], cu_groups: list[int], chunk_rows: int) -> Iterator[Chunk]:
-    """Cut the groups, in order, into the largest runs of whole groups with at most `chunk_rows`
-    rows."""
-    row_of = [cu_completions[n] for n in cu_groups]
-    groups, first = len(row_of) - 1, 0
-    while first < groups:
-        last = first + 1
-        while last < groups and row_of[last + 1] - row_of[first] <= chunk_rows:
-            last += 1
-        start, stop = row_of[first], row_of[last]
-        yield Chunk(
-            slice(first, last),
-            slice(cu_groups[first], cu_groups[last]),
-            slice(start, stop),
-            tuple(pieces(start, stop, chunk_rows)),
-        )
-        first = last
-
-
-def pieces(start: int, stop: int, chunk_rows: int) -> Iterator[slice]:
-    for row in range(start, stop, chunk_rows):
-        yield slice(row, min(row + chunk_rows, stop))
-
-
-class Scores(NamedTuple):
-    """Scores of all rows, of the dtype of the logits. `loss` is 0 where nothing weighs."""
-
-    loss: Tensor  # ()
-    logp: Tensor  # (N,)
-    token_logp: Tensor  # (T,)
-    entropy: Tensor | None  # (T,)
-    correct: Tensor | None  # (T,)
-    mean: Tensor | None  # (T,)
+NO_GRADIENTS = Wanted(hidden=False, weight=False, bias=False)
 
 
 class Grads:
     """Sums over the rows so far; None where not wanted. `weight` and `bias` are fp32 or fp64."""
 
-    def __init__(
-        self, hidden_TD: Tensor, head: Head, want: tuple[bool, ...], hidden_dtype: torch.dtype
-    ):
-        new = functools.partial(
-            torch.zeros, dtype=products.wide(hidden_TD.dtype), device=hidden_TD.device
-        )
-        shape = head.weight.shape
-        self.wanted = any(want)
-        self.hidden = new(hidden_TD.shape, dtype=hidden_dtype) if want[0] else None
-        self.weight = (
-            torch.empty(shape, dtype=products.wide(hidden_TD.dtype), device=hidden_TD.device)
-            if want[1]
-            else None
-        )
-        self.bias = new(shape[0]) if want[2] else None
+    def __init__(self, hidden_TD: Tensor, head: Head, wanted: Wanted, hidden_dtype: torch.dtype):
+        device = hidden_TD.device
+        wide = products.wide(hidden_TD.dtype)
+        vocab = head.weight.shape[0]
+        self.wanted = any(wanted)
+        self.hidden: Tensor | None = None
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        if wanted.hidden:
+            self.hidden = torch.zeros(hidden_TD.shape, dtype=hidden_dtype, device=device)
+        if wanted.weight:
+            self.weight = torch.empty(head.weight.shape, dtype=wide, device=device)
+        if wanted.bias:
+            self.bias = torch.zeros(vocab, dtype=wide, device=device)
         # The first product overwrites dW: no sweep to clear it.
         self._beta = 0.0
 
@@ -125,15 +123,15 @@ class Grads:
             if factor_C is not None:
                 self.hidden[piece].mul_(factor_C[:, None])
         if self.weight is not None:
-            rows_CD = (
-                hidden_CD if factor_C is None else hidden_CD.to(factor_C.dtype) * factor_C[:, None]
-            )
+            rows_CD = hidden_CD
+            if factor_C is not None:
+                rows_CD = hidden_CD.to(factor_C.dtype) * factor_C[:, None]
             products.weight_grad(dz_CV, rows_CD, self.weight, self._beta)
             self._beta = 1.0
-        if self.bias is not None:
-            self.bias.add_(
-                dz_CV.sum(0, dtype=self.bias.dtype) if factor_C is None else factor_C @ dz_CV
-            )
+        if self.bias is not None and factor_C is not None:
+            self.bias.add_(factor_C @ dz_CV)
+        elif self.bias is not None:
+            self.bias.add_(dz_CV.sum(0, dtype=self.bias.dtype))
 
     def done(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if self.weight is not None and not self._beta:
@@ -141,73 +139,140 @@ class Grads:
         return self.hidden, self.weight, self.bias
 
 
-def segment_sum(value_T: Tensor, cu: list[int]) -> Tensor:
-    """Sums of runs of rows, added up in fp64 in a fixed order and rounded once."""
-    offsets = torch.tensor(cu).to(
-        value_T.device, non_blocking=True
-    )  # a blocking copy waits for all kernels
-    return torch.segment_reduce(value_T.double(), "sum", offsets=offsets, initial=0.0).to(
-        value_T.dtype
-    )
-
-
 @torch.no_grad()
-def run(
-    hidden_TD: Tensor,
-    head: Head,
-    target_T: Tensor,
-    cu_completions: list[int],
-    cu_groups: list[int],
-    weigh: Weigh | None,
-    chunk_rows: int,
-    stats: bool,
-    grads: Grads,
-) -> Scores:
-    """Score every row; with `weigh` also the loss, and the gradients that `grads` holds. Three
-    products a chunk."""
-    device, dtype, T = hidden_TD.device, products.wide(hidden_TD.dtype), hidden_TD.shape[0]
-    rows = select(device)
-    new = functools.partial(torch.zeros, dtype=dtype, device=device)
-    out = Scores(
-        torch.zeros((), dtype=torch.float64, device=device),
-        new(len(cu_completions) - 1),
-        new(T),
-        new(T) if stats else None,
-        new(T, dtype=torch.bool) if stats else None,
-        new(T) if stats else None,
-    )
-    chunks = list(plan(cu_completions, cu_groups, chunk_rows))
-    most = max((piece.stop - piece.start for chunk in chunks for piece in chunk.pieces), default=0)
-    work = rows.Workspace(most, head, stats, grads.wanted)
+def run(batch: Batch, weigh: Weigh | None, grads: Grads) -> HeadOutput:
+    """Log-probs of every row; with `weigh` also the loss, and the gradients that `grads` holds.
+    Three products a chunk."""
+    rows = select(batch.hidden.device)
+    chunks = list(plan(batch.cu_completions, batch.cu_groups, batch.chunk_rows))
+    work = rows.Workspace(_longest_piece(chunks), batch.head, batch.stats, grads.wanted)
+    out = _zeros(batch)
     for chunk in chunks:
-        scored: list[RowScores] = []
-        for piece in chunk.pieces:
-            scored.append(rows.score(hidden_TD[piece], head, target_T[piece], work, stats))
-            _keep(out, scored[-1], piece)
-        some = chunk.completions
-        cu = [row - chunk.rows.start for row in cu_completions[some.start : some.stop + 1]]
-        if some.stop > some.start:
-            out.logp[some] = segment_sum(out.token_logp[chunk.rows], cu)
+        row_logps = _fill_logps(rows, batch, chunk, work, out)
         if weigh is None:
             continue
-        loss, weight_n = weigh(chunk.groups, some, out.logp[some])
+        loss, weight_n = weigh(chunk.groups, chunk.completions, out.logp[chunk.completions])
         out.loss.add_(loss)
-        if weight_n is None or not chunk.pieces:
-            continue
-        lengths = torch.tensor(cu).diff().to(device, non_blocking=True)
-        weight_C = torch.repeat_interleave(weight_n, lengths, output_size=cu[-1])
-        for piece, scores in zip(chunk.pieces, scored, strict=True):
-            if len(scored) > 1:
-                rows.refill(hidden_TD[piece], head, scores, work)
-            weight_c = weight_C[piece.start - chunk.rows.start : piece.stop - chunk.rows.start]
-            dz, factor = rows.logit_grad(scores, head, target_T[piece], weight_c, weight_c, work)
-            grads.add(dz, factor, hidden_TD[piece], head.weight, piece)
-    return out._replace(loss=out.loss.to(dtype))
+        if weight_n is not None and chunk.pieces:
+            weight_C = _spread(weight_n, _offsets(batch, chunk))
+            _add_grads(rows, batch, chunk, work, row_logps, weight_C, grads)
+    return out._replace(loss=out.loss.to(out.logp.dtype))
 
 
-def _keep(out: Scores, scores: RowScores, piece: slice) -> None:
-    out.token_logp[piece] = scores.logp
-    pairs = ((out.entropy, scores.entropy), (out.correct, scores.correct), (out.mean, scores.mean))
-    for whole, part in pairs:
+def plan(cu_completions: list[int], cu_groups: list[int], chunk_rows: int) -> Iterator[Chunk]:
+    """Cut the groups, in order, into the largest runs of whole groups with at most `chunk_rows`
+    rows."""
+    row_of = [cu_completions[n] for n in cu_groups]
+    groups = len(row_of) - 1
+    first = 0
+    while first < groups:
+        last = first + 1
+        while last < groups and row_of[last + 1] - row_of[first] <= chunk_rows:
+            last += 1
+        yield Chunk(
+            groups=slice(first, last),
+            completions=slice(cu_groups[first], cu_groups[last]),
+            rows=slice(row_of[first], row_of[last]),
+            pieces=tuple(pieces(row_of[first], row_of[last], chunk_rows)),
+        )
+        first = last
+
+
+def pieces(start: int, stop: int, chunk_rows: int) -> Iterator[slice]:
+    for row in range(start, stop, chunk_rows):
+        yield slice(row, min(row + chunk_rows, stop))
+
+
+def _longest_piece(chunks: list[Chunk]) -> int:
+    return max((piece.stop - piece.start for chunk in chunks for piece in chunk.pieces), default=0)
+
+
+def _zeros(batch: Batch) -> HeadOutput:
+    device = batch.hidden.device
+    dtype = products.wide(batch.hidden.dtype)
+    T = batch.hidden.shape[0]
+    N = len(batch.cu_completions) - 1
+    out = HeadOutput(
+        loss=torch.zeros((), dtype=torch.float64, device=device),
+        logp=torch.zeros(N, dtype=dtype, device=device),
+        token_logp=torch.zeros(T, dtype=dtype, device=device),
+        entropy=None,
+        correct=None,
+        mean=None,
+    )
+    if not batch.stats:
+        return out
+    return out._replace(
+        entropy=torch.zeros_like(out.token_logp),
+        correct=torch.zeros_like(out.token_logp, dtype=torch.bool),
+        mean=torch.zeros_like(out.token_logp),
+    )
+
+
+def _fill_logps(
+    rows: Any, batch: Batch, chunk: Chunk, work: Any, out: HeadOutput
+) -> list[RowLogps]:
+    """The first product and the first sweep of a chunk: its part of `out`, and what its pieces need
+    for their gradients."""
+    found: list[RowLogps] = []
+    for piece in chunk.pieces:
+        row_logps = rows.row_logps(
+            batch.hidden[piece], batch.head, batch.target[piece], work, batch.stats
+        )
+        _keep(out, row_logps, piece)
+        found.append(row_logps)
+    if chunk.completions.stop > chunk.completions.start:
+        out.logp[chunk.completions] = segment_sum(
+            out.token_logp[chunk.rows], _offsets(batch, chunk)
+        )
+    return found
+
+
+def _keep(out: HeadOutput, row_logps: RowLogps, piece: slice) -> None:
+    for whole, part in (
+        (out.token_logp, row_logps.logp),
+        (out.entropy, row_logps.entropy),
+        (out.correct, row_logps.correct),
+        (out.mean, row_logps.mean),
+    ):
         if whole is not None and part is not None:
             whole[piece] = part
+
+
+def _add_grads(
+    rows: Any,
+    batch: Batch,
+    chunk: Chunk,
+    work: Any,
+    row_logps: list[RowLogps],
+    weight_C: Tensor,
+    grads: Grads,
+) -> None:
+    """The second sweep of a chunk and the products of its gradients."""
+    for piece, logps in zip(chunk.pieces, row_logps, strict=True):
+        hidden = batch.hidden[piece]
+        if len(row_logps) > 1:
+            rows.refill(hidden, batch.head, logps, work)
+        weight = weight_C[piece.start - chunk.rows.start : piece.stop - chunk.rows.start]
+        dz, factor = rows.logit_grad(logps, batch.head, batch.target[piece], weight, weight, work)
+        grads.add(dz, factor, hidden, batch.head.weight, piece)
+
+
+def _offsets(batch: Batch, chunk: Chunk) -> list[int]:
+    """Row offsets of a chunk's completions, from its first row."""
+    first, last = chunk.completions.start, chunk.completions.stop
+    return [row - chunk.rows.start for row in batch.cu_completions[first : last + 1]]
+
+
+def segment_sum(value_T: Tensor, cu: list[int]) -> Tensor:
+    """Sums of runs of rows, added up in fp64 in a fixed order and rounded once."""
+    # A blocking copy would wait for all kernels.
+    offsets = torch.tensor(cu).to(value_T.device, non_blocking=True)
+    sums = torch.segment_reduce(value_T.double(), "sum", offsets=offsets, initial=0.0)
+    return sums.to(value_T.dtype)
+
+
+def _spread(weight_n: Tensor, cu: list[int]) -> Tensor:
+    """The weight of each row's completion."""
+    lengths = torch.tensor(cu).diff().to(weight_n.device, non_blocking=True)
+    return torch.repeat_interleave(weight_n, lengths, output_size=cu[-1])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fasttr_kernels import checks, chunks, products
-from fasttr_kernels.rows import Head, RowScores
+from fasttr_kernels.head import Head, RowLogps
 
 P = ParamSpec("P")
 
@@ -58,10 +58,13 @@ def _forward(
     ignored, seen = _targets(target, ignore_index)
     work = rows.Workspace(min(step, T), head, stats, False)
     for piece in chunks.pieces(0, T, step):
-        scores = rows.score(hidden[piece].to(compute), head, seen[piece], work, stats)
-        logp[piece], top[piece], total[piece] = scores.logp, scores.top, scores.total
+        found = rows.row_logps(hidden[piece].to(compute), head, seen[piece], work, stats)
+        logp[piece] = found.logp
+        top[piece] = found.top
+        total[piece] = found.total
         if stats:
-            entropy[piece], correct[piece] = scores.entropy, scores.correct
+            entropy[piece] = found.entropy
+            correct[piece] = found.correct
     torch.add(top, total.log(), out=lse)
     logp.masked_fill_(ignored, 0.0)
     if stats:
@@ -110,13 +113,13 @@ def _backward(
     d_logp = d_logp.to(top.dtype).masked_fill(ignored, 0.0)
     on_softmax = d_logp - d_lse
     hidden_c = hidden.to(compute)
-    grads = chunks.Grads(hidden_c, head, tuple(want), hidden.dtype)
+    grads = chunks.Grads(hidden_c, head, chunks.Wanted(*want), hidden.dtype)
     work = rows.Workspace(min(step, T), head, False, True)
     for piece in chunks.pieces(0, T, step):
-        scores = RowScores(logp[piece], top[piece], total[piece], None, None, None)
-        rows.refill(hidden_c[piece], head, scores, work)
+        found = RowLogps(logp[piece], top[piece], total[piece], None, None, None)
+        rows.refill(hidden_c[piece], head, found, work)
         dz, factor = rows.logit_grad(
-            scores, head, seen[piece], d_logp[piece], on_softmax[piece], work
+            found, head, seen[piece], d_logp[piece], on_softmax[piece], work
         )
         grads.add(dz, factor, hidden_c[piece], head.weight, piece)
     like = (hidden, weight, weight if bias is None else bias)

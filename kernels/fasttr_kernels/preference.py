@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttr_kernels import checks, chunks, products
-from fasttr_kernels.rows import Head
+from fasttr_kernels.head import Head
 
 LossFn = Callable[[Tensor, Tensor | None, slice], Tensor]
 
@@ -32,78 +32,53 @@ class PreferenceLoss(NamedTuple):
     logit_mean: Tensor | None  # (T,) mean over the vocabulary of the scaled, soft-capped logits
 
 
-class _Call(NamedTuple):
-    """One call, after its checks."""
+class _Objective(NamedTuple):
+    """The loss of a batch, after its checks."""
 
-    hidden: Tensor
-    head: Head
-    target: Tensor
-    cu_completions: list[int]
-    cu_groups: list[int]
-    loss_fn: LossFn | None
+    loss_fn: LossFn
     ref_logp: Tensor | None
     normalizer: float
-    chunk_rows: int
-    stats: bool
-
-    def run(self, grads: chunks.Grads) -> PreferenceLoss:
-        weigh = None if self.loss_fn is None else functools.partial(self.weigh, grads.wanted)
-        scores = chunks.run(
-            self.hidden,
-            self.head,
-            self.target,
-            self.cu_completions,
-            self.cu_groups,
-            weigh,
-            self.chunk_rows,
-            self.stats,
-            grads,
-        )
-        return PreferenceLoss(*scores)
 
     def weigh(
-        self, want: bool, groups: slice, some: slice, logp_n: Tensor
+        self, want: bool, groups: slice, completions: slice, logp_n: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """loss_fn of some groups over the normalizer and its gradient, on vectors of a few
         numbers."""
-        assert self.loss_fn is not None
-        ref_n = None if self.ref_logp is None else self.ref_logp[some]
+        ref_n = None if self.ref_logp is None else self.ref_logp[completions]
         # Hooks of a checkpoint around the op would otherwise pack, and so run, this little graph
         # once more.
         neutral = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
-        with (
-            torch.set_grad_enabled(want),
-            neutral,
-            torch.autocast(logp_n.device.type, enabled=False),
-        ):
+        without_autocast = torch.autocast(logp_n.device.type, enabled=False)
+        with torch.set_grad_enabled(want), neutral, without_autocast:
             leaf_n = logp_n.detach().clone().requires_grad_(want)
             loss = self.loss_fn(leaf_n, ref_n, groups)
-            if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
-                got = (
-                    f"{loss.dtype} {tuple(loss.shape)}"
-                    if isinstance(loss, Tensor)
-                    else type(loss).__name__
-                )
-                raise checks.fail(
-                    "loss_fn",
-                    got,
-                    "a floating-point scalar ()",
-                    "return the sum of the groups' losses",
-                )
-            if not want:
-                return loss / self.normalizer, None
-            if _reaches_other_leaf(loss, leaf_n):
-                raise checks.fail(
-                    "loss_fn",
-                    "a loss that depends on another tensor that requires grad",
-                    "a function of logp and ref_logp",
-                    "detach it: it would get no gradient",
-                )
+            _check_loss(loss, leaf_n, want)
             weight_n = None
-            if loss.requires_grad:
+            if want and loss.requires_grad:
                 (weight_n,) = torch.autograd.grad(loss, leaf_n, allow_unused=True)
-        weight_n = torch.zeros_like(logp_n) if weight_n is None else weight_n / self.normalizer
-        return loss.detach() / self.normalizer, weight_n
+        loss = loss.detach() / self.normalizer
+        if not want:
+            return loss, None
+        return loss, torch.zeros_like(logp_n) if weight_n is None else weight_n / self.normalizer
+
+
+def _check_loss(loss: Any, leaf: Tensor, want: bool) -> None:
+    if not isinstance(loss, Tensor):
+        got = type(loss).__name__
+    elif loss.dim() != 0 or not loss.is_floating_point():
+        got = f"{loss.dtype} {tuple(loss.shape)}"
+    elif want and _reaches_other_leaf(loss, leaf):
+        raise checks.fail(
+            "loss_fn",
+            "a loss that depends on another tensor that requires grad",
+            "a function of logp and ref_logp",
+            "detach it: it would get no gradient",
+        )
+    else:
+        return
+    raise checks.fail(
+        "loss_fn", got, "a floating-point scalar ()", "return the sum of the groups' losses"
+    )
 
 
 def _reaches_other_leaf(loss: Tensor, leaf: Tensor) -> bool:
@@ -120,13 +95,32 @@ def _reaches_other_leaf(loss: Tensor, leaf: Tensor) -> bool:
     return loss.grad_fn is None and loss.requires_grad and loss is not leaf
 
 
+def _run(batch: chunks.Batch, objective: _Objective | None, grads: chunks.Grads) -> PreferenceLoss:
+    weigh = None if objective is None else functools.partial(objective.weigh, grads.wanted)
+    out = chunks.run(batch, weigh, grads)
+    return PreferenceLoss(
+        loss=out.loss,
+        logp=out.logp,
+        token_logp=out.token_logp,
+        entropy=out.entropy,
+        correct=out.correct,
+        logit_mean=out.mean,
+    )
+
+
 class _Preference(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        batch: chunks.Batch,
+        objective: _Objective,
     ) -> tuple[Tensor | None, ...]:
-        grads = chunks.Grads(call.hidden, call.head, ctx.needs_input_grad[:3], hidden.dtype)
-        out = call.run(grads)
+        wanted = chunks.Wanted(*ctx.needs_input_grad[:3])
+        grads = chunks.Grads(batch.hidden, batch.head, wanted, hidden.dtype)
+        out = _run(batch, objective, grads)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.save_for_backward(*grads.done())
         ctx.mark_non_differentiable(*(x for x in out[1:] if x is not None))
@@ -138,9 +132,8 @@ class _Preference(torch.autograd.Function):
         # On a CPU the comparison is free and saves a sweep over dW; on a GPU it would wait for the
         # device.
         unit = d_loss.device.type == "cpu" and bool(d_loss == 1)
-        return *(
-            _scaled(g, d_loss, t, unit) for g, t in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ), None
+        grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(_scaled(grad, d_loss, dtype, unit) for grad, dtype in grads), None, None
 
 
 def _scaled(grad: Tensor | None, by: Tensor, dtype: torch.dtype, unit: bool) -> Tensor | None:
@@ -275,27 +268,30 @@ def _linear_preference_loss(
             "a function without parameters",
             "its parameters would get no gradient: compute that term outside",
         )
-    wide = products.wide(compute)
-    call = _Call(
-        hidden.detach().to(compute),
-        Head.of(weight, bias, logit_scale, softcap, compute),
-        target.long(),
-        completions,
-        groups,
-        loss_fn,
-        None if ref_logp is None else ref_logp.detach().to(wide),
-        float(normalizer),
-        chunk_rows or chunks.default_rows(weight.shape[0], hidden.device),
-        stats,
+    batch = chunks.Batch(
+        hidden=hidden.detach().to(compute),
+        head=Head.of(weight, bias, logit_scale, softcap, compute),
+        target=target.long(),
+        cu_completions=completions,
+        cu_groups=groups,
+        chunk_rows=chunk_rows or chunks.default_rows(weight.shape[0], hidden.device),
+        stats=stats,
     )
+    objective = None
+    if loss_fn is not None:
+        wide = products.wide(compute)
+        objective = _Objective(
+            loss_fn=loss_fn,
+            ref_logp=None if ref_logp is None else ref_logp.detach().to(wide),
+            normalizer=float(normalizer),
+        )
     differentiable = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     with torch.autocast(hidden.device.type, enabled=False):
         # Inside forward gradients are always off, so this is the place to look.
-        if loss_fn is None or not torch.is_grad_enabled() or not differentiable:
-            return call.run(
-                chunks.Grads(call.hidden, call.head, (False, False, False), hidden.dtype)
-            )
-        return PreferenceLoss(*_Preference.apply(hidden, weight, bias, call))
+        if objective is not None and torch.is_grad_enabled() and differentiable:
+            return PreferenceLoss(*_Preference.apply(hidden, weight, bias, batch, objective))
+        none = chunks.Grads(batch.hidden, batch.head, chunks.NO_GRADIENTS, hidden.dtype)
+        return _run(batch, objective, none)
 
 
 def linear_preference_loss_ref(

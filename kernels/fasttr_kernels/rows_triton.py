@@ -1,9 +1,9 @@
 """Row functions in Triton: the two sweeps over a chunk of logits on a GPU.
 
-`score` reads each logit once for the log-sum-exp, the target's log-prob and the statistics;
+`row_logps` reads each logit once for the log-sum-exp, the target's log-prob and the statistics;
 `logit_grad` reads it once and writes dZ in the dtype of the products. One program owns one row
-(score) or a block of one row (logit_grad); nothing is added atomically, so results repeat bit for
-bit.
+(`row_logps`) or a block of one row (`logit_grad`); nothing is added atomically, so results
+repeat bit for bit.
 
 Legend: C rows of a chunk, V vocabulary, D hidden size.
 """
@@ -18,13 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fasttr_kernels import products
-from fasttr_kernels.rows import Head, RowScores
+from fasttr_kernels.head import Head, RowLogps
 
 # Rows of the buffers start on 256 bytes and are padded to whole 16-byte words, so loads are wide at
 # any vocabulary.
 PITCH = 64
 # The first is the one that ships; FASTTR_AUTOTUNE=1 measures them all.
-SCORE_CONFIGS = [
+LOGP_CONFIGS = [
     triton.Config({"BLOCK_V": b}, num_warps=w)
     for b, w in ((2048, 8), (2048, 4), (4096, 8), (4096, 16))
 ]
@@ -65,12 +65,12 @@ def _logit(
     return z
 
 
-@triton.autotune(configs=_search(SCORE_CONFIGS), key=["V"])
+@triton.autotune(configs=_search(LOGP_CONFIGS), key=["V"])
 @triton.heuristics(
     {"HAS_BIAS": lambda a: a["Bias"] is not None, "STATS": lambda a: a["Entropy"] is not None}
 )
 @triton.jit
-def _score_kernel(
+def _logp_kernel(
     Z,  # (C, V) rows of pitch stride_z
     Bias,  # (V,) or None
     Target,  # (C,)
@@ -193,25 +193,25 @@ class Workspace:
             self.dz = torch.empty(rows, pitch, dtype=compute, device=device)[:, :vocab]
 
 
-def score(
+def row_logps(
     hidden_CD: Tensor, head: Head, target_C: Tensor, work: Workspace, stats: bool
-) -> RowScores:
+) -> RowLogps:
     """Log-prob of each row's target, and the statistics in the same sweep. A target outside 0..V-1
     gives NaN."""
     z_CV = work.logits[: hidden_CD.shape[0]]
     products.logits(hidden_CD, head.weight, z_CV)
-    return score_logits(z_CV, head, target_C, stats)
+    return logps_of_logits(z_CV, head, target_C, stats)
 
 
-def score_logits(z_CV: Tensor, head: Head, target_C: Tensor, stats: bool) -> RowScores:
-    """The launch of `score`; z_CV are raw products in a buffer whose pitch is a multiple of
+def logps_of_logits(z_CV: Tensor, head: Head, target_C: Tensor, stats: bool) -> RowLogps:
+    """The launch of `row_logps`; z_CV are raw products in a buffer whose pitch is a multiple of
     `PITCH`."""
     rows, vocab = z_CV.shape
     logp, top, total = (z_CV.new_empty(rows) for _ in range(3))
     entropy, mean = (z_CV.new_empty(rows), z_CV.new_empty(rows)) if stats else (None, None)
     correct = torch.empty(rows, dtype=torch.bool, device=z_CV.device) if stats else None
     with torch.cuda.device_of(z_CV):
-        _score_kernel[(rows,)](
+        _logp_kernel[(rows,)](
             z_CV,
             head.bias,
             target_C.contiguous(),
@@ -226,16 +226,16 @@ def score_logits(z_CV: Tensor, head: Head, target_C: Tensor, stats: bool) -> Row
             SCALE=head.logit_scale,
             SOFTCAP=head.softcap,
         )
-    return RowScores(logp, top, total, entropy, correct, mean)
+    return RowLogps(logp, top, total, entropy, correct, mean)
 
 
-def refill(hidden_CD: Tensor, head: Head, scores: RowScores, work: Workspace) -> None:
+def refill(hidden_CD: Tensor, head: Head, logps: RowLogps, work: Workspace) -> None:
     """Put a chunk's logits back for `logit_grad` after another chunk has used the buffer."""
     products.logits(hidden_CD, head.weight, work.logits[: hidden_CD.shape[0]])
 
 
 def logit_grad(
-    scores: RowScores,
+    logps: RowLogps,
     head: Head,
     target_C: Tensor,
     on_target_C: Tensor,
@@ -252,8 +252,8 @@ def logit_grad(
             z_CV,
             head.bias,
             target_C.contiguous(),
-            scores.top,
-            scores.total,
+            logps.top,
+            logps.total,
             on_target_C.contiguous(),
             on_softmax_C.contiguous(),
             dz_CV,

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fasttr_kernels import chunks
-from fasttr_kernels import rows as torch_rows
+from fasttr_kernels import chunks, rows_torch
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -14,7 +13,7 @@ def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param == "triton":
         from fasttr_kernels import rows_triton as chosen
     else:
-        chosen = torch_rows
+        chosen = rows_torch
     monkeypatch.setattr(chunks, "select", lambda device: chosen)
     return request.param
 

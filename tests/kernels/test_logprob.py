@@ -10,8 +10,7 @@ from fasttr_kernels import chunks, linear_logprob
 from fasttr_kernels.logprob import Logprob, linear_logprob_ref
 from torch import Tensor
 
-from tests.kernels.accuracy import DEVICE, Problem, assert_as_good_as_torch
-from tests.kernels.test_preference import HEADS
+from tests.kernels.accuracy import DEVICE, HEADS, Problem, assert_as_good_as_torch
 
 ROWS = 29
 IGNORED = [0, 7, 28]

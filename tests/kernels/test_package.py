@@ -50,8 +50,8 @@ def test_every_kernel_compiles_for_every_chip_without_spills_and_with_wide_acces
     for chip in ("sm_80", "sm_90", "sm_100"):
         names = {line.split(chip)[0].strip() for line in lines if f" {chip} " in line}
         assert {
-            "score",
-            "score stats",
+            "row_logps",
+            "row_logps stats",
             "logit_grad bf16",
             "logit_grad fp32",
             "lerp bf16 <- fp32 split",
