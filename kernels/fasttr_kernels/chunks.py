@@ -4,11 +4,13 @@ functions between.
 Which row functions (torch or Triton) follows from the device; `select` is the only place that
 knows.
 
-Legend: T scored rows, N completions, G groups, V vocabulary, D hidden size, C rows of a chunk.
+Legend: T scored rows, N completions, G groups, V vocabulary, D hidden size, C rows of a chunk, n
+completions of a chunk.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,7 +18,10 @@ import torch
 from torch import Tensor
 
 from fasttr_kernels import products, rows_torch
-from fasttr_kernels.head import Head, RowLogps
+from fasttr_kernels.head import Head, RowLogps, Statistics
+
+# Rows of a tile of the products: chunks are cut at its multiples where groups allow.
+TILE_ROWS = 128
 
 
 class Batch(NamedTuple):
@@ -28,7 +33,7 @@ class Batch(NamedTuple):
     cu_completions: list[int]  # (N+1,)
     cu_groups: list[int]  # (G+1,)
     chunk_rows: int
-    stats: bool
+    statistics: Statistics
 
 
 class Chunk(NamedTuple):
@@ -39,6 +44,7 @@ class Chunk(NamedTuple):
     completions: slice
     rows: slice
     pieces: tuple[slice, ...]
+    cu: list[int]  # (n+1,) row offsets of the completions, from the chunk's first row
 
 
 class HeadOutput(NamedTuple):
@@ -47,14 +53,20 @@ class HeadOutput(NamedTuple):
 
     loss: Tensor  # ()
     logp: Tensor  # (N,)
-    token_logp: Tensor  # (T,)
-    entropy: Tensor | None  # (T,)
-    correct: Tensor | None  # (T,)
-    mean: Tensor | None  # (T,)
+    rows: RowLogps  # (T,)
 
 
-# Returns the loss of some groups and, when asked, its gradient by their sequence log-probs.
-Weigh = Callable[[slice, slice, Tensor], tuple[Tensor, Tensor | None]]
+class Weights(NamedTuple):
+    """The loss of a chunk's groups, and its gradient by log-probs: one number a completion, or one
+    a row. Both None where no gradient is wanted."""
+
+    loss: Tensor  # ()
+    completion: Tensor | None = None  # (n,)
+    row: Tensor | None = None  # (C,)
+
+
+# From a chunk, the log-probs of its completions (n,) and what its rows (C,) gave.
+Weigh = Callable[[Chunk, Tensor, RowLogps], Weights]
 
 
 def select(device: torch.device) -> Any:
@@ -71,11 +83,17 @@ def select(device: torch.device) -> Any:
 
 
 def default_rows(vocab: int, device: torch.device) -> int:
-    """Rows whose fp32 logits take at most 2 GiB on a GPU, 32 MiB on a CPU (there 512 to 1024 rows
-    are fastest)."""
-    if device.type == "cpu":
-        return min(1024, max(64, (1 << 23) // vocab // 64 * 64))
-    return min(8192, max(1024, (1 << 29) // vocab // 128 * 128))
+    """Most rows of a chunk: by the memory of a GPU, all of it, so that the answer never changes;
+    on a CPU 32 MiB of fp32 logits (there 512 to 1024 rows are fastest)."""
+    if device.type == "cuda":
+        return rows_of_memory(vocab, torch.cuda.get_device_properties(device).total_memory)
+    return min(1024, max(64, (1 << 23) // vocab // 64 * 64))
+
+
+def rows_of_memory(vocab: int, total_bytes: int) -> int:
+    """Rows whose fp32 logits take 1/32 of a GPU's memory, within 1024 and 8192."""
+    rows = total_bytes // 32 // (4 * vocab)
+    return min(8192, max(1024, rows // TILE_ROWS * TILE_ROWS))
 
 
 class Wanted(NamedTuple):
@@ -145,98 +163,106 @@ def run(batch: Batch, weigh: Weigh | None, grads: Grads) -> HeadOutput:
     Three products a chunk."""
     rows = select(batch.hidden.device)
     chunks = list(plan(batch.cu_completions, batch.cu_groups, batch.chunk_rows))
-    work = rows.Workspace(_longest_piece(chunks), batch.head, batch.stats, grads.wanted)
-    out = _zeros(batch)
+    work = _workspace(rows, batch, chunks, grads)
+    out = _empty(batch)
     for chunk in chunks:
-        row_logps = _fill_logps(rows, batch, chunk, work, out)
+        _fill_logps(rows, batch, chunk, work, out)
         if weigh is None:
             continue
-        loss, weight_n = weigh(chunk.groups, chunk.completions, out.logp[chunk.completions])
-        out.loss.add_(loss)
-        if weight_n is not None and chunk.pieces:
-            weight_C = _spread(weight_n, _offsets(batch, chunk))
-            _add_grads(rows, batch, chunk, work, row_logps, weight_C, grads)
+        weights = weigh(chunk, out.logp[chunk.completions], out.rows.part(chunk.rows))
+        out.loss.add_(weights.loss)
+        weight_C = weights.row
+        if weights.completion is not None and chunk.pieces:
+            weight_C = _spread(weights.completion, chunk.cu)
+        if weight_C is not None:
+            _add_grads(rows, batch, chunk, work, out, weight_C, grads)
     return out._replace(loss=out.loss.to(out.logp.dtype))
 
 
 def plan(cu_completions: list[int], cu_groups: list[int], chunk_rows: int) -> Iterator[Chunk]:
-    """Cut the groups, in order, into the largest runs of whole groups with at most `chunk_rows`
-    rows."""
+    """Cut the groups, in order, into as few runs of whole groups of at most `chunk_rows` rows as
+    there can be, of about equal size: a small last run would cost a whole sweep over dW."""
     row_of = [cu_completions[n] for n in cu_groups]
-    groups = len(row_of) - 1
-    first = 0
-    while first < groups:
-        last = first + 1
-        while last < groups and row_of[last + 1] - row_of[first] <= chunk_rows:
-            last += 1
+    for first, last in _balanced_runs(row_of, chunk_rows):
+        completions = slice(cu_groups[first], cu_groups[last])
+        rows = slice(row_of[first], row_of[last])
         yield Chunk(
             groups=slice(first, last),
-            completions=slice(cu_groups[first], cu_groups[last]),
-            rows=slice(row_of[first], row_of[last]),
-            pieces=tuple(pieces(row_of[first], row_of[last], chunk_rows)),
+            completions=completions,
+            rows=rows,
+            pieces=tuple(pieces(rows.start, rows.stop, chunk_rows)),
+            cu=[
+                row - rows.start for row in cu_completions[completions.start : completions.stop + 1]
+            ],
         )
+
+
+def _balanced_runs(row_of: list[int], chunk_rows: int) -> list[tuple[int, int]]:
+    fullest = _runs(row_of, chunk_rows)
+    if len(fullest) < 2:
+        return fullest
+    goal = _tiles(-(-row_of[-1] // len(fullest)))
+    while goal < chunk_rows:
+        runs = _runs(row_of, goal)
+        if len(runs) == len(fullest):
+            return runs
+        goal += TILE_ROWS
+    return fullest
+
+
+def _runs(row_of: list[int], most: int) -> list[tuple[int, int]]:
+    """The longest runs of groups with at most `most` rows each, a longer group alone."""
+    runs = []
+    first = 0
+    while first < len(row_of) - 1:
+        last = bisect.bisect_right(row_of, row_of[first] + most) - 1
+        last = max(last, first + 1)
+        runs.append((first, last))
         first = last
+    return runs
+
+
+def _tiles(rows: int) -> int:
+    return -(-rows // TILE_ROWS) * TILE_ROWS
 
 
 def pieces(start: int, stop: int, chunk_rows: int) -> Iterator[slice]:
-    for row in range(start, stop, chunk_rows):
-        yield slice(row, min(row + chunk_rows, stop))
+    """Rows in as few pieces of at most `chunk_rows` as there can be, of about equal size."""
+    if stop == start:
+        return
+    number = -(-(stop - start) // chunk_rows)
+    size = min(chunk_rows, _tiles(-(-(stop - start) // number)))
+    for row in range(start, stop, size):
+        yield slice(row, min(row + size, stop))
 
 
-def _longest_piece(chunks: list[Chunk]) -> int:
-    return max((piece.stop - piece.start for chunk in chunks for piece in chunk.pieces), default=0)
+def _workspace(rows: Any, batch: Batch, chunks: list[Chunk], grads: Grads) -> Any:
+    longest = max(
+        (piece.stop - piece.start for chunk in chunks for piece in chunk.pieces), default=0
+    )
+    return rows.Workspace(
+        longest, batch.chunk_rows, batch.head, batch.statistics.usual, grads.wanted
+    )
 
 
-def _zeros(batch: Batch) -> HeadOutput:
+def _empty(batch: Batch) -> HeadOutput:
     device = batch.hidden.device
     dtype = products.wide(batch.hidden.dtype)
-    T = batch.hidden.shape[0]
-    N = len(batch.cu_completions) - 1
-    out = HeadOutput(
+    return HeadOutput(
         loss=torch.zeros((), dtype=torch.float64, device=device),
-        logp=torch.zeros(N, dtype=dtype, device=device),
-        token_logp=torch.zeros(T, dtype=dtype, device=device),
-        entropy=None,
-        correct=None,
-        mean=None,
-    )
-    if not batch.stats:
-        return out
-    return out._replace(
-        entropy=torch.zeros_like(out.token_logp),
-        correct=torch.zeros_like(out.token_logp, dtype=torch.bool),
-        mean=torch.zeros_like(out.token_logp),
+        logp=torch.zeros(len(batch.cu_completions) - 1, dtype=dtype, device=device),
+        rows=RowLogps.empty(device, batch.hidden.shape[0], dtype, batch.statistics),
     )
 
 
-def _fill_logps(
-    rows: Any, batch: Batch, chunk: Chunk, work: Any, out: HeadOutput
-) -> list[RowLogps]:
-    """The first product and the first sweep of a chunk: its part of `out`, and what its pieces need
-    for their gradients."""
-    found: list[RowLogps] = []
+def _fill_logps(rows: Any, batch: Batch, chunk: Chunk, work: Any, out: HeadOutput) -> None:
+    """The first product and the first sweep of a chunk."""
     for piece in chunk.pieces:
-        row_logps = rows.row_logps(
-            batch.hidden[piece], batch.head, batch.target[piece], work, batch.stats
+        rows.row_logps(
+            batch.hidden[piece], batch.head, batch.target[piece], work, out.rows.part(piece)
         )
-        _keep(out, row_logps, piece)
-        found.append(row_logps)
     if chunk.completions.stop > chunk.completions.start:
-        out.logp[chunk.completions] = segment_sum(
-            out.token_logp[chunk.rows], _offsets(batch, chunk)
-        )
-    return found
-
-
-def _keep(out: HeadOutput, row_logps: RowLogps, piece: slice) -> None:
-    for whole, part in (
-        (out.token_logp, row_logps.logp),
-        (out.entropy, row_logps.entropy),
-        (out.correct, row_logps.correct),
-        (out.mean, row_logps.mean),
-    ):
-        if whole is not None and part is not None:
-            whole[piece] = part
+        out.logp[chunk.completions] = segment_sum(out.rows.logp[chunk.rows], chunk.cu)
 
 
 def _add_grads(
@@ -244,24 +270,19 @@ def _add_grads(
     batch: Batch,
     chunk: Chunk,
     work: Any,
-    row_logps: list[RowLogps],
+    out: HeadOutput,
     weight_C: Tensor,
     grads: Grads,
 ) -> None:
     """The second sweep of a chunk and the products of its gradients."""
-    for piece, logps in zip(chunk.pieces, row_logps, strict=True):
+    for piece in chunk.pieces:
         hidden = batch.hidden[piece]
-        if len(row_logps) > 1:
+        logps = out.rows.part(piece)
+        if len(chunk.pieces) > 1:
             rows.refill(hidden, batch.head, logps, work)
         weight = weight_C[piece.start - chunk.rows.start : piece.stop - chunk.rows.start]
         dz, factor = rows.logit_grad(logps, batch.head, batch.target[piece], weight, weight, work)
         grads.add(dz, factor, hidden, batch.head.weight, piece)
-
-
-def _offsets(batch: Batch, chunk: Chunk) -> list[int]:
-    """Row offsets of a chunk's completions, from its first row."""
-    first, last = chunk.completions.start, chunk.completions.stop
-    return [row - chunk.rows.start for row in batch.cu_completions[first : last + 1]]
 
 
 def segment_sum(value_T: Tensor, cu: list[int]) -> Tensor:
@@ -270,6 +291,13 @@ def segment_sum(value_T: Tensor, cu: list[int]) -> Tensor:
     offsets = torch.tensor(cu).to(value_T.device, non_blocking=True)
     sums = torch.segment_reduce(value_T.double(), "sum", offsets=offsets, initial=0.0)
     return sums.to(value_T.dtype)
+
+
+def segment_mean(value_T: Tensor, cu: list[int]) -> Tensor:
+    """Means of runs of rows, summed as in `segment_sum`; 0 where a run is empty."""
+    offsets = torch.tensor(cu).to(value_T.device, non_blocking=True)
+    sums = torch.segment_reduce(value_T.double(), "sum", offsets=offsets, initial=0.0)
+    return (sums / offsets.diff().clamp(min=1)).to(value_T.dtype)
 
 
 def _spread(weight_n: Tensor, cu: list[int]) -> Tensor:

@@ -5,6 +5,7 @@ Legend: C rows of a chunk, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -40,8 +41,16 @@ class Head(NamedTuple):
         )
 
 
+class Statistics(NamedTuple):
+    """What a sweep over the logits makes beside log-probs."""
+
+    usual: bool = False  # entropy, argmax hits, mean logits
+    log_sum_squares: bool = False
+
+
 class RowLogps(NamedTuple):
-    """Per row of a chunk, fp32 or fp64: p_v = exp(z_v - top) / total."""
+    """Per row, fp32 or fp64 (`correct` bool): p_v = exp(z_v - top) / total. What was not asked for
+    is None."""
 
     logp: Tensor  # (C,)
     top: Tensor  # (C,)
@@ -49,3 +58,32 @@ class RowLogps(NamedTuple):
     entropy: Tensor | None  # (C,)
     correct: Tensor | None  # (C,)
     mean: Tensor | None  # (C,)
+    log_sum_squares: Tensor | None  # (C,) log sum_v p_v^2
+
+    @classmethod
+    def empty(
+        cls, device: torch.device, rows: int, dtype: torch.dtype, statistics: Statistics
+    ) -> RowLogps:
+        new = functools.partial(torch.empty, rows, device=device)
+        return cls(
+            logp=new(dtype=dtype),
+            top=new(dtype=dtype),
+            total=new(dtype=dtype),
+            entropy=new(dtype=dtype) if statistics.usual else None,
+            correct=new(dtype=torch.bool) if statistics.usual else None,
+            mean=new(dtype=dtype) if statistics.usual else None,
+            log_sum_squares=new(dtype=dtype) if statistics.log_sum_squares else None,
+        )
+
+    def part(self, rows: slice) -> RowLogps:
+        """Views of some rows."""
+        some = lambda x: None if x is None else x[rows]  # noqa: E731
+        return RowLogps(
+            logp=self.logp[rows],
+            top=self.top[rows],
+            total=self.total[rows],
+            entropy=some(self.entropy),
+            correct=some(self.correct),
+            mean=some(self.mean),
+            log_sum_squares=some(self.log_sum_squares),
+        )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fasttr_kernels import checks, chunks, products
-from fasttr_kernels.head import Head, RowLogps
+from fasttr_kernels.head import Head, RowLogps, Statistics
 
 P = ParamSpec("P")
 
@@ -53,33 +53,28 @@ def _forward(
     head = Head.of(weight, bias, logit_scale, softcap, compute)
     rows, T = chunks.select(hidden.device), hidden.shape[0]
     step = chunks.default_rows(weight.shape[0], hidden.device)
-    out = _outputs(hidden, stats, compute)
-    logp, lse, top, total, entropy, correct = out
     ignored, seen = _targets(target, ignore_index)
-    work = rows.Workspace(min(step, T), head, stats, False)
+    work = rows.Workspace(min(step, T), step, head, stats, False)
+    out = _outputs(hidden, stats, compute)
     for piece in chunks.pieces(0, T, step):
-        found = rows.row_logps(hidden[piece].to(compute), head, seen[piece], work, stats)
-        logp[piece] = found.logp
-        top[piece] = found.top
-        total[piece] = found.total
-        if stats:
-            entropy[piece] = found.entropy
-            correct[piece] = found.correct
-    torch.add(top, total.log(), out=lse)
-    logp.masked_fill_(ignored, 0.0)
-    if stats:
-        correct.logical_and_(~ignored)
-    return out
+        rows.row_logps(hidden[piece].to(compute), head, seen[piece], work, out.part(piece))
+    lse = out.top + out.total.log()
+    out.logp.masked_fill_(ignored, 0.0)
+    if out.correct is not None:
+        out.correct.logical_and_(~ignored)
+    return _flat(out, lse)
 
 
-def _outputs(hidden: Tensor, stats: bool, compute: torch.dtype) -> tuple[Tensor, ...]:
-    T = hidden.shape[0]
-    shapes = (T, T, T, T, T if stats else 0)
+def _outputs(hidden: Tensor, stats: bool, compute: torch.dtype) -> RowLogps:
     dtype = products.wide(compute)
-    return (
-        *(hidden.new_empty(n, dtype=dtype) for n in shapes),
-        hidden.new_empty(shapes[-1], dtype=torch.bool),
-    )
+    return RowLogps.empty(hidden.device, hidden.shape[0], dtype, Statistics(usual=stats))
+
+
+def _flat(out: RowLogps, lse: Tensor) -> tuple[Tensor, ...]:
+    """What the registered op returns: tensors alone, empty for what was not asked for."""
+    entropy = out.logp.new_empty(0) if out.entropy is None else out.entropy
+    correct = out.logp.new_empty(0, dtype=torch.bool) if out.correct is None else out.correct
+    return out.logp, lse, out.top, out.total, entropy, correct
 
 
 def _targets(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -114,12 +109,13 @@ def _backward(
     on_softmax = d_logp - d_lse
     hidden_c = hidden.to(compute)
     grads = chunks.Grads(hidden_c, head, chunks.Wanted(*want), hidden.dtype)
-    work = rows.Workspace(min(step, T), head, False, True)
+    work = rows.Workspace(min(step, T), step, head, False, True)
+    found = RowLogps(logp, top, total, None, None, None, None)
     for piece in chunks.pieces(0, T, step):
-        found = RowLogps(logp[piece], top[piece], total[piece], None, None, None)
-        rows.refill(hidden_c[piece], head, found, work)
+        here = found.part(piece)
+        rows.refill(hidden_c[piece], head, here, work)
         dz, factor = rows.logit_grad(
-            found, head, seen[piece], d_logp[piece], on_softmax[piece], work
+            here, head, seen[piece], d_logp[piece], on_softmax[piece], work
         )
         grads.add(dz, factor, hidden_c[piece], head.weight, piece)
     like = (hidden, weight, weight if bias is None else bias)
@@ -150,7 +146,8 @@ _backward_op = torch.library.custom_op(
 
 @_forward_op.register_fake
 def _(hidden, weight, target, bias, ignore_index, logit_scale, softcap, stats, compute):
-    return _outputs(hidden, stats, compute)
+    out = _outputs(hidden, stats, compute)
+    return _flat(out, torch.empty_like(out.top))
 
 
 @_backward_op.register_fake

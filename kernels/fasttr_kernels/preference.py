@@ -8,21 +8,31 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fasttr_kernels import checks, chunks, products
-from fasttr_kernels.head import Head
+from fasttr_kernels.head import Head, RowLogps, Statistics
 
-LossFn = Callable[[Tensor, Tensor | None, slice], Tensor]
+# (logp (n,), ref_logp (n,) or None, groups) -> (); with `loss_reads` also a dict of means (n,).
+LossFn = Callable[..., Tensor]
+# Statistics of rows that a loss may read, and where a sweep leaves them.
+ROWS = {
+    "token_logp": "logp",
+    "entropy": "entropy",
+    "logit_mean": "mean",
+    "log_sum_squares": "log_sum_squares",
+}
 
 
 class PreferenceLoss(NamedTuple):
-    """What `linear_preference_loss` returns, in nats, fp32 (fp64 for fp64 inputs); all but `loss`
-    are detached."""
+    """What `linear_preference_loss` returns, in nats, fp32 (fp64 for fp64 inputs).
+
+    All but `loss` are detached: a term added on `logp` would train nothing. Write it into loss_fn.
+    """
 
     loss: Tensor  # ()
     logp: Tensor  # (N,) summed log-prob of each completion
@@ -30,6 +40,7 @@ class PreferenceLoss(NamedTuple):
     entropy: Tensor | None  # (T,)
     correct: Tensor | None  # (T,) bool: the target is the argmax, the first one where logits tie
     logit_mean: Tensor | None  # (T,) mean over the vocabulary of the scaled, soft-capped logits
+    log_sum_squares: Tensor | None  # (T,) log sum_v p_v^2
 
 
 class _Objective(NamedTuple):
@@ -38,28 +49,39 @@ class _Objective(NamedTuple):
     loss_fn: LossFn
     ref_logp: Tensor | None
     normalizer: float
+    reads: tuple[str, ...]
 
     def weigh(
-        self, want: bool, groups: slice, completions: slice, logp_n: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """loss_fn of some groups over the normalizer and its gradient, on vectors of a few
+        self, want: bool, chunk: chunks.Chunk, logp_n: Tensor, rows_C: RowLogps
+    ) -> chunks.Weights:
+        """loss_fn of a chunk's groups over the normalizer and its gradient, on vectors of a few
         numbers."""
-        ref_n = None if self.ref_logp is None else self.ref_logp[completions]
+        ref_n = None if self.ref_logp is None else self.ref_logp[chunk.completions]
+        arguments: list[Any] = [ref_n, chunk.groups]
+        if self.reads:
+            arguments.append(_means(self.reads, rows_C, chunk.cu))
         # Hooks of a checkpoint around the op would otherwise pack, and so run, this little graph
         # once more.
         neutral = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
         without_autocast = torch.autocast(logp_n.device.type, enabled=False)
         with torch.set_grad_enabled(want), neutral, without_autocast:
             leaf_n = logp_n.detach().clone().requires_grad_(want)
-            loss = self.loss_fn(leaf_n, ref_n, groups)
+            loss = self.loss_fn(leaf_n, *arguments)
             _check_loss(loss, leaf_n, want)
             weight_n = None
             if want and loss.requires_grad:
                 (weight_n,) = torch.autograd.grad(loss, leaf_n, allow_unused=True)
         loss = loss.detach() / self.normalizer
         if not want:
-            return loss, None
-        return loss, torch.zeros_like(logp_n) if weight_n is None else weight_n / self.normalizer
+            return chunks.Weights(loss)
+        if weight_n is None:
+            return chunks.Weights(loss, completion=torch.zeros_like(logp_n))
+        return chunks.Weights(loss, completion=weight_n / self.normalizer)
+
+
+def _means(reads: tuple[str, ...], rows_C: RowLogps, cu: list[int]) -> dict[str, Tensor]:
+    """Means over each completion of what its rows gave, by the names of PreferenceLoss."""
+    return {name: chunks.segment_mean(getattr(rows_C, ROWS[name]), cu) for name in reads}
 
 
 def _check_loss(loss: Any, leaf: Tensor, want: bool) -> None:
@@ -101,10 +123,11 @@ def _run(batch: chunks.Batch, objective: _Objective | None, grads: chunks.Grads)
     return PreferenceLoss(
         loss=out.loss,
         logp=out.logp,
-        token_logp=out.token_logp,
-        entropy=out.entropy,
-        correct=out.correct,
-        logit_mean=out.mean,
+        token_logp=out.rows.logp,
+        entropy=out.rows.entropy,
+        correct=out.rows.correct,
+        logit_mean=out.rows.mean,
+        log_sum_squares=out.rows.log_sum_squares,
     )
 
 
@@ -157,6 +180,7 @@ def linear_preference_loss(
     softcap: float | None = None,
     chunk_rows: int | None = None,
     stats: bool = False,
+    loss_reads: Collection[str] = (),
 ) -> PreferenceLoss:
     """A preference loss on top of a linear head, without its logits and without computing them
     twice.
@@ -186,6 +210,10 @@ def linear_preference_loss(
             log-probs, with gradients or without.
         stats: entropy, argmax hits and mean logits, from the sweep that makes the log-sum-exp;
             without gradient.
+        loss_reads: names among `token_logp`, `entropy`, `logit_mean`, `log_sum_squares`. loss_fn is
+            then called with a fourth argument, a dict of their means over the rows of each
+            completion, (n,), without gradient. WPO's weight of a completion (arXiv:2406.11827) is
+            exp(means["token_logp"] - means["log_sum_squares"]).
 
     Memory: chunk_rows x V logits (fp32; and dZ in bf16 for bf16 inputs on a GPU), dX, and dW in
     fp32 from forward to backward. Gradients are made in the forward, for what requires grad: a
@@ -214,6 +242,7 @@ def linear_preference_loss(
         softcap,
         chunk_rows,
         stats,
+        tuple(loss_reads),
     )
 
 
@@ -237,6 +266,7 @@ def _linear_preference_loss(
     softcap: float | None,
     chunk_rows: int | None,
     stats: bool,
+    loss_reads: tuple[str, ...],
 ) -> PreferenceLoss:
     compute = checks.head(hidden, weight, target, bias)
     checks.head_options(logit_scale, softcap)
@@ -261,6 +291,9 @@ def _linear_preference_loss(
         raise checks.fail(
             "chunk_rows", chunk_rows, "at least 1, or None", "None takes the measured default"
         )
+    unknown = sorted(set(loss_reads) - set(ROWS))
+    if unknown:
+        raise checks.fail("loss_reads", unknown, f"names among {sorted(ROWS)}", "drop the others")
     if isinstance(loss_fn, nn.Module) and next(loss_fn.parameters(), None) is not None:
         raise checks.fail(
             "loss_fn",
@@ -275,7 +308,10 @@ def _linear_preference_loss(
         cu_completions=completions,
         cu_groups=groups,
         chunk_rows=chunk_rows or chunks.default_rows(weight.shape[0], hidden.device),
-        stats=stats,
+        statistics=Statistics(
+            usual=stats or "entropy" in loss_reads or "logit_mean" in loss_reads,
+            log_sum_squares="log_sum_squares" in loss_reads,
+        ),
     )
     objective = None
     if loss_fn is not None:
@@ -284,6 +320,7 @@ def _linear_preference_loss(
             loss_fn=loss_fn,
             ref_logp=None if ref_logp is None else ref_logp.detach().to(wide),
             normalizer=float(normalizer),
+            reads=loss_reads,
         )
     differentiable = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     with torch.autocast(hidden.device.type, enabled=False):
@@ -309,21 +346,33 @@ def linear_preference_loss_ref(
     softcap: float | None = None,
     chunk_rows: int | None = None,
     stats: bool = False,
+    loss_reads: Collection[str] = (),
 ) -> PreferenceLoss:
     """The specification, in plain torch with the whole logits, in the dtype of the arguments."""
     z = nn.functional.linear(hidden, weight, bias) * logit_scale
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     logprobs = z.log_softmax(-1)
     token_logp = logprobs.gather(1, target.long()[:, None])[:, 0]
-    spans = itertools.pairwise(cu_completions.tolist())
+    spans = list(itertools.pairwise(cu_completions.tolist()))
     logp = torch.stack([token_logp[:0].sum(), *(token_logp[a:b].sum() for a, b in spans)])[1:]
+    p = logprobs.exp()
+    rows = {
+        "token_logp": token_logp.detach(),
+        "entropy": -torch.xlogy(p, p).sum(-1).detach(),
+        "logit_mean": z.mean(-1).detach(),
+        "log_sum_squares": (2 * logprobs).logsumexp(-1).detach(),
+    }
     loss = logp.new_zeros(())
     if loss_fn is not None:
-        loss = loss_fn(logp, ref_logp, slice(0, cu_groups.numel() - 1)) / normalizer
-    out = PreferenceLoss(loss, logp.detach(), token_logp.detach(), None, None, None)
-    if not stats:
-        return out
-    entropy = -torch.xlogy(logprobs.exp(), logprobs.exp()).sum(-1)
-    return out._replace(
-        entropy=entropy.detach(), correct=z.argmax(-1) == target, logit_mean=z.mean(-1).detach()
+        means = {n: torch.stack([rows[n][a:b].mean() for a, b in spans]) for n in loss_reads}
+        groups = slice(0, cu_groups.numel() - 1)
+        loss = loss_fn(logp, ref_logp, groups, *([means] if loss_reads else [])) / normalizer
+    return PreferenceLoss(
+        loss=loss,
+        logp=logp.detach(),
+        token_logp=rows["token_logp"],
+        entropy=rows["entropy"] if stats or "entropy" in loss_reads else None,
+        correct=z.argmax(-1) == target if stats else None,
+        logit_mean=rows["logit_mean"] if stats else None,
+        log_sum_squares=rows["log_sum_squares"] if "log_sum_squares" in loss_reads else None,
     )

@@ -11,7 +11,6 @@ Legend: C rows of a chunk, V vocabulary, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +23,9 @@ BLOCK_ELEMENTS = 1 << 17
 
 
 class Workspace:
-    """The buffers of a chunk, made once for a call."""
+    """The buffers of a chunk, made once for a call of chunks with at most `rows` rows."""
 
-    def __init__(self, rows: int, head: Head, stats: bool, grads: bool):
+    def __init__(self, rows: int, chunk_rows: int, head: Head, stats: bool, grads: bool):
         vocab = head.weight.shape[0]
         dtype = products.wide(head.weight.dtype)
         device = head.weight.device
@@ -37,43 +36,19 @@ class Workspace:
         self.slope = torch.empty(slope_rows, vocab, dtype=dtype, device=device)
 
 
-class _Sums(NamedTuple):
-    """What the sweep over the blocks of a chunk collects for each row."""
-
-    at_target: Tensor
-    top: Tensor
-    total: Tensor  # sum of e
-    weighted: Tensor | None  # sum of e (z - top)
-    correct: Tensor | None
-    mean: Tensor | None
-
-    @classmethod
-    def empty(cls, z_CV: Tensor, stats: bool) -> _Sums:
-        rows = z_CV.shape[0]
-        return cls(
-            at_target=z_CV.new_empty(rows),
-            top=z_CV.new_empty(rows),
-            total=z_CV.new_empty(rows),
-            weighted=z_CV.new_empty(rows) if stats else None,
-            correct=z_CV.new_empty(rows, dtype=torch.bool) if stats else None,
-            mean=z_CV.new_empty(rows) if stats else None,
-        )
-
-
 def row_logps(
-    hidden_CD: Tensor, head: Head, target_C: Tensor, work: Workspace, stats: bool
-) -> RowLogps:
-    """Log-prob of each row's target, and the statistics in the same sweep. A target outside 0..V-1
-    gives NaN."""
+    hidden_CD: Tensor, head: Head, target_C: Tensor, work: Workspace, out: RowLogps
+) -> None:
+    """Log-prob of each row's target, and the statistics that `out` holds, in the same sweep. A
+    target outside 0..V-1 gives NaN."""
     z_CV = _products(hidden_CD, head, work)
     vocab = z_CV.shape[1]
     known_C = (target_C >= 0) & (target_C < vocab)
     target_C1 = target_C.clamp(0, vocab - 1)[:, None]
-    sums = _Sums.empty(z_CV, stats)
     for block in _blocks(z_CV.shape[0], work.block):
         z = _softcap(z_CV[block], head, work.slope[block])
-        _exponentials(z, target_C1[block], sums, block, work)
-    return _finished(sums, z_CV, known_C)
+        _exponentials(z, target_C1[block], out.part(block), work)
+    _finish(out, z_CV, known_C)
 
 
 def refill(hidden_CD: Tensor, head: Head, logps: RowLogps, work: Workspace) -> None:
@@ -133,21 +108,24 @@ def _softcap(z: Tensor, head: Head, slope: Tensor) -> Tensor:
     return z
 
 
-def _exponentials(z: Tensor, target_C1: Tensor, sums: _Sums, block: slice, work: Workspace) -> None:
-    """Turn a block of logits into e = exp(z - top), and keep its sums."""
-    top = torch.amax(z, 1, keepdim=True)
+def _exponentials(z: Tensor, target_C1: Tensor, out: RowLogps, work: Workspace) -> None:
+    """Turn a block of logits into e = exp(z - top), and keep the sums that `_finish` makes
+    log-probs of: z_target in `logp`, sum e (z - top) in `entropy`, sum e^2 in `log_sum_squares`."""
+    torch.amax(z, 1, out=out.top)
+    top_C1 = out.top[:, None]
     at_target = z.gather(1, target_C1)
-    sums.at_target[block] = at_target[:, 0]
-    sums.top[block] = top[:, 0]
-    if sums.mean is None or sums.weighted is None or sums.correct is None:
-        z.sub_(top).exp_()
+    out.logp.copy_(at_target[:, 0])
+    if out.entropy is None or out.correct is None or out.mean is None:
+        z.sub_(top_C1).exp_()
     else:
-        torch.mean(z, 1, out=sums.mean[block])
-        sums.correct[block] = _first_of_the_largest(z, at_target, top, target_C1)
-        shifted = torch.sub(z, top, out=work.shifted[: z.shape[0]])
+        torch.mean(z, 1, out=out.mean)
+        out.correct.copy_(_first_of_the_largest(z, at_target, top_C1, target_C1))
+        shifted = torch.sub(z, top_C1, out=work.shifted[: z.shape[0]])
         torch.exp(shifted, out=z)
-        sums.weighted[block] = torch.linalg.vecdot(z, shifted)
-    torch.sum(z, 1, out=sums.total[block])
+        torch.linalg.vecdot(z, shifted, out=out.entropy)
+    torch.sum(z, 1, out=out.total)
+    if out.log_sum_squares is not None:
+        torch.linalg.vecdot(z, z, out=out.log_sum_squares)
 
 
 def _first_of_the_largest(z: Tensor, at_target: Tensor, top: Tensor, target: Tensor) -> Tensor:
@@ -160,16 +138,17 @@ def _first_of_the_largest(z: Tensor, at_target: Tensor, top: Tensor, target: Ten
     return right
 
 
-def _finished(sums: _Sums, e_CV: Tensor, known_C: Tensor) -> RowLogps:
-    log_total_C = sums.total.log()
-    logp_C = (sums.at_target - sums.top - log_total_C).masked_fill_(~known_C, float("nan"))
-    entropy_C = correct_C = None
-    if sums.weighted is not None:
+def _finish(out: RowLogps, e_CV: Tensor, known_C: Tensor) -> None:
+    """Log-probs and statistics of the sums that the sweep left in their places."""
+    log_total_C = out.total.log()
+    out.logp.sub_(out.top).sub_(log_total_C).masked_fill_(~known_C, float("nan"))
+    if out.entropy is not None:
         # 0 * -inf where a logit is -inf: the limit of e log e is 0.
-        bad = sums.weighted.isnan()
+        bad = out.entropy.isnan()
         if bad.any():
-            sums.weighted[bad] = torch.xlogy(e_CV[bad], e_CV[bad]).sum(1)
-        entropy_C = log_total_C - sums.weighted / sums.total
-    if sums.correct is not None:
-        correct_C = sums.correct & known_C
-    return RowLogps(logp_C, sums.top, sums.total, entropy_C, correct_C, sums.mean)
+            out.entropy[bad] = torch.xlogy(e_CV[bad], e_CV[bad]).sum(1)
+        torch.sub(log_total_C, out.entropy.div_(out.total), out=out.entropy)
+    if out.correct is not None:
+        out.correct.logical_and_(known_C)
+    if out.log_sum_squares is not None:
+        out.log_sum_squares.log_().sub_(2 * log_total_C)

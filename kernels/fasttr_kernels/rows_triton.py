@@ -23,15 +23,34 @@ from fasttr_kernels.head import Head, RowLogps
 # Rows of the buffers start on 256 bytes and are padded to whole 16-byte words, so loads are wide at
 # any vocabulary.
 PITCH = 64
+STEP_ROWS = 512
 # The first is the one that ships; FASTTR_AUTOTUNE=1 measures them all.
 LOGP_CONFIGS = [
-    triton.Config({"BLOCK_V": b}, num_warps=w)
-    for b, w in ((2048, 8), (2048, 4), (4096, 8), (4096, 16))
+    triton.Config({"BLOCK_V": block, "LANES": 32 * warps}, num_warps=warps)
+    for block, warps in ((2048, 4), (1024, 4), (4096, 8), (4096, 4))
 ]
 GRAD_CONFIGS = [
-    triton.Config({"BLOCK_V": b}, num_warps=w)
-    for b, w in ((4096, 8), (2048, 4), (8192, 8), (2048, 8))
+    triton.Config({"BLOCK_V": block}, num_warps=warps)
+    for block, warps in ((4096, 8), (2048, 4), (8192, 8), (2048, 8))
 ]
+# Vectors over rows start wherever a piece starts: compiled for an aligned start as well, every
+# piece that begins elsewhere would wait for a compilation of its own.
+VECTORS = (
+    "Target",
+    "Logp",
+    "Top",
+    "Total",
+    "Entropy",
+    "Correct",
+    "Mean",
+    "LogSumSquares",
+    "OnTarget",
+    "OnSoftmax",
+)
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+# Consecutive logits of a lane: one load of 16 bytes in fp32.
+WIDE = tl.constexpr(4)
 
 
 def _search(configs: list) -> list:
@@ -40,24 +59,24 @@ def _search(configs: list) -> list:
 
 @triton.jit
 def _tanh(x):
-    # 1 - e loses digits near 0, where the rational approximation of Cody and Waite (1980) has them
-    # all.
+    far = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
+    if x.dtype == tl.float64:
+        return far
+    # Near 0 the difference from 1 loses digits: there x + x^3 P(x^2), of relative error 1.1e-9,
+    # fitted to |x| < 0.55.
     g = x * x
-    p = ((-0.96437492777225469787 * g - 99.225929672236083313) * g - 1613.4119023996228053) * g
-    q = ((g + 112.74474380534949335) * g + 2233.7720718962312926) * g + 4840.2357071988688686
-    a = tl.abs(x)
-    e = tl.exp(-2.0 * a)
-    far = (1.0 - e) / (1.0 + e)
-    return tl.where(a < 0.549306144334054845697, x + x * (p / q), tl.where(x < 0, -far, far))
+    p = tl.fma(g, -0.00627423909, 0.0210716787)
+    p = tl.fma(g, p, -0.0538523098)
+    p = tl.fma(g, p, 0.133325861)
+    p = tl.fma(g, p, -0.333333176)
+    return tl.where(tl.abs(x) < 0.55, tl.fma(x, g * p, x), far)
 
 
 @triton.jit
-def _logit(
-    raw, Bias, offs_v, mask_v, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr
-):
+def _logit(raw, bias, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
     z = raw
-    if HAS_BIAS:
-        z += tl.load(Bias + offs_v, mask=mask_v, other=0.0).to(z.dtype)
+    if bias is not None:
+        z += bias.to(z.dtype)
     if SCALE != 1.0:
         z *= SCALE
     if SOFTCAP is not None:
@@ -65,11 +84,55 @@ def _logit(
     return z
 
 
-@triton.autotune(configs=_search(LOGP_CONFIGS), key=["V"])
-@triton.heuristics(
-    {"HAS_BIAS": lambda a: a["Bias"] is not None, "STATS": lambda a: a["Entropy"] is not None}
-)
 @triton.jit
+def _lane_max(x):
+    return tl.max(tl.max(x, 2), 0)
+
+
+@triton.jit
+def _lane_sum(x):
+    return tl.sum(tl.sum(x, 2), 0)
+
+
+@triton.jit
+def _absorb(
+    z,  # (BLOCK_V / LANES / WIDE, LANES, WIDE)
+    mask,  # as z, or None
+    top,  # (LANES,), as all that follow
+    total,
+    weighted,
+    plain,
+    squares,
+    STATS: tl.constexpr,
+    SQUARES: tl.constexpr,
+):
+    """The running sums of each lane with one more block of logits in them."""
+    new_top = tl.maximum(top, _lane_max(z))
+    drop = top - new_top
+    keep = tl.exp2(drop * LOG2E)
+    shifted = z - new_top[None, :, None]
+    e = tl.exp2(shifted * LOG2E)
+    if STATS:
+        # Far below the maximum e is 0, and a finite factor keeps 0 * -inf out.
+        weighted = keep * (weighted + drop * total) + _lane_sum(e * tl.maximum(shifted, -1e4))
+        plain += _lane_sum(z if mask is None else tl.where(mask, z, 0.0))
+    if SQUARES:
+        squares = keep * keep * squares + _lane_sum(e * e)
+    total = keep * total + _lane_sum(e)
+    return new_top, total, weighted, plain, squares
+
+
+@triton.jit
+def _at_target(z, offs_v, target, top):
+    """From the block that holds the target, by lane: its logit (0 elsewhere), and the largest logit
+    before it."""
+    before = tl.where(offs_v < target, z, LOWEST)
+    return _lane_sum(tl.where(offs_v == target, z, 0.0)), tl.maximum(top, _lane_max(before))
+
+
+@triton.autotune(configs=_search(LOGP_CONFIGS), key=["V"])
+@triton.heuristics({"HAS_BIAS": lambda a: a["Bias"] is not None})
+@triton.jit(do_not_specialize_on_alignment=VECTORS)
 def _logp_kernel(
     Z,  # (C, V) rows of pitch stride_z
     Bias,  # (V,) or None
@@ -77,64 +140,85 @@ def _logp_kernel(
     Logp,  # (C,)
     Top,  # (C,)
     Total,  # (C,)
-    Entropy,  # (C,) or None
-    Correct,  # (C,) or None
-    Mean,  # (C,) or None
+    Entropy,  # (C,) written with STATS
+    Correct,  # (C,) written with STATS
+    Mean,  # (C,) written with STATS
+    LogSumSquares,  # (C,) written with SQUARES
     V,
     stride_z,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     STATS: tl.constexpr,
+    SQUARES: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
 ):
+    """Each lane, a thread of the program, keeps sums under a maximum of its own, so that no thread
+    waits for another before the end of the row."""
     pid_c = tl.program_id(0)
     row = Z + pid_c.to(tl.int64) * stride_z
     dtype = Z.dtype.element_ty
-    target = tl.load(Target + pid_c)
-    known = (target >= 0) & (target < V)
-    at_target = _logit(
-        tl.load(row + target, mask=known, other=0.0), Bias, target, known, SCALE, SOFTCAP, HAS_BIAS
-    )
-    top = tl.full((), float("-inf"), dtype)
-    total = tl.zeros((BLOCK_V,), dtype)
-    if STATS:
-        weighted = tl.zeros((BLOCK_V,), dtype)
-        plain = tl.zeros((BLOCK_V,), dtype)
-        beaten = tl.zeros((BLOCK_V,), tl.int32)
-    for start in range(0, V, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
+    known = (tl.load(Target + pid_c) >= 0) & (tl.load(Target + pid_c) < V)
+    target = tl.where(known, tl.load(Target + pid_c), -1).to(tl.int32)
+    # A finite start for the maxima: -inf - -inf is NaN.
+    top = tl.full((LANES,), LOWEST, dtype)
+    total = tl.zeros((LANES,), dtype)
+    weighted = tl.zeros((LANES,), dtype)
+    plain = tl.zeros((LANES,), dtype)
+    squares = tl.zeros((LANES,), dtype)
+    at_target = tl.zeros((LANES,), dtype)
+    before_target = top
+    run = tl.arange(0, BLOCK_V // LANES // WIDE)[:, None, None] * (LANES * WIDE)
+    lane = tl.arange(0, LANES)[None, :, None] * WIDE
+    offs = run + lane + tl.arange(0, WIDE)[None, None, :]
+    whole = V // BLOCK_V * BLOCK_V
+    for start in range(0, whole, BLOCK_V):
+        offs_v = start + offs
+        bias = tl.load(Bias + offs_v) if HAS_BIAS else None
+        z = _logit(tl.load(row + offs_v), bias, SCALE, SOFTCAP)
+        if (start <= target) & (target < start + BLOCK_V):
+            at_target, before_target = _at_target(z, offs_v, target, top)
+        top, total, weighted, plain, squares = _absorb(
+            z, None, top, total, weighted, plain, squares, STATS, SQUARES
+        )
+    if whole < V:
+        offs_v = whole + offs
         mask_v = offs_v < V
+        bias = tl.load(Bias + offs_v, mask=mask_v, other=0.0) if HAS_BIAS else None
         # Masked by the pitch, a multiple of 16 elements, so that the load stays wide where V is
         # odd.
-        z = tl.load(row + offs_v, mask=offs_v < stride_z, other=0.0)
-        z = _logit(z, Bias, offs_v, mask_v, SCALE, SOFTCAP, HAS_BIAS)
-        z = tl.where(mask_v, z, float("-inf"))
-        new_top = tl.maximum(top, tl.max(z, 0))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        drop = tl.where(top == float("-inf"), 0.0, top - shift)
-        keep = tl.exp(top - shift)
-        e = tl.exp(z - shift)
-        if STATS:
-            weighted = keep * (weighted + drop * total) + tl.where(e > 0, e * (z - shift), 0.0)
-            plain += tl.where(mask_v, z, 0.0)
-            beaten |= ((z > at_target) | ((z == at_target) & (offs_v < target))).to(tl.int32)
-        total = keep * total + e
-        top = new_top
-    sum_e = tl.sum(total, 0)
-    logp = at_target - top - tl.log(sum_e)
+        raw = tl.load(row + offs_v, mask=offs_v < stride_z, other=0.0)
+        z = tl.where(mask_v, _logit(raw, bias, SCALE, SOFTCAP), float("-inf"))
+        if whole <= target:
+            at_target, before_target = _at_target(z, offs_v, target, top)
+        top, total, weighted, plain, squares = _absorb(
+            z, mask_v, top, total, weighted, plain, squares, STATS, SQUARES
+        )
+    row_top = tl.max(top, 0)
+    drop = top - row_top
+    keep = tl.exp2(drop * LOG2E)
+    row_total = tl.sum(keep * total, 0)
+    row_at_target = tl.sum(at_target, 0)
+    logp = row_at_target - row_top - tl.log(row_total)
     tl.store(Logp + pid_c, tl.where(known, logp, float("nan")))
-    tl.store(Top + pid_c, top)
-    tl.store(Total + pid_c, sum_e)
+    tl.store(Top + pid_c, row_top)
+    tl.store(Total + pid_c, row_total)
     if STATS:
-        tl.store(Entropy + pid_c, tl.log(sum_e) - tl.sum(weighted, 0) / sum_e)
+        row_weighted = tl.sum(keep * (weighted + drop * total), 0)
+        tl.store(Entropy + pid_c, tl.log(row_total) - row_weighted / row_total)
         tl.store(Mean + pid_c, tl.sum(plain, 0) / V)
-        tl.store(Correct + pid_c, known & (tl.max(beaten, 0) == 0))
+        # The first of the largest: no logit is larger, and none before it is equal.
+        first = (row_at_target == row_top) & (tl.max(before_target, 0) < row_top)
+        tl.store(Correct + pid_c, known & first)
+    if SQUARES:
+        row_squares = tl.sum(keep * keep * squares, 0)
+        tl.store(LogSumSquares + pid_c, tl.log(row_squares) - 2.0 * tl.log(row_total))
 
 
 @triton.autotune(configs=_search(GRAD_CONFIGS), key=["V"], restore_value=["Z"])
 @triton.heuristics({"HAS_BIAS": lambda a: a["Bias"] is not None})
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=VECTORS)
 def _logit_grad_kernel(
     Z,  # (C, V) rows of pitch stride_z
     Bias,  # (V,) or None
@@ -156,11 +240,12 @@ def _logit_grad_kernel(
     pid_v = tl.program_id(1)
     offs_v = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
     mask_v = offs_v < V
-    z = tl.load(Z + pid_c.to(tl.int64) * stride_z + offs_v, mask=offs_v < stride_z, other=0.0)
-    z = _logit(z, Bias, offs_v, mask_v, SCALE, SOFTCAP, HAS_BIAS)
+    raw = tl.load(Z + pid_c.to(tl.int64) * stride_z + offs_v, mask=offs_v < stride_z, other=0.0)
+    bias = tl.load(Bias + offs_v, mask=mask_v, other=0.0) if HAS_BIAS else None
+    z = _logit(raw, bias, SCALE, SOFTCAP)
     on_softmax = tl.load(OnSoftmax + pid_c) / tl.load(Total + pid_c)
     dz = tl.where(offs_v == tl.load(Target + pid_c), tl.load(OnTarget + pid_c), 0.0)
-    dz -= on_softmax * tl.exp(z - tl.load(Top + pid_c))
+    dz -= on_softmax * tl.exp2((z - tl.load(Top + pid_c)) * LOG2E)
     if SOFTCAP is not None:
         y = z * (1.0 / SOFTCAP)
         dz *= 1.0 - y * y
@@ -176,17 +261,21 @@ def _logit_grad_kernel(
 
 
 class Workspace:
-    """The buffers of a chunk: fp32 (fp64) logits, and dZ in the dtype of the products where that is
-    another.
+    """The buffers of a chunk, made once for a call of chunks with at most `rows` rows: fp32 (fp64)
+    logits, and dZ in the dtype of the products where that is another.
 
     A bf16 dZ never shares storage with fp32 logits: its stores would land on logits that other
-    warps have yet to read.
+    warps have yet to read. Calls ask for few sizes (multiples of `STEP_ROWS` up to `chunk_rows`),
+    so that the allocator can hand the blocks of one call to the next.
     """
 
-    def __init__(self, rows: int, head: Head, stats: bool, grads: bool):
-        vocab, compute = head.weight.shape[0], head.weight.dtype
-        wide, device = products.wide(compute), head.weight.device
+    def __init__(self, rows: int, chunk_rows: int, head: Head, stats: bool, grads: bool):
+        vocab = head.weight.shape[0]
+        compute = head.weight.dtype
+        wide = products.wide(compute)
+        device = head.weight.device
         pitch = -(-vocab // PITCH) * PITCH
+        rows = min(chunk_rows, -(-rows // STEP_ROWS) * STEP_ROWS)
         self.logits = torch.empty(rows, pitch, dtype=wide, device=device)[:, :vocab]
         self.dz = self.logits
         if grads and compute != wide:
@@ -194,39 +283,46 @@ class Workspace:
 
 
 def row_logps(
-    hidden_CD: Tensor, head: Head, target_C: Tensor, work: Workspace, stats: bool
-) -> RowLogps:
-    """Log-prob of each row's target, and the statistics in the same sweep. A target outside 0..V-1
-    gives NaN."""
+    hidden_CD: Tensor, head: Head, target_C: Tensor, work: Workspace, out: RowLogps
+) -> None:
+    """Log-prob of each row's target, and the statistics that `out` holds, in the same sweep. A
+    target outside 0..V-1 gives NaN."""
     z_CV = work.logits[: hidden_CD.shape[0]]
     products.logits(hidden_CD, head.weight, z_CV)
-    return logps_of_logits(z_CV, head, target_C, stats)
+    logps_of_products(z_CV, head, target_C, out)
 
 
-def logps_of_logits(z_CV: Tensor, head: Head, target_C: Tensor, stats: bool) -> RowLogps:
+def logps_of_products(z_CV: Tensor, head: Head, target_C: Tensor, out: RowLogps) -> None:
     """The launch of `row_logps`; z_CV are raw products in a buffer whose pitch is a multiple of
     `PITCH`."""
     rows, vocab = z_CV.shape
-    logp, top, total = (z_CV.new_empty(rows) for _ in range(3))
-    entropy, mean = (z_CV.new_empty(rows), z_CV.new_empty(rows)) if stats else (None, None)
-    correct = torch.empty(rows, dtype=torch.bool, device=z_CV.device) if stats else None
+    # A search for the fastest configuration tells calls apart by the dtypes of their arguments.
+    # With something in place of every statistic, calls with and without them share what was found,
+    # and so the order of their sums.
+    correct = out.correct
+    if correct is None:
+        correct = torch.empty(0, dtype=torch.bool, device=z_CV.device)
     with torch.cuda.device_of(z_CV):
         _logp_kernel[(rows,)](
             z_CV,
             head.bias,
             target_C.contiguous(),
-            logp,
-            top,
-            total,
-            entropy,
+            out.logp,
+            out.top,
+            out.total,
+            out.logp if out.entropy is None else out.entropy,
             correct,
-            mean,
+            out.logp if out.mean is None else out.mean,
+            out.logp if out.log_sum_squares is None else out.log_sum_squares,
             vocab,
             z_CV.stride(0),
             SCALE=head.logit_scale,
             SOFTCAP=head.softcap,
+            STATS=out.entropy is not None,
+            SQUARES=out.log_sum_squares is not None,
+            # Every product is rounded, so that statistics cannot change how the rest is contracted.
+            enable_fp_fusion=False,
         )
-    return RowLogps(logp, top, total, entropy, correct, mean)
 
 
 def refill(hidden_CD: Tensor, head: Head, logps: RowLogps, work: Workspace) -> None:
@@ -262,5 +358,6 @@ def logit_grad(
             dz_CV.stride(0),
             SCALE=head.logit_scale,
             SOFTCAP=head.softcap,
+            enable_fp_fusion=False,
         )
     return dz_CV, None

@@ -147,6 +147,7 @@ HEADS = {
     "all of them": {"bias": True, "options": {"logit_scale": 1.7, "softcap": 3.0}},
     "odd sizes over a block": {"vocab": 5003, "hidden_size": 7, "bias": True},
     "peaked": {"spread": 40.0},
+    "capped as Gemma's": {"options": {"softcap": 30.0}, "spread": 20.0},
 }
 
 

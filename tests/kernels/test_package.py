@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import torch
 from fasttr_kernels import linear_logprob, linear_preference_loss
-from fasttr_kernels.aot import Built, Case, faults
 from torch.profiler import ProfilerActivity, profile
 
 from tests.kernels.accuracy import DEVICE, bare, dpo
@@ -41,30 +40,6 @@ print("fine")
 def test_imports_and_runs_with_torch_alone() -> None:
     done = bare("-c", STEP)
     assert done.stdout == "fine\n", done.stderr
-
-
-def test_every_kernel_compiles_for_every_chip_without_spills_and_with_wide_accesses() -> None:
-    done = bare("-m", "fasttr_kernels.aot")
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = [line for line in done.stdout.splitlines() if " sm_" in line]
-    for chip in ("sm_80", "sm_90", "sm_100"):
-        names = {line.split(chip)[0].strip() for line in lines if f" {chip} " in line}
-        assert {
-            "row_logps",
-            "row_logps stats",
-            "logit_grad bf16",
-            "logit_grad fp32",
-            "lerp bf16 <- fp32 split",
-        } <= names
-        assert len(names) == 19
-
-
-def test_ahead_of_time_check_finds_every_fault() -> None:
-    fine = Built(registers=40, stack=0, spills=0, shared=0, load=16, store=16)
-    case = Case("any", None, {}, (), 8, True, "")
-    assert faults(case, fine, 80) == []
-    for bad in ({"stack": 8}, {"spills": 1}, {"shared": 166913}, {"load": 8}, {"store": 8}):
-        assert len(faults(case, fine._replace(**bad), 80)) == 1
 
 
 def peak_bytes(step) -> int:

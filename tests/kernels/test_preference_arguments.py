@@ -81,6 +81,7 @@ WRONG = {
     "normalizer in a tensor": ({"normalizer": torch.tensor(2.0)}, "host number"),
     "no rows in a chunk": ({"chunk_rows": 0}, "chunk_rows"),
     "scale 0": ({"logit_scale": 0.0}, "logit_scale"),
+    "a statistic that there is not": ({"loss_reads": ["perplexity"]}, "loss_reads"),
     "softcap below 0": ({"softcap": -1.0}, "softcap"),
 }
 
