@@ -36,11 +36,12 @@ def cases() -> Iterator[Case]:
     ships with all of them."""
     yield from logp_cases()
     yield from logit_grad_cases()
+    yield from scale_cases()
     yield from lerp_cases()
 
 
 def logp_cases() -> Iterator[Case]:
-    from fasttr_kernels.rows_triton import LOGP_CONFIGS
+    from fasttr_kernels.logits_triton import LOGP_CONFIGS
 
     ships, *others = LOGP_CONFIGS
     for stats, squares in ((False, False), (True, False), (True, True)):
@@ -54,7 +55,7 @@ def logp_cases() -> Iterator[Case]:
 
 
 def _logp_case(config: Any, shape: str, head: dict[str, Any], stats: bool, squares: bool) -> Case:
-    from fasttr_kernels import rows_triton
+    from fasttr_kernels import logits_triton
 
     vocab, pitch = _vocab_and_pitch(shape)
     vectors = dict.fromkeys(("Logp", "Top", "Total", "Entropy", "Mean", "LogSumSquares"), "*fp32")
@@ -75,9 +76,9 @@ def _logp_case(config: Any, shape: str, head: dict[str, Any], stats: bool, squar
             "row_logps",
             "stats" if stats else "",
             "squares" if squares else "",
-            *_variant(config, rows_triton.LOGP_CONFIGS[0], shape, head),
+            *_variant(config, logits_triton.LOGP_CONFIGS[0], shape, head),
         ),
-        kernel=rows_triton._logp_kernel,
+        kernel=logits_triton.logp_kernel,
         arguments=arguments,
         divisible=_multiples(arguments, vocab),
         num_warps=config.num_warps,
@@ -89,9 +90,10 @@ def _logp_case(config: Any, shape: str, head: dict[str, Any], stats: bool, squar
 
 
 def logit_grad_cases() -> Iterator[Case]:
-    from fasttr_kernels.rows_triton import GRAD_CONFIGS
+    from fasttr_kernels.logits_triton import GRAD_CONFIGS
 
     ships, *others = GRAD_CONFIGS
+    yield _logit_grad_case(ships, "Llama-3-8B", PLAIN, "bf16", entropy=True)
     for dtype in ("bf16", "fp32"):
         yield _logit_grad_case(ships, "Llama-3-8B", PLAIN, dtype)
         yield _logit_grad_case(ships, "Llama-3-8B", CAPPED, dtype)
@@ -101,27 +103,34 @@ def logit_grad_cases() -> Iterator[Case]:
         yield _logit_grad_case(config, "Llama-3-8B", CAPPED, "fp32")
 
 
-def _logit_grad_case(config: Any, shape: str, head: dict[str, Any], dtype: str) -> Case:
-    from fasttr_kernels import rows_triton
+def _logit_grad_case(
+    config: Any, shape: str, head: dict[str, Any], dtype: str, entropy: bool = False
+) -> Case:
+    from fasttr_kernels import logits_triton
 
     vocab, pitch = _vocab_and_pitch(shape)
     arguments = {
         "Z": "*fp32",
         "Target": "*i64",
         **dict.fromkeys(("Top", "Total", "OnTarget", "OnSoftmax"), "*fp32"),
+        "OnEntropy": "*fp32" if entropy else None,
         "DZ": f"*{dtype}",
         "V": "i32",
         "stride_z": "i32",
         "stride_dz": "i32",
         **head,
+        "HAS_ENTROPY": entropy,
         **config.kwargs,
     }
     element = 4 + BYTES[dtype]
     return Case(
         name=_join(
-            "logit_grad", dtype, *_variant(config, rows_triton.GRAD_CONFIGS[0], shape, head)
+            "logit_grad",
+            dtype,
+            "entropy" if entropy else "",
+            *_variant(config, logits_triton.GRAD_CONFIGS[0], shape, head),
         ),
-        kernel=rows_triton._logit_grad_kernel,
+        kernel=logits_triton.logit_grad_kernel,
         arguments=arguments,
         divisible=_multiples(arguments, vocab),
         num_warps=config.num_warps,
@@ -129,6 +138,21 @@ def _logit_grad_case(config: Any, shape: str, head: dict[str, Any], dtype: str) 
         stores=True,
         moved=_moved(element * pitch, element * vocab),
         fp_fusion=False,
+    )
+
+
+def scale_cases() -> Iterator[Case]:
+    from fasttr_kernels import logits_triton, rows_triton
+
+    yield Case(
+        name="scale fp32",
+        kernel=logits_triton.scale_kernel,
+        arguments={"X": "*fp32", "By": "*fp32", "n": "i32", "BLOCK": rows_triton.SCALE_BLOCK},
+        divisible=("X", "By", "n"),
+        num_warps=rows_triton.SCALE_WARPS,
+        elements=rows_triton.SCALE_BLOCK,
+        stores=True,
+        moved="8 B an element, least 8; none where the factor is 1",
     )
 
 
@@ -202,7 +226,7 @@ def _moved(bytes_moved: int, least: int) -> str:
 def _multiples(arguments: dict[str, Any], vocab: int) -> tuple[str, ...]:
     """What a launch finds divisible by 16: matrices and pitches always, V by the shape; vectors
     over rows are not looked at."""
-    from fasttr_kernels.rows_triton import VECTORS
+    from fasttr_kernels.logits_triton import VECTORS
 
     pointers = [n for n, kind in arguments.items() if isinstance(kind, str) and kind[0] == "*"]
     matrices = [name for name in pointers if name not in VECTORS]

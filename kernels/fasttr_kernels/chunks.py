@@ -108,24 +108,35 @@ NO_GRADIENTS = Wanted(hidden=False, weight=False, bias=False)
 
 
 class Grads:
-    """Sums over the rows so far; None where not wanted. `weight` and `bias` are fp32 or fp64."""
+    """Sums over the rows so far; None where not wanted. `weight` and `bias` are fp32 or fp64.
 
-    def __init__(self, hidden_TD: Tensor, head: Head, wanted: Wanted, hidden_dtype: torch.dtype):
+    With `weight_grad` dW is added to that tensor.
+    """
+
+    def __init__(
+        self,
+        hidden_TD: Tensor,
+        head: Head,
+        wanted: Wanted,
+        hidden_dtype: torch.dtype,
+        weight_grad: Tensor | None = None,
+    ):
         device = hidden_TD.device
         wide = products.wide(hidden_TD.dtype)
         vocab = head.weight.shape[0]
         self.wanted = any(wanted)
         self.hidden: Tensor | None = None
-        self.weight: Tensor | None = None
+        self.weight = weight_grad
         self.bias: Tensor | None = None
+        self._handed_in = weight_grad is not None
+        # The first product overwrites a dW that starts here: no sweep to clear it.
+        self._beta = 1.0 if self._handed_in else 0.0
         if wanted.hidden:
             self.hidden = torch.zeros(hidden_TD.shape, dtype=hidden_dtype, device=device)
-        if wanted.weight:
+        if wanted.weight and weight_grad is None:
             self.weight = torch.empty(head.weight.shape, dtype=wide, device=device)
         if wanted.bias:
             self.bias = torch.zeros(vocab, dtype=wide, device=device)
-        # The first product overwrites dW: no sweep to clear it.
-        self._beta = 0.0
 
     def add(
         self,
@@ -152,9 +163,10 @@ class Grads:
             self.bias.add_(dz_CV.sum(0, dtype=self.bias.dtype))
 
     def done(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What autograd is to get: dX, dW, db."""
         if self.weight is not None and not self._beta:
             self.weight.zero_()
-        return self.hidden, self.weight, self.bias
+        return self.hidden, None if self._handed_in else self.weight, self.bias
 
 
 @torch.no_grad()

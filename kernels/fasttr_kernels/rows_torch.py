@@ -66,25 +66,46 @@ def logit_grad(
     on_target_C: Tensor,
     on_softmax_C: Tensor,
     work: Workspace,
+    on_entropy_C: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """dZ = factor (on_target onehot - on_softmax p), with its factor per row, in place of the e
-    that `row_logps` left.
+    """dZ = factor (on_target onehot - p (on_softmax + on_entropy (z - top))), with its factor per
+    row, in place of the e that `row_logps` left.
 
-    Where both weights are one tensor the row factor takes them out of dZ, which then needs no sweep
-    at all.
+    Where the first two weights are one tensor the row factor takes them out of dZ, which then needs
+    no sweep at all.
     """
     e_CV = work.logits[: target_C.shape[0]]
     target_C1 = target_C.clamp(0, e_CV.shape[1] - 1)[:, None]
     factor_C: Tensor | None = None
-    if on_target_C is on_softmax_C:
+    if on_target_C is on_softmax_C and on_entropy_C is None:
         e_CV.scatter_add_(1, target_C1, -logps.total[:, None])
         factor_C = on_target_C * (-head.logit_scale) / logps.total
     else:
-        e_CV.mul_((on_softmax_C * (-head.logit_scale) / logps.total)[:, None])
+        scale_C1 = (-head.logit_scale / logps.total)[:, None]
+        if on_entropy_C is None:
+            e_CV.mul_(on_softmax_C[:, None] * scale_C1)
+        else:
+            _times_slope(e_CV, on_softmax_C[:, None], on_entropy_C[:, None], scale_C1, work)
         e_CV.scatter_add_(1, target_C1, (on_target_C * head.logit_scale)[:, None])
     if head.softcap is not None:
         e_CV.mul_(work.slope[: e_CV.shape[0]])
     return e_CV, factor_C
+
+
+def _times_slope(
+    e_CV: Tensor, at_0_C1: Tensor, slope_C1: Tensor, scale_C1: Tensor, work: Workspace
+) -> None:
+    """e <- scale e (at_0 + slope log e), where e log e is 0 at e = 0."""
+    for block in _blocks(e_CV.shape[0], work.block):
+        e = e_CV[block]
+        e_log_e = torch.xlogy(e, e).mul_(slope_C1[block])
+        e.mul_(at_0_C1[block]).add_(e_log_e).mul_(scale_C1[block])
+
+
+def scale_(x: Tensor, by: Tensor) -> None:
+    """x <- by x, not touched where `by` is 1."""
+    if by != 1:
+        x.mul_(by)
 
 
 def _products(hidden_CD: Tensor, head: Head, work: Workspace) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fasttr_kernels import rows_triton, sass
+from fasttr_kernels import logits_triton, rows_triton, sass
 from fasttr_kernels.head import Head, RowLogps, Statistics
 from fasttr_kernels.sass import Built, Case
 
@@ -115,7 +115,7 @@ def test_a_search_for_configurations_finds_one_for_calls_with_and_without_statis
                 [str(x.dtype) if hasattr(x, "dtype") else type(x) for x in args]
             )
 
-    monkeypatch.setattr(rows_triton, "_logp_kernel", Launch())
+    monkeypatch.setattr(logits_triton, "logp_kernel", Launch())
     head = Head(torch.zeros(40, 4, device=DEVICE), None, 1.0, None)
     target = torch.zeros(3, dtype=torch.int64, device=DEVICE)
     for statistics in (Statistics(), Statistics(True), Statistics(False, True)):
@@ -126,8 +126,8 @@ def test_a_search_for_configurations_finds_one_for_calls_with_and_without_statis
 
 
 ALIGNMENT = """
-from fasttr_kernels import rows_triton
-for kernel in (rows_triton._logp_kernel, rows_triton._logit_grad_kernel):
+from fasttr_kernels import logits_triton
+for kernel in (logits_triton.logp_kernel, logits_triton.logit_grad_kernel):
     fn = kernel
     while not hasattr(fn, "params"):
         fn = fn.fn
