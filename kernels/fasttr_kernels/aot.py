@@ -164,6 +164,7 @@ def lerp_cases() -> Iterator[Case]:
         ("fp32", "fp32", ""),
         ("bf16", "bf16", "split"),
         ("bf16", "fp32", "split"),
+        ("bf16", "fp64", "split"),
         ("bf16", "bf16", "stochastic"),
         ("bf16", "fp32", "stochastic"),
     ):
@@ -178,6 +179,8 @@ def _lerp_case(reference: str, policy: str, way: str) -> Case:
     dtypes = {"bf16": tl.bfloat16, "fp32": tl.float32, "fp64": tl.float64}
     arguments = {
         "Table": "*i64",
+        "alpha_bits": "i64",
+        "seed": "i64",
         "n_tensors": "i32",
         "n_steps": "i32",
         "REF": dtypes[reference],
@@ -198,6 +201,7 @@ def _lerp_case(reference: str, policy: str, way: str) -> Case:
         elements=lerp_triton.BLOCK,
         stores=True,
         moved=f"{moved} B an element, least {moved}",
+        fp_fusion=False,
     )
 
 
