@@ -147,13 +147,13 @@ def _choose(backend: str, q: Tensor, softcap: float | None) -> Callable[..., Ten
     """What each back end cannot do falls to the segments, which are exact for everything."""
     half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
     if backend == "flash" and half:
-        return _attend_flash
+        return attend_flash
     if backend == "varlen" and half and softcap is None:
-        return _attend_varlen
+        return attend_varlen
     return attend_segments
 
 
-def _attend_varlen(
+def attend_varlen(
     q: Tensor,  # (T, H, Dh)
     k: Tensor,  # (S, Hkv, Dh)
     v: Tensor,  # (S, Hkv, Dh)
@@ -187,7 +187,7 @@ def _attend_varlen(
     return out
 
 
-def _attend_flash(
+def attend_flash(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,13 +124,8 @@ def is_finished(run: Run) -> bool:
     """Whether the run that was taken up had come to its end, its final model included."""
     if not run.is_resumed or run.step < run.plan.total_steps:
         return False
-    path = run.output_dir / log.FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    try:
-        last = json.loads(lines[-1]) if lines else {}
-    except json.JSONDecodeError:
-        return False
-    ended = isinstance(last, dict) and "train_runtime" in last and last.get("step") == run.step
+    last = log.last_line(run.output_dir)
+    ended = "train_runtime" in last and last["step"] == run.step
     return ended and folders.holds_final(run.output_dir)
 
 
