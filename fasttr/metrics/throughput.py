@@ -61,7 +61,7 @@ class Throughput:
         model: a transformers model, whose operations are counted from its sizes.
         device: where it computes.
         peak: FLOP/s that `perf/mfu` is a share of; None: the device's, where it is known.
-        clock: seconds of the host; on CUDA the device's own events are the clock.
+        clock: seconds of the host, None: its own; on CUDA the device's events are the clock.
         new_event: makes such an event; None: one of torch.cuda.
     """
 
@@ -71,13 +71,13 @@ class Throughput:
         device: torch.device,
         *,
         peak: float | None = None,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float] | None = None,
         new_event: Callable[[], Any] | None = None,
     ):
         self._flop_count = FlopCount.of(model)
         self._device = device
         self._peak = peak_flops(device) if peak is None else peak
-        self._clock = clock
+        self._clock = clock or time.perf_counter
         self._new_event = new_event or functools.partial(torch.cuda.Event, enable_timing=True)
         self._clear()
 

@@ -166,7 +166,7 @@ def attend_varlen(
 
     grouped: dict[str, Any] = {}
     if q.shape[1] != k.shape[1]:
-        if _varlen_takes_grouped_heads():
+        if varlen_takes_grouped_heads():
             grouped = {"enable_gqa": True}
         else:
             repeat = q.shape[1] // k.shape[1]
@@ -219,7 +219,7 @@ def _window_size(window: int | None) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=1)
-def _varlen_takes_grouped_heads() -> bool:
+def varlen_takes_grouped_heads() -> bool:
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
