@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fasttr import TrainConfig, train
+from fasttr import Callback, TrainConfig, train
 from fasttr.cli import main
 
 LOG2 = math.log(2)
@@ -38,6 +38,27 @@ def settings(workspace: Path, output_dir: Path, **changes: Any) -> dict[str, Any
 
 def run(workspace: Path, output_dir: Path, **changes: Any):
     return train(TrainConfig(**settings(workspace, output_dir, **changes)))
+
+
+class Asks(Callback):
+    """Asks for something after a step."""
+
+    def __init__(self, request: str, at: int, may_evaluate: bool = False):
+        self.request = request
+        self.at = at
+        self.may_evaluate = may_evaluate
+
+    def on_step(self, run: Any, metrics: Any) -> None:
+        if run.step == self.at:
+            run.ask(self.request)
+
+
+def stopped_run(workspace: Path, output_dir: Path, at: int, **changes: Any) -> Path:
+    """The folder of a run that a callback stopped after a step, as if it were still under way."""
+    values = settings(workspace, output_dir, **changes)
+    train(TrainConfig(**values), callbacks=[Asks("stop", at)])
+    (output_dir / "model.safetensors").unlink()
+    return output_dir
 
 
 def flags(values: dict[str, Any]) -> list[str]:

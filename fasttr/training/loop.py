@@ -38,7 +38,7 @@ from fasttr.training.stopping import (
     StopSignal,
     check_weights,
 )
-from fasttr.training.window import SweepStopped, score_anchor, score_split_late, score_window
+from fasttr.training.window import SweepStopped, score_anchor, score_late, score_window
 
 
 class TrainResult(NamedTuple):
@@ -176,8 +176,8 @@ class _Loop:
             try:
                 if not run.window_scored:
                     score_window(run, window, evaluates=evaluates, stop=self.stop)
-                elif evaluates:
-                    score_split_late(run)
+                else:
+                    score_late(run, window, evaluates=evaluates)
             except SweepStopped:
                 assert self.stop.signum is not None
                 self.save_and_leave(self.stop.signum)

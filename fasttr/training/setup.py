@@ -66,7 +66,7 @@ def setup(config: TrainConfig, given: Given) -> Run:
     config = dataclasses.replace(config, max_tokens_per_batch=config.token_budget(device))
     plan = config.plan(trees, loss, device)
     if resume is not None:
-        check_resume(resume, config, loss, trees.fingerprint, plan.total_steps)
+        check_resume(resume, config, loss, plan)
     announce_plan(config, loss, plan)
     policy, initial = _models(config, device, given, resume)
     _check_ids(config, given, policy, initial, [trees, eval_trees])
