@@ -83,8 +83,7 @@ def test_a_mismatched_completion_is_cut_to_the_room_that_its_prompt_leaves():
     assert rows[3].completions[1].tolist() == [30, 30, 30, 30]
     assert rows[5].completions[1].tolist() == [25, 25]
     assert rows.completion_lengths[5].tolist() == [1, 2]
-    lengths = rows.prompt_lengths[:, None] + rows.completion_lengths
-    assert lengths.max() == 5
+    assert (rows.prompt_lengths + rows.completion_lengths[:, 1]).max() == 5
     assert [len(part) for part in rows[5].completions] == rows.completion_lengths[5].tolist()
 
 
