@@ -27,6 +27,7 @@ COLUMN_TYPES = {
     "status": "int8",
     "flags": "int8",
     "digest": "int64",
+    "largest_id": "int32",
     "label": "bool",
     "read_row": "int64",
 }
@@ -77,6 +78,7 @@ class TreeSet:
     labels: np.ndarray | None  # (n,) bool, of unpaired rows that have them
     uncut_lengths: np.ndarray | None  # (n,) int32, of rows with labels: what `uncut` gives
     positions: np.ndarray  # (n,) place of each row in the data set as it was read
+    largest_id: int  # of all tokens
     fingerprint: str  # of tokens, order, weights, labels and options; not of paths or times
     report: Any  # the DataReport, what was read and dropped
 
@@ -100,6 +102,7 @@ class TreeSet:
         self.labels = numbers["label"][kept].astype(bool) if "label" in numbers else None
         self.uncut_lengths = numbers["stored_length"][kept] if "stored_length" in numbers else None
         self.positions = numbers["read_row"][kept] if "read_row" in numbers else kept
+        self.largest_id = int(numbers["largest_id"][kept].max(initial=0))
         self.report = report
         starts = np.cumsum([0] + [len(offsets) - 1 for offsets in columns.offsets])
         self._chunk = np.searchsorted(starts, kept, side="right") - 1

@@ -98,7 +98,7 @@ class Encoder:
     @property
     def columns(self) -> list[str]:
         names = ["ids", "prompt_length", *self.lengths, *self.skips]
-        names += ["weight", "status", "flags", "digest"]
+        names += ["weight", "status", "flags", "digest", "largest_id"]
         if self.has_label:
             names += ["label", "stored_length"]
         if self.takes_apart:
@@ -188,10 +188,11 @@ class Encoder:
             "status": int(Status.KEPT),
             "flags": flags,
             "digest": _digest(ids, numbers),
+            "largest_id": int(ids.max(initial=0)),
         }
 
     def _dropped(self, status: Status, flags: int) -> dict[str, Any]:
-        zeros = ["prompt_length", *self.lengths, *self.skips, "digest"]
+        zeros = ["prompt_length", *self.lengths, *self.skips, "digest", "largest_id"]
         if self.has_label:
             zeros.append("stored_length")
         return {"ids": NO_IDS, **dict.fromkeys(zeros, 0), "status": int(status), "flags": flags}

@@ -86,18 +86,6 @@ def check_weight_files(folder: Path, key: str) -> None:
             ) from error
 
 
-def check_vocabulary(config: Any, tokenizer: Any, key: str, name: str) -> None:
-    """That every id of a tokenizer has a row in the embedding."""
-    rows = config.get_text_config().vocab_size
-    ids = max(tokenizer.get_vocab().values()) + 1
-    if ids > rows:
-        raise FasttrError(
-            f"{key}: {name} has embeddings of {rows} tokens, and the tokenizer has {ids}; wanted "
-            "as many: call resize_token_embeddings and save the model, or take the tokenizer that "
-            "the model came with"
-        )
-
-
 def check_rope(config: Any, name: str, max_length: int | None) -> None:
     """Rotary embeddings that depend on the longest position of a row would depend on the pack."""
     rope = getattr(config, "rope_parameters", None) or {}
@@ -119,6 +107,17 @@ def check_finite(model: nn.Module, key: str, name: str) -> None:
             raise FasttrError(
                 f"{key}: {name} holds NaN or infinity in {weight}; wanted finite weights"
             )
+
+
+def check_ids(packed: PackedModel, largest_id: int, key: str, name: str) -> None:
+    """Raise FasttrError when the model has no embedding for a token of the rows."""
+    rows = packed.model.get_input_embeddings().weight.shape[0]
+    if largest_id >= rows:
+        raise FasttrError(
+            f"{key}: the rows hold token {largest_id}, and the embedding of {name} has {rows} "
+            "rows; wanted one for every token: resize it (model.resize_token_embeddings), or use "
+            "the tokenizer that belongs to it"
+        )
 
 
 @torch.no_grad()

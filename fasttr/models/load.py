@@ -101,13 +101,12 @@ def load_config(name: str, revision: str = "main", key: str = "model_name_or_pat
     return config
 
 
-def check_loadable(
-    name: str, tokenizer: Any, revision: str = "main", key: str = "model_name_or_path"
-) -> None:
-    """Raise FasttrError, before any row is read, where the weights of a folder are not there or a
-    tokenizer has ids beyond the embedding."""
+def check_loadable(name: str, revision: str = "main", key: str = "model_name_or_path") -> Any:
+    """The model's config, once its weights are known to be there, as far as that can be seen
+    without reading them."""
+    config = load_config(name, revision, key)
     checks.check_weight_files(Path(name), key)
-    checks.check_vocabulary(load_config(name, revision, key), tokenizer, key, name)
+    return config
 
 
 def load_tokenizer(name: str, revision: str = "main", key: str = "model_name_or_path") -> Any:

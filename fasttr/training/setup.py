@@ -20,13 +20,12 @@ from fasttr.evaluation.split import EvaluationSplit
 from fasttr.losses import Loss, as_loss
 from fasttr.metrics.sums import Averages
 from fasttr.metrics.trackers import require_trackers
-from fasttr.models.checks import check_vocabulary
+from fasttr.models.checks import check_ids
 from fasttr.models.given import pack_model, read_weights_into
 from fasttr.models.load import (
     ModelConfig,
     check_loadable,
     dropout_rates,
-    load_config,
     load_model,
     load_tokenizer,
 )
@@ -74,10 +73,11 @@ def setup(config: TrainConfig, given: Given) -> Run:
     config = dataclasses.replace(config, max_tokens_per_batch=config.token_budget(device))
     plan = config.plan(trees, loss, device)
     if resume is not None:
-        check_resume(resume, config, loss, trees.fingerprint, plan.total_steps)
+        check_resume(resume, config, loss, plan)
     announce_plan(config, loss, plan)
     announce_settings(config, loss, trees)
     policy, initial = _models(config, device, given, resume)
+    _check_ids(config, given, policy, initial, [trees, *eval_trees.values()])
     if config.eos_token is not None:
         _end_with(policy, tokenizer)
     optimizer = config.optimizer().optimizer(policy.model)
@@ -123,23 +123,18 @@ def _checked_tokenizer(config: TrainConfig, given: Given, source: str | None) ->
     if given.model is None:
         assert source is not None
         revision = config.model_revision if source == config.model_name_or_path else "main"
-        rates = dropout_rates(load_config(source, revision))
+        rates = dropout_rates(check_loadable(source, revision))
         if rates and not config.disable_dropout:
             raise FasttrError(
                 f"disable_dropout: got false and the model has {', '.join(rates)}; it is off in "
                 "both models: leave it out"
             )
         tokenizer = given.tokenizer or load_tokenizer(source, revision)
-        adjust(tokenizer, chat_template=config.chat_template, eos_token=config.eos_token)
-        check_loadable(source, tokenizer, revision)
     else:
         tokenizer = given.tokenizer or _tokenizer_of(given.model, config)
-        adjust(tokenizer, chat_template=config.chat_template, eos_token=config.eos_token)
-        if hasattr(given.model, "config"):  # else its architecture is refused, once it is packed
-            check_vocabulary(given.model.config, tokenizer, "model", "the given model")
-    reference = config.ref_model_name_or_path
-    if reference is not None:
-        check_loadable(reference, tokenizer, key="ref_model_name_or_path")
+    adjust(tokenizer, chat_template=config.chat_template, eos_token=config.eos_token)
+    if config.ref_model_name_or_path is not None:
+        check_loadable(config.ref_model_name_or_path, key="ref_model_name_or_path")
     return tokenizer
 
 
@@ -192,6 +187,24 @@ def _models(
         return policy, None
     key = "ref_model_name_or_path"
     return policy, load_model(dataclasses.replace(config.model(device, name), key=key))
+
+
+def _check_ids(
+    config: TrainConfig,
+    given: Given,
+    policy: PackedModel,
+    initial: PackedModel | None,
+    splits: list[TreeSource],
+) -> None:
+    """Both models have an embedding for every token that they will meet."""
+    largest_id = max(trees.largest_id for trees in splits)
+    if given.model is None:
+        check_ids(policy, largest_id, "model_name_or_path", str(config.model_name_or_path))
+    else:
+        check_ids(policy, largest_id, "model", "the given model")
+    if initial is not None:
+        name = str(config.ref_model_name_or_path)
+        check_ids(initial, largest_id, "ref_model_name_or_path", name)
 
 
 def _policy(wanted: ModelConfig, model: Any, resume: Resume | None) -> PackedModel:

@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from fasttr_kernels import sass
+from fasttr_kernels.sass import Case
 
 # Kernels decorated under the interpreter cannot be compiled.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Most shared memory of a block, bytes.
-SHARED = {80: 166912, 90: 232448, 100: 232448}
 SHAPES = {
     "Llama-3-8B": (128256, 4096),
     "Qwen3-8B": (151936, 4096),
@@ -29,130 +26,233 @@ SHAPES = {
     "Qwen2.5-0.5B": (151936, 896),
     "odd V": (50257, 768),
 }
-HEADS: dict[str, dict[str, Any]] = {
-    "": {"Bias": None, "HAS_BIAS": False, "SCALE": 1.0, "SOFTCAP": None},
-    "bias+scale+softcap": {"Bias": "*fp32", "HAS_BIAS": True, "SCALE": 0.5, "SOFTCAP": 30.0},
-}
-SIZES = {"bf16": 2, "fp32": 4, "i16": 2}
+PLAIN: dict[str, Any] = {"Bias": None, "HAS_BIAS": False, "SCALE": 1.0, "SOFTCAP": None}
+CAPPED: dict[str, Any] = {"Bias": "*fp32", "HAS_BIAS": True, "SCALE": 0.5, "SOFTCAP": 30.0}
+BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 
 
-class Case(NamedTuple):
-    """One specialisation of a kernel. `arguments` maps each name to a type, or to its value where
-    it is a constant."""
-
-    name: str
-    kernel: Any
-    arguments: dict[str, Any]
-    divisible: tuple[str, ...]  # arguments that are multiples of 16
-    num_warps: int
-    stores: bool  # whether its main traffic has a store
-    moved: str  # bytes moved against the least possible
+def cases() -> Iterator[Case]:
+    """Every configuration that can be launched, with the options that cost the most; the one that
+    ships with all of them."""
+    yield from logp_cases()
+    yield from logit_grad_cases()
+    yield from scale_cases()
+    yield from lerp_cases()
+    yield from gather_cases()
 
 
-class Built(NamedTuple):
-    registers: int
-    stack: int
-    spills: int
-    shared: int
-    load: int
-    store: int
+def logp_cases() -> Iterator[Case]:
+    from fasttr_kernels.logits_triton import LOGP_CONFIGS
+
+    ships, *others = LOGP_CONFIGS
+    for stats, squares in ((False, False), (True, False), (True, True)):
+        yield _logp_case(ships, "Llama-3-8B", PLAIN, stats, squares)
+        yield _logp_case(ships, "Llama-3-8B", CAPPED, stats, squares)
+    yield _logp_case(ships, "odd V", PLAIN, False, False)
+    yield _logp_case(ships, "odd V", PLAIN, True, True)
+    for config in others:
+        yield _logp_case(config, "Llama-3-8B", PLAIN, True, True)
+        yield _logp_case(config, "Llama-3-8B", CAPPED, True, True)
 
 
-def rows_cases() -> Iterator[Case]:
-    from fasttr_kernels import rows_triton as kernels
+def _logp_case(config: Any, shape: str, head: dict[str, Any], stats: bool, squares: bool) -> Case:
+    from fasttr_kernels import logits_triton
 
-    score, grad = kernels.SCORE_CONFIGS[0], kernels.GRAD_CONFIGS[0]
-    for names, vocab in _by_specialisation():
-        pitch = -(-vocab // kernels.PITCH) * kernels.PITCH
-        for label, head in HEADS.items() if vocab % 16 == 0 else [("", HEADS[""])]:
-            for stats in (False, True):
-                some: dict[str, Any] = {"Entropy": "*fp32", "Correct": "*i1", "Mean": "*fp32"}
-                arguments: dict[str, Any] = {
-                    "Z": "*fp32",
-                    "Target": "*i64",
-                    "Logp": "*fp32",
-                    "Top": "*fp32",
-                    "Total": "*fp32",
-                    "V": "i32",
-                    "stride_z": "i32",
-                    **(some if stats else dict.fromkeys(some)),
-                    **head,
-                    "STATS": stats,
-                    **score.kwargs,
-                }
-                yield Case(
-                    _join("score", "stats" if stats else "", label, names),
-                    kernels._score_kernel,
-                    arguments,
-                    _multiples(arguments, vocab),
-                    score.num_warps,
-                    False,
-                    _moved(4 * pitch, 4 * vocab),
-                )
-            for dtype in ("bf16", "fp32"):
-                arguments = {
-                    "Z": "*fp32",
-                    "Target": "*i64",
-                    "Top": "*fp32",
-                    "Total": "*fp32",
-                    "OnTarget": "*fp32",
-                    "OnSoftmax": "*fp32",
-                    "DZ": f"*{dtype}",
-                    "V": "i32",
-                    "stride_z": "i32",
-                    "stride_dz": "i32",
-                    **head,
-                    **grad.kwargs,
-                }
-                element = 4 + SIZES[dtype]
-                yield Case(
-                    _join("logit_grad", dtype, label, names),
-                    kernels._logit_grad_kernel,
-                    arguments,
-                    _multiples(arguments, vocab),
-                    grad.num_warps,
-                    True,
-                    _moved(element * pitch, element * vocab),
-                )
+    vocab, pitch = _vocab_and_pitch(shape)
+    vectors = dict.fromkeys(("Logp", "Top", "Total", "Entropy", "Mean", "LogSumSquares"), "*fp32")
+    arguments = {
+        "Z": "*fp32",
+        "Target": "*i64",
+        "Correct": "*i1",
+        **vectors,
+        "V": "i32",
+        "stride_z": "i32",
+        **head,
+        "STATS": stats,
+        "SQUARES": squares,
+        **config.kwargs,
+    }
+    return Case(
+        name=_join(
+            "row_logps",
+            "stats" if stats else "",
+            "squares" if squares else "",
+            *_variant(config, logits_triton.LOGP_CONFIGS[0], shape, head),
+        ),
+        kernel=logits_triton.logp_kernel,
+        arguments=arguments,
+        divisible=_multiples(arguments, vocab),
+        num_warps=config.num_warps,
+        elements=config.kwargs["BLOCK_V"],
+        stores=False,
+        moved=_moved(4 * pitch, 4 * vocab),
+        fp_fusion=False,
+    )
+
+
+def logit_grad_cases() -> Iterator[Case]:
+    from fasttr_kernels.logits_triton import GRAD_CONFIGS
+
+    ships, *others = GRAD_CONFIGS
+    yield _logit_grad_case(ships, "Llama-3-8B", PLAIN, "bf16", entropy=True)
+    for dtype in ("bf16", "fp32"):
+        yield _logit_grad_case(ships, "Llama-3-8B", PLAIN, dtype)
+        yield _logit_grad_case(ships, "Llama-3-8B", CAPPED, dtype)
+        yield _logit_grad_case(ships, "odd V", PLAIN, dtype)
+    for config in others:
+        yield _logit_grad_case(config, "Llama-3-8B", CAPPED, "bf16")
+        yield _logit_grad_case(config, "Llama-3-8B", CAPPED, "fp32")
+
+
+def _logit_grad_case(
+    config: Any, shape: str, head: dict[str, Any], dtype: str, entropy: bool = False
+) -> Case:
+    from fasttr_kernels import logits_triton
+
+    vocab, pitch = _vocab_and_pitch(shape)
+    arguments = {
+        "Z": "*fp32",
+        "Target": "*i64",
+        **dict.fromkeys(("Top", "Total", "OnTarget", "OnSoftmax"), "*fp32"),
+        "OnEntropy": "*fp32" if entropy else None,
+        "DZ": f"*{dtype}",
+        "V": "i32",
+        "stride_z": "i32",
+        "stride_dz": "i32",
+        **head,
+        "HAS_ENTROPY": entropy,
+        **config.kwargs,
+    }
+    element = 4 + BYTES[dtype]
+    return Case(
+        name=_join(
+            "logit_grad",
+            dtype,
+            "entropy" if entropy else "",
+            *_variant(config, logits_triton.GRAD_CONFIGS[0], shape, head),
+        ),
+        kernel=logits_triton.logit_grad_kernel,
+        arguments=arguments,
+        divisible=_multiples(arguments, vocab),
+        num_warps=config.num_warps,
+        elements=config.kwargs["BLOCK_V"],
+        stores=True,
+        moved=_moved(element * pitch, element * vocab),
+        fp_fusion=False,
+    )
+
+
+def scale_cases() -> Iterator[Case]:
+    from fasttr_kernels import logits_triton, rows_triton
+
+    yield Case(
+        name="scale fp32",
+        kernel=logits_triton.scale_kernel,
+        arguments={"X": "*fp32", "By": "*fp32", "n": "i32", "BLOCK": rows_triton.SCALE_BLOCK},
+        divisible=("X", "By", "n"),
+        num_warps=rows_triton.SCALE_WARPS,
+        elements=rows_triton.SCALE_BLOCK,
+        stores=True,
+        moved="8 B an element, least 8; none where the factor is 1",
+    )
 
 
 def lerp_cases() -> Iterator[Case]:
-    import triton.language as tl
-
-    from fasttr_kernels import lerp_triton as kernels
-
-    dtypes = {"bf16": tl.bfloat16, "fp32": tl.float32}
-    for ref, pol, way in (
+    for reference, policy, way in (
         ("bf16", "bf16", ""),
         ("bf16", "fp32", ""),
         ("fp32", "fp32", ""),
         ("bf16", "bf16", "split"),
         ("bf16", "fp32", "split"),
+        ("bf16", "fp64", "split"),
         ("bf16", "bf16", "stochastic"),
         ("bf16", "fp32", "stochastic"),
     ):
-        arguments = {
-            "Table": "*i64",
-            "n_tensors": "i32",
-            "n_steps": "i32",
-            "REF": dtypes[ref],
-            "POL": dtypes[pol],
-            "SPLIT": way == "split",
-            "STOCHASTIC": way == "stochastic",
-            "ALIGNED": True,
-            "UNIT": kernels.UNIT,
-            "BLOCK": kernels.BLOCK,
-        }
-        moved = 2 * SIZES[ref] + SIZES[pol] + (4 if way == "split" else 0)
-        yield Case(
-            _join("lerp", f"{ref} <- {pol}", way),
-            kernels._lerp_kernel,
-            arguments,
-            ("Table",),
-            kernels.WARPS,
-            True,
-            f"{moved} B an element, least {moved}",
-        )
+        yield _lerp_case(reference, policy, way)
+
+
+def _lerp_case(reference: str, policy: str, way: str) -> Case:
+    import triton.language as tl
+
+    from fasttr_kernels import lerp_triton
+
+    dtypes = {"bf16": tl.bfloat16, "fp32": tl.float32, "fp64": tl.float64}
+    arguments = {
+        "Table": "*i64",
+        "alpha_bits": "i64",
+        "seed": "i64",
+        "n_tensors": "i32",
+        "n_steps": "i32",
+        "REF": dtypes[reference],
+        "POL": dtypes[policy],
+        "SPLIT": way == "split",
+        "STOCHASTIC": way == "stochastic",
+        "ALIGNED": True,
+        "UNIT": lerp_triton.UNIT,
+        "BLOCK": lerp_triton.BLOCK,
+    }
+    moved = 2 * BYTES[reference] + BYTES[policy] + (4 if way == "split" else 0)
+    return Case(
+        name=_join("lerp", f"{reference} <- {policy}", way),
+        kernel=lerp_triton._lerp_kernel,
+        arguments=arguments,
+        divisible=("Table",),
+        num_warps=lerp_triton.WARPS,
+        elements=lerp_triton.BLOCK,
+        stores=True,
+        moved=f"{moved} B an element, least {moved}",
+        fp_fusion=False,
+    )
+
+
+def gather_cases() -> Iterator[Case]:
+    """Keys and values of 8 heads of 128, as Llama-3-8B has them; 16 heads of 80 for odd widths."""
+    for heads, width in ((8, 128), (16, 80)):
+        yield _gather_case("gather_kernel", heads, width)
+        yield _gather_case("sum_kernel", heads, width)
+
+
+def _gather_case(kernel: str, heads: int, width: int) -> Case:
+    import triton.language as tl
+
+    from fasttr_kernels import gather_triton
+
+    launch = gather_triton.launch_options(heads * width)
+    constants = {"HEAD_K": width, "HEAD_V": width, "WIDE": tl.float32, **launch}
+    integers = ("width", "stride")
+    wanted: dict[str, Any] = {}
+    for name in getattr(gather_triton, kernel).arg_names:
+        if name in constants:
+            wanted[name] = constants[name]
+        elif name.startswith(integers):
+            wanted[name] = "i32"
+        else:
+            wanted[name] = "*i32" if name in gather_triton.INDICES else "*bf16"
+    return Case(
+        name=f"{kernel.removesuffix('_kernel')} of keys and values, {heads} heads of {width}",
+        kernel=getattr(gather_triton, kernel),
+        arguments=wanted,
+        divisible=tuple(n for n, kind in wanted.items() if isinstance(kind, str)),
+        num_warps=launch["num_warps"],
+        elements=launch["BLOCK"],
+        stores=True,
+        moved="4 B an element, least 4; a shared row is read once more for each reader",
+    )
+
+
+def _vocab_and_pitch(shape: str) -> tuple[int, int]:
+    from fasttr_kernels.rows_triton import PITCH
+
+    vocab = SHAPES[shape][0]
+    return vocab, -(-vocab // PITCH) * PITCH
+
+
+def _variant(config: Any, ships: Any, shape: str, head: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        "bias+scale+softcap" if head is CAPPED else "",
+        "odd V" if shape == "odd V" else "",
+        "" if config is ships else f"{config.kwargs['BLOCK_V']} x {config.num_warps} warps",
+    )
 
 
 def _join(*words: str) -> str:
@@ -163,122 +263,51 @@ def _moved(bytes_moved: int, least: int) -> str:
     return f"{bytes_moved} B a row, least {least}"
 
 
-def _by_specialisation() -> Iterator[tuple[str, int]]:
-    """One shape of each kind that the compiler tells apart."""
-    yield "", SHAPES["Llama-3-8B"][0]
-    assert all(vocab % 16 == 0 for name, (vocab, _) in SHAPES.items() if name != "odd V")
-    yield "odd V", SHAPES["odd V"][0]
-
-
 def _multiples(arguments: dict[str, Any], vocab: int) -> tuple[str, ...]:
-    """What a launch finds divisible by 16: pointers and pitches always, V by the shape."""
-    pointers = [
-        name for name, kind in arguments.items() if isinstance(kind, str) and kind.startswith("*")
-    ]
+    """What a launch finds divisible by 16: matrices and pitches always, V by the shape; vectors
+    over rows are not looked at."""
+    from fasttr_kernels.logits_triton import VECTORS
+
+    pointers = [n for n, kind in arguments.items() if isinstance(kind, str) and kind[0] == "*"]
+    matrices = [name for name in pointers if name not in VECTORS]
     pitches = [name for name in arguments if name.startswith("stride")]
-    return (*pointers, *pitches, *(["V"] if vocab % 16 == 0 else []))
-
-
-def build(case: Case, arch: int) -> Built:
-    """Compile for a chip, and read registers, stack, spills and the widths of the memory
-    accesses."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    fn = case.kernel
-    while not hasattr(fn, "arg_names") or hasattr(fn, "configs") or hasattr(fn, "values"):
-        fn = fn.fn
-    is_type = {n: isinstance(case.arguments[n], str) for n in fn.arg_names}
-    source = ASTSource(
-        fn,
-        signature={n: case.arguments[n] if is_type[n] else "constexpr" for n in fn.arg_names},
-        constexprs={n: case.arguments[n] for n in fn.arg_names if not is_type[n]},
-        attrs={(fn.arg_names.index(n),): [["tt.divisibility", 16]] for n in case.divisible},
-    )
-    built = triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": case.num_warps}
-    )
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
-        code = _output(tools / "nvdisasm", "-c", file.name)
-    return Built(
-        registers=int(re.findall(r"REG:(\d+)", usage)[-1]),
-        stack=int(re.findall(r"STACK:(\d+)", usage)[-1]),
-        spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        shared=built.metadata.shared,
-        load=_widest(r"\bLDG(\.[\w.]+)?", code),
-        store=_widest(r"\bSTG(\.[\w.]+)?", code),
-    )
-
-
-def _output(tool: Path, *arguments: str) -> str:
-    return subprocess.run(
-        [str(tool), *arguments], check=True, capture_output=True, text=True
-    ).stdout
-
-
-def _widest(pattern: str, code: str) -> int:
-    sizes = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
-    found = [
-        4 if not (kinds := set((m or "").split(".")) & set(sizes)) else sizes[kinds.pop()]
-        for m in re.findall(pattern, code)
-    ]
-    return max(found, default=0)
-
-
-def faults(case: Case, built: Built, arch: int) -> list[str]:
-    """What is wrong with a compiled kernel; empty where nothing is."""
-    wrong = []
-    if built.stack or built.spills:
-        wrong.append(f"spills ({built.stack} bytes of stack, {built.spills} accesses)")
-    if built.shared > SHARED[arch]:
-        wrong.append(f"shared memory {built.shared} over {SHARED[arch]}")
-    if built.load < 16:
-        wrong.append(f"widest load {built.load} bytes")
-    if case.stores and built.store < 16:
-        wrong.append(f"widest store {built.store} bytes")
-    return wrong
+    return (*matrices, *pitches, *(["V"] if vocab % 16 == 0 else []))
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fasttr_kernels.aot", description=__doc__)
-    parser.add_argument(
-        "--arch", type=int, nargs="+", choices=sorted(SHARED), default=sorted(SHARED)
-    )
-    arches = parser.parse_args(argv).arch
+    chips = sorted(sass.SHARED)
+    parser.add_argument("--arch", type=int, nargs="+", choices=chips, default=chips)
+    parser.add_argument("--quick", action="store_true", help="do not count instructions")
+    args = parser.parse_args(argv)
     if INTERPRETED:
         parser.error(
             "got TRITON_INTERPRET=1; wanted it unset: the interpreter has nothing to compile"
         )
-    shared = ", ".join(
-        f"{name} {vocab} x {dim}" for name, (vocab, dim) in SHAPES.items() if name != "odd V"
-    )
+    assert all(vocab % 16 == 0 for name, (vocab, _) in SHAPES.items() if name != "odd V")
+    shared = ", ".join(f"{n} {v} x {d}" for n, (v, d) in SHAPES.items() if n != "odd V")
     print(f"One compilation for {shared}; 'odd V' is {SHAPES['odd V'][0]}.")
-    heads = (
-        f"{'chip':>6} {'regs':>5} {'stack':>5} {'spills':>6} {'shared':>6} {'load':>4} {'store':>5}"
+    print("instr: instructions an element of the main loop; blocks: of one multiprocessor.")
+    print(
+        f"{'kernel':58} {'chip':>6} {'regs':>4} {'stack':>5} {'shared':>6} "
+        f"{'load':>4} {'store':>5} {'instr':>5} {'blocks':>6}  moved"
     )
-    print(f"{'kernel':38} {heads}  moved")
-    bad = 0
-    for case in (*rows_cases(), *lerp_cases()):
-        for arch in arches:
-            built = build(case, arch)
-            wrong = faults(case, built, arch)
-            bad += bool(wrong)
-            numbers = (
-                f"{built.registers:5} {built.stack:5} {built.spills:6} {built.shared:6} "
-                f"{built.load:4} "
-                f"{built.store:5}"
-            )
-            print(
-                f"{case.name:38} sm_{arch:<3} {numbers}  "
-                f"{case.moved}{'  FAIL: ' * bool(wrong)}{', '.join(wrong)}"
-            )
+    bad = sum(_report(case, arch, args.quick) for case in cases() for arch in args.arch)
     print(f"{bad} failures" if bad else "no spills, wide main accesses, shared memory fits: ok")
     return 1 if bad else 0
+
+
+def _report(case: Case, arch: int, quick: bool) -> bool:
+    """Print the line of a case on a chip; whether something is wrong with it."""
+    built = sass.build(case, arch, disassemble=not quick)
+    wrong = sass.faults(case, built, arch)
+    instructions = "-" if built.instructions is None else f"{built.instructions:.1f}"
+    print(
+        f"{case.name:58} sm_{arch:<3} {built.registers:4} {built.stack:5} {built.shared:6} "
+        f"{built.load:4} {built.store:5} {instructions:>5} {built.blocks:6}  "
+        f"{case.moved}{'  FAIL: ' * bool(wrong)}{', '.join(wrong)}"
+    )
+    return bool(wrong)
 
 
 if __name__ == "__main__":

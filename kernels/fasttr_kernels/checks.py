@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ALLOWED = (torch.bfloat16, torch.float32, torch.float64)
 
@@ -18,6 +20,15 @@ def fail(name: str, got: object, wanted: str, remedy: str) -> ValueError:
 
 def head(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> torch.dtype:
     """Check the four tensors of a head and return the dtype its products are made in."""
+    for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if is_sharded(x):
+            raise fail(
+                name,
+                f"a DTensor with placements {getattr(x, 'placements', None)}",
+                "a plain tensor",
+                "unshard the module that owns it first, or shard it in the root group, whose "
+                "parameters are whole during the forward",
+            )
     if hidden.dim() != 2:
         raise fail(
             "hidden", f"shape {tuple(hidden.shape)}", "(T, D)", "flatten it, keep scored rows"
@@ -56,6 +67,16 @@ def head(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) ->
                 "move it with .to(hidden.device)",
             )
     return compute_dtype(hidden, weight, bias)
+
+
+def is_sharded(x: Any) -> bool:
+    """Whether this is a DTensor; asked of the object, so that nothing distributed is imported."""
+    return hasattr(x, "placements") and hasattr(x, "device_mesh")
+
+
+def placement(x: Tensor) -> tuple[object, object] | None:
+    """How a DTensor lies on its mesh; None for a plain tensor."""
+    return (x.placements, x.device_mesh) if is_sharded(x) else None  # type: ignore[attr-defined]
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
@@ -116,7 +137,132 @@ def target_range(target: Tensor, vocab: int) -> None:
             raise fail("target", f"ids {low}..{high}", f"0..{vocab - 1}", "pass scored rows alone")
 
 
-def offsets(name: str, offset: Tensor, last: int, of: str) -> list[int]:
+def cast_weight(cast: Tensor | None, weight: Tensor, compute: torch.dtype) -> None:
+    if cast is not None:
+        _like_weight("cast_weight", cast, weight, compute, "pass weight.detach().to() of it")
+
+
+def weight_grad(grad: Tensor | None, weight: Tensor, wide: torch.dtype) -> None:
+    if grad is None:
+        return
+    _like_weight("weight_grad", grad, weight, wide, "start from torch.zeros_like with that dtype")
+    if grad.requires_grad or not weight.requires_grad:
+        raise fail(
+            "weight_grad",
+            "a buffer that requires grad" if grad.requires_grad else "a frozen weight",
+            "a plain buffer beside a weight that requires grad",
+            "pass None for a frozen weight",
+        )
+
+
+def _like_weight(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype, remedy: str) -> None:
+    if is_sharded(x) or (x.shape, x.dtype, x.device) != (weight.shape, dtype, weight.device):
+        raise fail(
+            name,
+            f"{type(x).__name__} {tuple(x.shape)}, {x.dtype} on {x.device}",
+            f"a plain tensor {tuple(weight.shape)}, {dtype} on {weight.device}",
+            remedy,
+        )
+
+
+def outside_backward() -> None:
+    """Refuse to add to a buffer inside a backward, where a checkpoint runs its forward again."""
+    if torch._C._current_graph_task_id() != -1:
+        raise fail(
+            "weight_grad",
+            "a call inside a backward, as a checkpoint makes",
+            "one call for one backward",
+            "keep the head out of the checkpoint, or pass None: dW would be added twice",
+        )
+
+
+def unit_gradient(d_loss: Tensor) -> None:
+    """A buffer that already holds dW cannot be scaled. On a GPU the device looks."""
+    if d_loss.device.type != "cpu":
+        torch._assert_async(d_loss == 1, "weight_grad: the gradient of the loss must be 1")
+    elif d_loss != 1:
+        raise fail(
+            "weight_grad",
+            f"a gradient of the loss of {float(d_loss)}",
+            "1",
+            "put factors of the loss into normalizer",
+        )
+
+
+def completions(cu: Tensor | None, lengths: Sequence[int] | None, rows: int) -> list[int]:
+    """Row offsets of the completions, from either form."""
+    if (cu is None) == (lengths is None):
+        raise fail(
+            "cu_completions",
+            "neither it nor lengths" if cu is None else "both it and lengths",
+            "one of the two",
+            "pass the rows of each completion as lengths",
+        )
+    if lengths is None:
+        return offsets("cu_completions", cu, rows, "every row of hidden")
+    if isinstance(lengths, Tensor) or any(n < 0 for n in lengths) or sum(lengths) != rows:
+        got = "a tensor" if isinstance(lengths, Tensor) else f"{list(lengths)[:8]}"
+        raise fail(
+            "lengths", got, f"host ints of at least 0 with sum {rows}", "count the rows of hidden"
+        )
+    return list(itertools.accumulate(lengths, initial=0))
+
+
+def groups(cu: Tensor | int, completions: int) -> list[int]:
+    """Completion offsets of the groups, from either form."""
+    if isinstance(cu, int) and not isinstance(cu, bool):
+        if cu < 1 or completions % cu:
+            raise fail(
+                "cu_groups",
+                f"groups of {cu} for {completions} completions",
+                "a size that divides them",
+                "pass host offsets for groups of unequal size",
+            )
+        return list(range(0, completions + 1, cu))
+    return offsets("cu_groups", cu, completions, "every completion")
+
+
+def preference(
+    ref_logp: Tensor | None,
+    shape: tuple[int],
+    device: torch.device,
+    normalizer: float,
+    chunk_rows: int | None,
+) -> None:
+    if ref_logp is not None and (ref_logp.shape != shape or ref_logp.device != device):
+        raise fail(
+            "ref_logp",
+            f"shape {tuple(ref_logp.shape)} on {ref_logp.device}",
+            f"{shape} on {device}",
+            "one summed log-prob for each completion",
+        )
+    if isinstance(normalizer, bool | Tensor) or not (math.isfinite(normalizer) and normalizer > 0):
+        raise fail(
+            "normalizer",
+            normalizer,
+            "a host number above 0, or None",
+            "pass the step's count of groups",
+        )
+    if chunk_rows is not None and chunk_rows < 1:
+        raise fail(
+            "chunk_rows", chunk_rows, "at least 1, or None", "None takes the measured default"
+        )
+
+
+def loss_fn(loss_fn: object, reads: Collection[str], known: Collection[str]) -> None:
+    unknown = sorted(set(reads) - set(known))
+    if unknown:
+        raise fail("loss_reads", unknown, f"names among {sorted(known)}", "drop the others")
+    if isinstance(loss_fn, nn.Module) and next(loss_fn.parameters(), None) is not None:
+        raise fail(
+            "loss_fn",
+            "a module with parameters",
+            "a function without parameters",
+            "its parameters would get no gradient: compute that term outside",
+        )
+
+
+def offsets(name: str, offset: object, last: int, of: str) -> list[int]:
     """Host offsets as a list, checked to cover 0..last without going back."""
     if not isinstance(offset, Tensor) or offset.dim() != 1 or offset.numel() < 1:
         got = tuple(offset.shape) if isinstance(offset, Tensor) else type(offset).__name__

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, cast
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
 
 from fasttr_kernels import checks, chunks, products
-from fasttr_kernels.rows import Head, RowScores
+from fasttr_kernels.head import Head, RowLogps, Statistics
 
 P = ParamSpec("P")
 
@@ -24,14 +24,15 @@ class Logprob(NamedTuple):
 
     logp: Tensor  # (T,)
     lse: Tensor  # (T,)
-    entropy: Tensor | None  # (T,) no gradient
+    entropy: Tensor | None  # (T,)
     correct: Tensor | None  # (T,) bool: the target is the argmax, the first one where logits tie
 
 
 def _without_autocast(op: Callable[P, tuple[Tensor, ...]]) -> Callable[P, tuple[Tensor, ...]]:
     @functools.wraps(op)
     def run(*args: P.args, **kwargs: P.kwargs) -> tuple[Tensor, ...]:
-        with torch.autocast(cast(Tensor, args[0]).device.type, enabled=False):
+        device = next(x.device for x in args if isinstance(x, Tensor))
+        with torch.autocast(device.type, enabled=False):
             return op(*args, **kwargs)
 
     return run
@@ -43,6 +44,7 @@ def _forward(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
+    cast_weight: Tensor | None,
     ignore_index: int,
     logit_scale: float,
     softcap: float | None,
@@ -50,33 +52,33 @@ def _forward(
     compute: torch.dtype,
 ) -> tuple[Tensor, ...]:
     """(logp, lse, top, total, entropy, correct), the last two empty without statistics."""
-    head = Head.of(weight, bias, logit_scale, softcap, compute)
-    rows, T = chunks.select(hidden.device), hidden.shape[0]
-    step = chunks.default_rows(weight.shape[0], hidden.device)
-    out = _outputs(hidden, stats, compute)
-    logp, lse, top, total, entropy, correct = out
-    ignored, seen = _targets(target, ignore_index)
-    work = rows.Workspace(min(step, T), head, stats, False)
-    for piece in chunks.pieces(0, T, step):
-        scores = rows.score(hidden[piece].to(compute), head, seen[piece], work, stats)
-        logp[piece], top[piece], total[piece] = scores.logp, scores.top, scores.total
-        if stats:
-            entropy[piece], correct[piece] = scores.entropy, scores.correct
-    torch.add(top, total.log(), out=lse)
-    logp.masked_fill_(ignored, 0.0)
-    if stats:
-        correct.logical_and_(~ignored)
-    return out
-
-
-def _outputs(hidden: Tensor, stats: bool, compute: torch.dtype) -> tuple[Tensor, ...]:
+    ready = weight if cast_weight is None else cast_weight
+    head = Head.of(ready, bias, logit_scale, softcap, compute)
+    rows = chunks.select(hidden.device)
     T = hidden.shape[0]
-    shapes = (T, T, T, T, T if stats else 0)
+    step = chunks.default_rows(weight.shape[0], hidden.device)
+    ignored, seen = _targets(target, ignore_index)
+    work = rows.Workspace(min(step, T), step, head, stats, False)
+    out = _outputs(hidden, stats, compute)
+    for piece in chunks.pieces(0, T, step):
+        rows.row_logps(hidden[piece].to(compute), head, seen[piece], work, out.part(piece))
+    lse = out.top + out.total.log()
+    out.logp.masked_fill_(ignored, 0.0)
+    if out.correct is not None:
+        out.correct.logical_and_(~ignored)
+    return _flat(out, lse)
+
+
+def _outputs(hidden: Tensor, stats: bool, compute: torch.dtype) -> RowLogps:
     dtype = products.wide(compute)
-    return (
-        *(hidden.new_empty(n, dtype=dtype) for n in shapes),
-        hidden.new_empty(shapes[-1], dtype=torch.bool),
-    )
+    return RowLogps.empty(hidden.device, hidden.shape[0], dtype, Statistics(usual=stats))
+
+
+def _flat(out: RowLogps, lse: Tensor) -> tuple[Tensor, ...]:
+    """What the registered op returns: tensors alone, empty for what was not asked for."""
+    entropy = out.logp.new_empty(0) if out.entropy is None else out.entropy
+    correct = out.logp.new_empty(0, dtype=torch.bool) if out.correct is None else out.correct
+    return out.logp, lse, out.top, out.total, entropy, correct
 
 
 def _targets(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -86,8 +88,9 @@ def _targets(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
 
 @_without_autocast
 def _backward(
-    d_logp: Tensor,
-    d_lse: Tensor,
+    d_logp: Tensor | None,
+    d_lse: Tensor | None,
+    d_entropy: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -95,38 +98,49 @@ def _backward(
     logp: Tensor,
     top: Tensor,
     total: Tensor,
+    entropy: Tensor,
     ignore_index: int,
     logit_scale: float,
     softcap: float | None,
     compute: torch.dtype,
     want: list[bool],
 ) -> tuple[Tensor, ...]:
-    """(dX, dW, db), each empty where not wanted: dZ = d_logp (onehot - p) + d_lse p, chunk by
-    chunk."""
+    """(dX, dW, db), each empty where not wanted, chunk by chunk: dZ = d_logp (onehot - p) + d_lse p
+    - d_entropy p (log p + entropy)."""
     head = Head.of(weight, bias, logit_scale, softcap, compute)
-    rows, T = chunks.select(hidden.device), hidden.shape[0]
+    rows = chunks.select(hidden.device)
+    T = hidden.shape[0]
     step = chunks.default_rows(weight.shape[0], hidden.device)
     ignored, seen = _targets(target, ignore_index)
-    d_logp = d_logp.to(top.dtype).masked_fill(ignored, 0.0)
-    on_softmax = d_logp - d_lse
+    on_target = torch.zeros_like(top) if d_logp is None else d_logp.masked_fill(ignored, 0.0)
+    on_softmax = on_target if d_lse is None else on_target - d_lse
+    if d_entropy is not None:
+        on_softmax = on_softmax + d_entropy * (entropy - total.log())
     hidden_c = hidden.to(compute)
-    grads = chunks.Grads(hidden_c, head, tuple(want), hidden.dtype)
-    work = rows.Workspace(min(step, T), head, False, True)
+    grads = chunks.Grads(hidden_c, head, chunks.Wanted(*want), hidden.dtype)
+    work = rows.Workspace(min(step, T), step, head, False, True)
+    found = RowLogps(logp, top, total, None, None, None, None)
     for piece in chunks.pieces(0, T, step):
-        scores = RowScores(logp[piece], top[piece], total[piece], None, None, None)
-        rows.refill(hidden_c[piece], head, scores, work)
+        logps = found.part(piece)
+        rows.refill(hidden_c[piece], head, logps, work)
         dz, factor = rows.logit_grad(
-            scores, head, seen[piece], d_logp[piece], on_softmax[piece], work
+            logps,
+            head,
+            seen[piece],
+            on_target[piece],
+            on_softmax[piece],
+            work,
+            None if d_entropy is None else d_entropy[piece],
         )
         grads.add(dz, factor, hidden_c[piece], head.weight, piece)
-    like = (hidden, weight, weight if bias is None else bias)
+    wide = products.wide(compute)
+    dtypes = (hidden.dtype, wide, wide)
     return tuple(
-        x.new_empty(0) if g is None else g.to(x.dtype)
-        for g, x in zip(grads.done(), like, strict=True)
+        hidden.new_empty(0, dtype=dtype) if g is None else g
+        for g, dtype in zip(grads.done(), dtypes, strict=True)
     )
 
 
-_HEAD = "Tensor hidden, Tensor weight, Tensor target, Tensor? bias"
 _OPTIONS = "int ignore_index, float logit_scale, float? softcap"
 _SIX, _THREE = (f"({', '.join(['Tensor'] * n)})" for n in (6, 3))
 # Custom ops, so that torch.compile takes them whole, with the autograd below.
@@ -134,58 +148,58 @@ _forward_op = torch.library.custom_op(
     "fasttr::linear_logprob",
     _forward,
     mutates_args=(),
-    schema=f"({_HEAD}, {_OPTIONS}, bool stats, ScalarType compute) -> {_SIX}",
+    schema="(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? cast_weight, "
+    f"{_OPTIONS}, bool stats, ScalarType compute) -> {_SIX}",
 )
 _backward_op = torch.library.custom_op(
     "fasttr::linear_logprob_backward",
     _backward,
     mutates_args=(),
-    schema=f"(Tensor d_logp, Tensor d_lse, {_HEAD}, Tensor logp, Tensor top, Tensor total, "
+    schema="(Tensor? d_logp, Tensor? d_lse, Tensor? d_entropy, Tensor hidden, Tensor weight, "
+    "Tensor target, Tensor? bias, Tensor logp, Tensor top, Tensor total, Tensor entropy, "
     f"{_OPTIONS}, ScalarType compute, bool[] want) -> {_THREE}",
 )
 
 
 @_forward_op.register_fake
-def _(hidden, weight, target, bias, ignore_index, logit_scale, softcap, stats, compute):
-    return _outputs(hidden, stats, compute)
+def _(hidden, weight, target, bias, cast_weight, ignore, scale, softcap, stats, compute):
+    out = _outputs(hidden, stats, compute)
+    return _flat(out, torch.empty_like(out.top))
 
 
 @_backward_op.register_fake
-def _(
-    d_logp,
-    d_lse,
-    hidden,
-    weight,
-    target,
-    bias,
-    logp,
-    top,
-    total,
-    ignore_index,
-    logit_scale,
-    softcap,
-    compute,
-    want,
-):
-    like = (hidden, weight, weight if bias is None else bias)
+def _(d_logp, d_lse, d_entropy, hidden, weight, *rest):
+    *_, compute, want = rest
+    wide = products.wide(compute)
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    return tuple(x.new_empty(s if w else (0,)) for x, s, w in zip(like, shapes, want, strict=True))
+    dtypes = (hidden.dtype, wide, wide)
+    return tuple(
+        hidden.new_empty(shape if wanted else (0,), dtype=dtype)
+        for shape, dtype, wanted in zip(shapes, dtypes, want, strict=True)
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    hidden, weight, target, bias, ignore_index, logit_scale, softcap, _, compute = inputs
+    hidden, weight, target, bias, cast_weight, ignore_index, scale, softcap, _, compute = inputs
     logp, _, top, total, entropy, correct = output
-    ctx.save_for_backward(hidden, weight, target, bias, logp, top, total)
-    ctx.options = (ignore_index, logit_scale, softcap, compute)
-    ctx.mark_non_differentiable(top, total, entropy, correct)
+    # The weight as the products read it: the backward casts nothing again.
+    ready = weight if cast_weight is None else cast_weight
+    ctx.save_for_backward(hidden, ready, target, bias, logp, top, total, entropy)
+    ctx.options = (ignore_index, scale, softcap, compute)
+    ctx.mark_non_differentiable(top, total, correct)
+    ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: Any, d_logp: Tensor, d_lse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd(
+    ctx: Any, d_logp: Tensor | None, d_lse: Tensor | None, *others: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    d_entropy = others[2]
     wants = ctx.needs_input_grad
     want = [wants[0], wants[1], wants[3]]
-    d_hidden, d_weight, d_bias = _backward_op(d_logp, d_lse, *ctx.saved_tensors, *ctx.options, want)
-    keep = [g if w else None for g, w in zip((d_hidden, d_weight, d_bias), want, strict=True)]
-    return keep[0], keep[1], None, keep[2], None, None, None, None, None
+    saved = ctx.saved_tensors
+    grads = _backward_op(d_logp, d_lse, d_entropy, *saved, *ctx.options, want)
+    dX, dW, db = (g if w else None for g, w in zip(grads, want, strict=True))
+    return dX, dW, None, db, None, None, None, None, None, None
 
 
 _forward_op.register_autograd(_autograd, setup_context=_setup_context)
@@ -201,34 +215,49 @@ def linear_logprob(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     stats: bool = False,
+    cast_weight: Tensor | None = None,  # (V, D)
 ) -> Logprob:
     """Log-prob of each row's target under a linear head, and the log-sum-exp, without the (T, V)
     logits.
 
     Equals `linear_logprob_ref`: z = softcap tanh(logit_scale (hidden weight^T + bias) / softcap),
-    lse = logsumexp(z), logp = z_target - lse. Differentiable in hidden, weight and bias for any
-    gradient of logp and lse; the backward makes the logits again (four products in all;
-    `linear_preference_loss` needs three). A frozen side skips its product.
+    lse = logsumexp(z), logp = z_target - lse, entropy = -sum p log p. Differentiable in hidden,
+    weight and bias for any gradient of logp, lse and entropy; the backward makes the logits again
+    (four products in all; `linear_preference_loss` needs three). A frozen side skips its product.
 
     Args:
         hidden, weight: bf16, fp32 or fp64, of one dtype; under `torch.autocast` the products are
             made in its dtype.
         target: vocabulary ids, or `ignore_index`: such a row has logp 0, no gradient through it,
             and is not correct. Any other id outside 0..V-1 gives NaN.
-        stats: entropy and argmax hits, from the same sweep, without gradient.
+        stats: entropy (of ignored rows too) and argmax hits, from the same sweep.
+        cast_weight: `weight` in the dtype of the products, where the caller keeps a copy. Gradients
+            still go to `weight`.
 
-    Memory: logits of one chunk (about 2 GiB on a GPU, 32 MiB on a CPU, as fp32), and dW in fp32
-    during the backward.
+    Memory: logits of one chunk (1/32 of a GPU's memory at most, 32 MiB on a CPU, as fp32), under
+    autocast the cast weight until the backward, and dW in fp32 during the backward.
     Precision: logits and sums in fp32 (fp64 for fp64), whatever the inputs. Deterministic: no
     atomics. torch.compile traces it without a graph break. Not twice differentiable.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, fp16.
+        ValueError: shapes, dtypes or devices that do not fit, DTensors, fp16.
     """
     compute = checks.head(hidden, weight, target, bias)
     checks.head_options(logit_scale, softcap)
+    checks.cast_weight(cast_weight, weight, compute)
+    if cast_weight is None and weight.dtype != compute:
+        cast_weight = weight.detach().to(compute)
     logp, lse, _, _, entropy, correct = _forward_op(
-        hidden, weight, target, bias, ignore_index, float(logit_scale), softcap, stats, compute
+        hidden,
+        weight,
+        target,
+        bias,
+        None if cast_weight is None else cast_weight.detach(),
+        ignore_index,
+        float(logit_scale),
+        softcap,
+        stats,
+        compute,
     )
     return Logprob(logp, lse, entropy if stats else None, correct if stats else None)
 
@@ -256,4 +285,4 @@ def linear_logprob_ref(
     if not stats:
         return out
     entropy = -torch.xlogy(logprobs.exp(), logprobs.exp()).sum(-1)
-    return out._replace(entropy=entropy.detach(), correct=(z.argmax(-1) == target) & ~ignored)
+    return out._replace(entropy=entropy, correct=(z.argmax(-1) == target) & ~ignored)

@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fasttr_kernels import checks, chunks, products
-from fasttr_kernels.rows import Head
+from fasttr_kernels.head import Head, Statistics
+from fasttr_kernels.objective import ROWS, LossFn, Objective
 
-LossFn = Callable[[Tensor, Tensor | None, slice], Tensor]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class PreferenceLoss(NamedTuple):
-    """What `linear_preference_loss` returns, in nats, fp32 (fp64 for fp64 inputs); all but `loss`
-    are detached."""
+    """What `linear_preference_loss` returns, in nats, fp32 (fp64 for fp64 inputs).
+
+    All but `loss` are detached: a term added on `logp` would train nothing. Write it into loss_fn.
+    """
 
     loss: Tensor  # ()
     logp: Tensor  # (N,) summed log-prob of each completion
@@ -30,140 +33,42 @@ class PreferenceLoss(NamedTuple):
     entropy: Tensor | None  # (T,)
     correct: Tensor | None  # (T,) bool: the target is the argmax, the first one where logits tie
     logit_mean: Tensor | None  # (T,) mean over the vocabulary of the scaled, soft-capped logits
+    log_sum_squares: Tensor | None  # (T,) log sum_v p_v^2
 
 
-class _Call(NamedTuple):
-    """One call, after its checks."""
+def _outside_compile(op: Callable[P, R]) -> Callable[P, R]:
+    """A compiler leaves the op as it is, between two graphs. Asked for at the call, since as a
+    decorator it would import the compiler with this package."""
 
-    hidden: Tensor
-    head: Head
-    target: Tensor
-    cu_completions: list[int]
-    cu_groups: list[int]
-    loss_fn: LossFn | None
-    ref_logp: Tensor | None
-    normalizer: float
-    chunk_rows: int
-    stats: bool
+    @functools.wraps(op)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(op)(*args, **kwargs)
+        return op(*args, **kwargs)
 
-    def run(self, grads: chunks.Grads) -> PreferenceLoss:
-        weigh = None if self.loss_fn is None else functools.partial(self.weigh, grads.wanted)
-        scores = chunks.run(
-            self.hidden,
-            self.head,
-            self.target,
-            self.cu_completions,
-            self.cu_groups,
-            weigh,
-            self.chunk_rows,
-            self.stats,
-            grads,
-        )
-        return PreferenceLoss(*scores)
-
-    def weigh(
-        self, want: bool, groups: slice, some: slice, logp_n: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """loss_fn of some groups over the normalizer and its gradient, on vectors of a few
-        numbers."""
-        assert self.loss_fn is not None
-        ref_n = None if self.ref_logp is None else self.ref_logp[some]
-        # Hooks of a checkpoint around the op would otherwise pack, and so run, this little graph
-        # once more.
-        neutral = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
-        with (
-            torch.set_grad_enabled(want),
-            neutral,
-            torch.autocast(logp_n.device.type, enabled=False),
-        ):
-            leaf_n = logp_n.detach().clone().requires_grad_(want)
-            loss = self.loss_fn(leaf_n, ref_n, groups)
-            if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
-                got = (
-                    f"{loss.dtype} {tuple(loss.shape)}"
-                    if isinstance(loss, Tensor)
-                    else type(loss).__name__
-                )
-                raise checks.fail(
-                    "loss_fn",
-                    got,
-                    "a floating-point scalar ()",
-                    "return the sum of the groups' losses",
-                )
-            if not want:
-                return loss / self.normalizer, None
-            if _reaches_other_leaf(loss, leaf_n):
-                raise checks.fail(
-                    "loss_fn",
-                    "a loss that depends on another tensor that requires grad",
-                    "a function of logp and ref_logp",
-                    "detach it: it would get no gradient",
-                )
-            weight_n = None
-            if loss.requires_grad:
-                (weight_n,) = torch.autograd.grad(loss, leaf_n, allow_unused=True)
-        weight_n = torch.zeros_like(logp_n) if weight_n is None else weight_n / self.normalizer
-        return loss.detach() / self.normalizer, weight_n
+    return call
 
 
-def _reaches_other_leaf(loss: Tensor, leaf: Tensor) -> bool:
-    seen: set[Any] = set()
-    front = [loss.grad_fn]
-    while front:
-        node = front.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if getattr(node, "variable", leaf) is not leaf:
-            return True
-        front.extend(n for n, _ in node.next_functions)
-    return loss.grad_fn is None and loss.requires_grad and loss is not leaf
-
-
-class _Preference(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call
-    ) -> tuple[Tensor | None, ...]:
-        grads = chunks.Grads(call.hidden, call.head, ctx.needs_input_grad[:3], hidden.dtype)
-        out = call.run(grads)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.save_for_backward(*grads.done())
-        ctx.mark_non_differentiable(*(x for x in out[1:] if x is not None))
-        return tuple(out)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        # On a CPU the comparison is free and saves a sweep over dW; on a GPU it would wait for the
-        # device.
-        unit = d_loss.device.type == "cpu" and bool(d_loss == 1)
-        return *(
-            _scaled(g, d_loss, t, unit) for g, t in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ), None
-
-
-def _scaled(grad: Tensor | None, by: Tensor, dtype: torch.dtype, unit: bool) -> Tensor | None:
-    if grad is None or (unit and grad.dtype == dtype):
-        return grad
-    return torch.mul(grad, by, out=torch.empty_like(grad, dtype=dtype))
-
-
+@_outside_compile
 def linear_preference_loss(
     hidden: Tensor,  # (T, D)
     weight: Tensor,  # (V, D)
     target: Tensor,  # (T,)
-    cu_completions: Tensor,  # (N+1,) host
-    cu_groups: Tensor,  # (G+1,) host
-    loss_fn: LossFn | None,
+    cu_completions: Tensor | None = None,  # (N+1,) host
+    cu_groups: Tensor | int = 2,  # (G+1,) host, or completions a group
+    loss_fn: LossFn | None = None,
     *,
-    ref_logp: Tensor | None,  # (N,)
-    normalizer: float,
+    lengths: Sequence[int] | None = None,  # (N,) in place of cu_completions
+    ref_logp: Tensor | None = None,  # (N,)
+    normalizer: float | None = None,
     bias: Tensor | None = None,  # (V,)
     logit_scale: float = 1.0,
     softcap: float | None = None,
     chunk_rows: int | None = None,
     stats: bool = False,
+    loss_reads: Collection[str] = (),
+    cast_weight: Tensor | None = None,  # (V, D)
+    weight_grad: Tensor | None = None,  # (V, D)
 ) -> PreferenceLoss:
     """A preference loss on top of a linear head, without its logits and without computing them
     twice.
@@ -181,153 +86,206 @@ def linear_preference_loss(
             for a check).
         cu_completions: row offsets of the completions, on the host; a completion without rows has
             log-prob 0.
-        cu_groups: completion offsets of the groups, on the host. A group is what must be scored
-            before any of its weights is known: a pair, or the completions that a loss couples.
+        cu_groups: completion offsets of the groups, on the host, or the completions of every group;
+            pairs by default. A group is what must be scored before any of its weights is known: a
+            pair, or the completions that a loss couples.
         loss_fn: (logp (n,), ref_logp (n,) or None, groups) -> (), the sum of the losses of
             `groups`, a slice of whole groups in order. Plain differentiable torch without
-            parameters, called once a chunk. None scores only.
+            parameters, called once a chunk. None gives log-probs only.
+        lengths: rows of each completion, in place of cu_completions.
         ref_logp: log-probs under the reference, handed to loss_fn in slices.
-        normalizer: a host number that divides the loss, such as the pairs of a step.
+        normalizer: a host number that divides the loss, such as the pairs of a step. None takes the
+            groups of this call.
         chunk_rows: most rows of a chunk. Groups are never cut, but a longer group is scored in
             pieces, with one more pass for that group. Equal inputs and chunks give bitwise equal
-            log-probs, with gradients or without.
+            log-probs, with gradients or without. None takes 1/32 of a GPU's memory for fp32 logits,
+            32 MiB on a CPU.
         stats: entropy, argmax hits and mean logits, from the sweep that makes the log-sum-exp;
             without gradient.
+        loss_reads: names among `token_logp`, `entropy`, `logit_mean`, `log_sum_squares`. loss_fn is
+            then called with a fourth argument, a dict of their means over the rows of each
+            completion, (n,), without gradient. WPO's weight of a completion (arXiv:2406.11827) is
+            exp(means["token_logp"] - means["log_sum_squares"]).
+        cast_weight: `weight` in the dtype of the products, where the caller keeps a copy (cast once
+            a step, not once a call). Gradients still go to `weight`.
+        weight_grad: fp32 (fp64 for fp64): dW is added to it inside the product, when the loss is
+            made, and `weight` itself gets no gradient and runs no hooks. The gradient of the loss
+            must then be 1, once: put factors into normalizer.
 
     Memory: chunk_rows x V logits (fp32; and dZ in bf16 for bf16 inputs on a GPU), dX, and dW in
-    fp32 from forward to backward. Gradients are made in the forward, for what requires grad: a
-    frozen weight or hidden skips its product; under no_grad, or with loss_fn None, there are scores
-    only. Not twice differentiable.
+    fp32 from forward to backward, which hands them on without a copy unless the graph is retained.
+    Gradients are made in the forward, for what requires grad: a frozen weight or hidden skips its
+    product; under no_grad, or with loss_fn None, there are log-probs only. Not twice
+    differentiable.
     Precision: logits, sums over the vocabulary, and dX and dW over the rows in fp32 (fp64 for
-    fp64); sums over tokens in fp64. Deterministic: no atomics, one order of summation.
+    fp64); sums over tokens in fp64. dW reaches autograd in fp32, so that a bf16 leaf whose
+    `grad_dtype` is fp32 loses nothing. Deterministic: no atomics, one order of summation.
     torch.compile breaks its graph here, once.
 
     Raises:
-        ValueError: shapes, dtypes, devices, offsets that do not cover the rows, a loss_fn with
-            parameters or that does not return a scalar.
+        ValueError: shapes, dtypes, devices, DTensors, offsets that do not cover the rows, a loss_fn
+            with parameters or that does not return a scalar, weight_grad under a checkpoint or with
+            a gradient of the loss other than 1.
     """
-    op = _outside_compile() if torch.compiler.is_compiling() else _linear_preference_loss
-    return op(
-        hidden,
-        weight,
-        target,
-        cu_completions,
-        cu_groups,
-        loss_fn,
-        ref_logp,
-        normalizer,
-        bias,
-        logit_scale,
-        softcap,
-        chunk_rows,
-        stats,
-    )
-
-
-@functools.cache
-def _outside_compile() -> Any:
-    # Made when a compiler asks: as a decorator it would import the compiler with this package.
-    return torch.compiler.disable(_linear_preference_loss)
-
-
-def _linear_preference_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    cu_completions: Tensor,
-    cu_groups: Tensor,
-    loss_fn: LossFn | None,
-    ref_logp: Tensor | None,
-    normalizer: float,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    chunk_rows: int | None,
-    stats: bool,
-) -> PreferenceLoss:
     compute = checks.head(hidden, weight, target, bias)
     checks.head_options(logit_scale, softcap)
     checks.target_range(target, weight.shape[0])
-    completions = checks.offsets(
-        "cu_completions", cu_completions, hidden.shape[0], "every row of hidden"
-    )
-    N = len(completions) - 1
-    groups = checks.offsets("cu_groups", cu_groups, N, "every completion")
-    if ref_logp is not None and (ref_logp.shape != (N,) or ref_logp.device != hidden.device):
-        raise checks.fail(
-            "ref_logp",
-            f"shape {tuple(ref_logp.shape)} on {ref_logp.device}",
-            f"({N},) on {hidden.device}",
-            "one summed log-prob for each completion",
-        )
-    if isinstance(normalizer, bool | Tensor) or not (math.isfinite(normalizer) and normalizer > 0):
-        raise checks.fail(
-            "normalizer", normalizer, "a host number above 0", "pass the step's count of groups"
-        )
-    if chunk_rows is not None and chunk_rows < 1:
-        raise checks.fail(
-            "chunk_rows", chunk_rows, "at least 1, or None", "None takes the measured default"
-        )
-    if isinstance(loss_fn, nn.Module) and next(loss_fn.parameters(), None) is not None:
-        raise checks.fail(
-            "loss_fn",
-            "a module with parameters",
-            "a function without parameters",
-            "its parameters would get no gradient: compute that term outside",
-        )
+    checks.cast_weight(cast_weight, weight, compute)
     wide = products.wide(compute)
-    call = _Call(
-        hidden.detach().to(compute),
-        Head.of(weight, bias, logit_scale, softcap, compute),
-        target.long(),
-        completions,
-        groups,
-        loss_fn,
-        None if ref_logp is None else ref_logp.detach().to(wide),
-        float(normalizer),
-        chunk_rows or chunks.default_rows(weight.shape[0], hidden.device),
-        stats,
+    checks.weight_grad(weight_grad, weight, wide)
+    completions = checks.completions(cu_completions, lengths, hidden.shape[0])
+    groups = checks.groups(cu_groups, len(completions) - 1)
+    normalizer = max(1, len(groups) - 1) if normalizer is None else normalizer
+    checks.preference(ref_logp, (len(completions) - 1,), hidden.device, normalizer, chunk_rows)
+    checks.loss_fn(loss_fn, loss_reads, ROWS)
+    ready = weight if cast_weight is None else cast_weight
+    batch = chunks.Batch(
+        hidden=hidden.detach().to(compute),
+        head=Head.of(ready, bias, logit_scale, softcap, compute),
+        target=target.long(),
+        cu_completions=completions,
+        cu_groups=groups,
+        chunk_rows=chunk_rows or chunks.default_rows(weight.shape[0], hidden.device),
+        statistics=Statistics(
+            usual=stats or "entropy" in loss_reads or "logit_mean" in loss_reads,
+            log_sum_squares="log_sum_squares" in loss_reads,
+        ),
     )
     differentiable = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     with torch.autocast(hidden.device.type, enabled=False):
+        if loss_fn is None:
+            return _run(batch, None, _no_gradients(batch))
+        objective = Objective(
+            loss_fn=loss_fn,
+            ref_logp=None if ref_logp is None else ref_logp.detach().to(wide),
+            normalizer=float(normalizer),
+            reads=tuple(loss_reads),
+        )
         # Inside forward gradients are always off, so this is the place to look.
-        if loss_fn is None or not torch.is_grad_enabled() or not differentiable:
-            return call.run(
-                chunks.Grads(call.hidden, call.head, (False, False, False), hidden.dtype)
+        if torch.is_grad_enabled() and differentiable:
+            out = _Preference.apply(hidden, weight, bias, batch, objective, weight_grad)
+            return PreferenceLoss(*out)
+        return _run(batch, objective, _no_gradients(batch))
+
+
+def _no_gradients(batch: chunks.Batch) -> chunks.Grads:
+    return chunks.Grads(batch.hidden, batch.head, chunks.NO_GRADIENTS, batch.hidden.dtype)
+
+
+def _run(batch: chunks.Batch, objective: Objective | None, grads: chunks.Grads) -> PreferenceLoss:
+    weigh = None if objective is None else functools.partial(objective.weigh, grads.wanted)
+    out = chunks.run(batch, weigh, grads)
+    return PreferenceLoss(
+        loss=out.loss,
+        logp=out.logp,
+        token_logp=out.rows.logp,
+        entropy=out.rows.entropy,
+        correct=out.rows.correct,
+        logit_mean=out.rows.mean,
+        log_sum_squares=out.rows.log_sum_squares,
+    )
+
+
+class _Preference(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        batch: chunks.Batch,
+        objective: Objective,
+        weight_grad: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        if weight_grad is not None:
+            checks.outside_backward()
+        wanted = chunks.Wanted(*ctx.needs_input_grad[:3])
+        grads = chunks.Grads(batch.hidden, batch.head, wanted, hidden.dtype, weight_grad)
+        out = _run(batch, objective, grads)
+        # Not saved for backward: hooks that move activations elsewhere would take dW along.
+        ctx.grads = grads.done()
+        ctx.once = weight_grad is not None
+        ctx.mark_non_differentiable(*(x for x in out[1:] if x is not None))
+        return tuple(out)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.grads is None:
+            raise RuntimeError(
+                "linear_preference_loss: got a second backward; wanted the first one to keep what "
+                "it hands out; pass retain_graph=True there (not possible with weight_grad)"
             )
-        return PreferenceLoss(*_Preference.apply(hidden, weight, bias, call))
+        if ctx.once:
+            checks.unit_gradient(d_loss)
+        retained = torch._C._autograd._get_current_graph_task_keep_graph() and not ctx.once
+        grads = tuple(None if g is None else _times(g, d_loss, retained) for g in ctx.grads)
+        if not retained:
+            ctx.grads = None
+        return *grads, None, None, None
+
+
+def _times(grad: Tensor, by: Tensor, retained: bool) -> Tensor:
+    """A gradient for the result's gradient `by`, in place where no second backward can ask."""
+    if retained:
+        return (grad * by).to(grad.dtype)
+    chunks.select(grad.device).scale_(grad, by)
+    return grad
 
 
 def linear_preference_loss_ref(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
-    cu_completions: Tensor,
-    cu_groups: Tensor,
-    loss_fn: LossFn | None,
+    cu_completions: Tensor | None = None,
+    cu_groups: Tensor | int = 2,
+    loss_fn: LossFn | None = None,
     *,
-    ref_logp: Tensor | None,
-    normalizer: float,
+    lengths: Sequence[int] | None = None,
+    ref_logp: Tensor | None = None,
+    normalizer: float | None = None,
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     chunk_rows: int | None = None,
     stats: bool = False,
+    loss_reads: Collection[str] = (),
 ) -> PreferenceLoss:
     """The specification, in plain torch with the whole logits, in the dtype of the arguments."""
+    completions = checks.completions(cu_completions, lengths, hidden.shape[0])
+    G = len(checks.groups(cu_groups, len(completions) - 1)) - 1
     z = nn.functional.linear(hidden, weight, bias) * logit_scale
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     logprobs = z.log_softmax(-1)
     token_logp = logprobs.gather(1, target.long()[:, None])[:, 0]
-    spans = itertools.pairwise(cu_completions.tolist())
+    spans = list(itertools.pairwise(completions))
     logp = torch.stack([token_logp[:0].sum(), *(token_logp[a:b].sum() for a, b in spans)])[1:]
+    names = {*loss_reads, "token_logp", *(("entropy", "logit_mean") if stats else ())}
+    rows = {name: _row_statistic(name, z, logprobs, token_logp).detach() for name in names}
     loss = logp.new_zeros(())
     if loss_fn is not None:
-        loss = loss_fn(logp, ref_logp, slice(0, cu_groups.numel() - 1)) / normalizer
-    out = PreferenceLoss(loss, logp.detach(), token_logp.detach(), None, None, None)
-    if not stats:
-        return out
-    entropy = -torch.xlogy(logprobs.exp(), logprobs.exp()).sum(-1)
-    return out._replace(
-        entropy=entropy.detach(), correct=z.argmax(-1) == target, logit_mean=z.mean(-1).detach()
+        means = {n: torch.stack([rows[n][a:b].mean() for a, b in spans]) for n in loss_reads}
+        total = loss_fn(logp, ref_logp, slice(0, G), *([means] if loss_reads else []))
+        loss = total / (max(1, G) if normalizer is None else normalizer)
+    return PreferenceLoss(
+        loss=loss,
+        logp=logp.detach(),
+        token_logp=rows["token_logp"],
+        entropy=rows.get("entropy"),
+        correct=z.argmax(-1) == target if stats else None,
+        logit_mean=rows.get("logit_mean"),
+        log_sum_squares=rows.get("log_sum_squares"),
     )
+
+
+def _row_statistic(name: str, z: Tensor, logprobs: Tensor, token_logp: Tensor) -> Tensor:
+    match name:
+        case "entropy":
+            p = logprobs.exp()
+            return -torch.xlogy(p, p).sum(-1)
+        case "logit_mean":
+            return z.mean(-1)
+        case "log_sum_squares":
+            return (2 * logprobs).logsumexp(-1)
+        case _:
+            return token_logp

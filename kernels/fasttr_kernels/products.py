@@ -69,17 +69,22 @@ def logits(
 
 
 def hidden_grad(dz_CV: Tensor, weight_VD: Tensor, out_CD: Tensor) -> None:
-    """out = dz weight, summed in fp32 or wider."""
-    if dz_CV.dtype == weight_VD.dtype:
-        if out_CD.dtype == dz_CV.dtype:
-            torch.mm(dz_CV, weight_VD, out=out_CD)
-        else:
-            torch.mm(dz_CV, weight_VD, out_dtype=out_CD.dtype, out=out_CD)
-        return
-    wide_CD = torch.zeros(out_CD.shape, dtype=dz_CV.dtype, device=dz_CV.device)
-    for tile, weight_tile in _tiles(weight_VD, dz_CV.dtype):
-        wide_CD.addmm_(dz_CV[:, tile], weight_tile)
-    out_CD.copy_(wide_CD)
+    """out = dz weight, summed in fp32 or wider and rounded once: a product with a bf16 result may
+    add its partial sums in bf16."""
+    accumulator = wide(dz_CV.dtype)
+    if dz_CV.dtype != weight_VD.dtype:
+        wide_CD = torch.zeros(out_CD.shape, dtype=dz_CV.dtype, device=dz_CV.device)
+        for tile, weight_tile in _tiles(weight_VD, dz_CV.dtype):
+            wide_CD.addmm_(dz_CV[:, tile], weight_tile)
+        out_CD.copy_(wide_CD)
+    elif dz_CV.dtype == accumulator and out_CD.dtype == accumulator:
+        torch.mm(dz_CV, weight_VD, out=out_CD)
+    elif dz_CV.dtype == accumulator:
+        out_CD.copy_(torch.mm(dz_CV, weight_VD))
+    elif out_CD.dtype == accumulator:
+        torch.mm(dz_CV, weight_VD, out_dtype=accumulator, out=out_CD)
+    else:
+        out_CD.copy_(torch.mm(dz_CV, weight_VD, out_dtype=accumulator))
 
 
 def weight_grad(dz_CV: Tensor, hidden_CD: Tensor, out_VD: Tensor, beta: float) -> None:

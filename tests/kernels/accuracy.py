@@ -136,3 +136,25 @@ class Problem:
     def ours(self, **kw: Any) -> tuple[PreferenceLoss, tuple[Tensor, ...]]:
         out = self.loss(**kw)
         return out, torch.autograd.grad(out.loss, self.leaves())
+
+
+LENGTHS = [5, 1, 4, 3, 8, 6]
+HEADS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "scale": {"options": {"logit_scale": 0.3}},
+    "softcap": {"options": {"softcap": 2.0}, "spread": 3.0},
+    "all of them": {"bias": True, "options": {"logit_scale": 1.7, "softcap": 3.0}},
+    "odd sizes over a block": {"vocab": 5003, "hidden_size": 7, "bias": True},
+    "peaked": {"spread": 40.0},
+    "capped as Gemma's": {"options": {"softcap": 30.0}, "spread": 20.0},
+}
+
+
+def assert_equal_to_truth(problem: Problem, **kw) -> None:
+    """fp64 against the specification: equal up to the order of summation."""
+    (got, got_grads), (truth, truth_grads) = problem.ours(**kw), problem.truth()
+    for a, b in zip(
+        (got.loss, got.logp, got.token_logp, *got_grads), (*truth[:3], *truth_grads), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

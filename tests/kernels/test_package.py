@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import torch
 from fasttr_kernels import linear_logprob, linear_preference_loss
-from fasttr_kernels.aot import Built, Case, faults
 from torch.profiler import ProfilerActivity, profile
 
 from tests.kernels.accuracy import DEVICE, bare, dpo
@@ -43,30 +42,6 @@ def test_imports_and_runs_with_torch_alone() -> None:
     assert done.stdout == "fine\n", done.stderr
 
 
-def test_every_kernel_compiles_for_every_chip_without_spills_and_with_wide_accesses() -> None:
-    done = bare("-m", "fasttr_kernels.aot")
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = [line for line in done.stdout.splitlines() if " sm_" in line]
-    for chip in ("sm_80", "sm_90", "sm_100"):
-        names = {line.split(chip)[0].strip() for line in lines if f" {chip} " in line}
-        assert {
-            "score",
-            "score stats",
-            "logit_grad bf16",
-            "logit_grad fp32",
-            "lerp bf16 <- fp32 split",
-        } <= names
-        assert len(names) == 19
-
-
-def test_ahead_of_time_check_finds_every_fault() -> None:
-    fine = Built(registers=40, stack=0, spills=0, shared=0, load=16, store=16)
-    case = Case("any", None, {}, (), 8, True, "")
-    assert faults(case, fine, 80) == []
-    for bad in ({"stack": 8}, {"spills": 1}, {"shared": 166913}, {"load": 8}, {"store": 8}):
-        assert len(faults(case, fine._replace(**bad), 80)) == 1
-
-
 def peak_bytes(step) -> int:
     """Most bytes alive at once above the start, by the device's allocator or by counting the CPU's
     allocations."""
@@ -97,7 +72,7 @@ def test_peak_memory_has_no_term_in_rows_times_vocabulary() -> None:
 
     def fused() -> None:
         hidden.grad = weight.grad = None
-        linear_preference_loss(
+        out = linear_preference_loss(
             hidden,
             weight,
             target,
@@ -108,7 +83,8 @@ def test_peak_memory_has_no_term_in_rows_times_vocabulary() -> None:
             normalizer=32,
             chunk_rows=chunk,
             stats=True,
-        ).loss.backward()
+        )
+        (3 * out.loss).backward()
 
     def plain() -> None:
         hidden.grad = weight.grad = None
@@ -117,9 +93,8 @@ def test_peak_memory_has_no_term_in_rows_times_vocabulary() -> None:
         ).sum().backward()
 
     pitch = -(-V // 64) * 64
-    # The chunk's logits, dX and dW twice (made, and handed on), vectors of T, and 2 MiB for blocks
-    # of rows.
-    bound = 4 * (chunk * pitch + 2 * D * (T + V) + 16 * T) + (2 << 20)
+    # The chunk's logits, dX and dW once, vectors of T, and 2 MiB for blocks of rows.
+    bound = 4 * (chunk * pitch + D * (T + V) + 16 * T) + (2 << 20)
     assert bound < 4 * T * V / 4
     assert 4 * chunk * V < peak_bytes(fused) <= bound
     assert peak_bytes(plain) > 2 * 4 * T * V, "the counter sees the logits of the plain path"

@@ -1,4 +1,4 @@
-"""Error of sequence log-probs against fp64, in nats: `python -m fasttr_kernels.precision`.
+"""Error of sequence log-probs against fp64, in nats: `python -m bench.precision`.
 
 Hidden states and weights are bf16 numbers, so that every path starts from the same inputs; hidden
 states lean toward one row of the weight, which gives softmax an entropy like that of a language
@@ -13,10 +13,9 @@ import argparse
 from collections.abc import Callable
 
 import torch
+from fasttr_kernels.logprob import linear_logprob
 from torch import Tensor
 from torch.nn.functional import linear
-
-from fasttr_kernels.logprob import linear_logprob
 
 VOCABULARIES = {"Pythia": 50304, "Llama-3": 128256, "Qwen3": 151936}
 
@@ -77,7 +76,7 @@ def table(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m fasttr_kernels.precision", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.precision", description=__doc__)
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--completions", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=300)

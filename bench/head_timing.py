@@ -1,4 +1,4 @@
-"""Time of one DPO head, forward and backward, on this CPU: `python -m fasttr_kernels.timing`.
+"""Time of one DPO head, forward and backward, on this CPU: `python -m bench.head_timing`.
 
 The three bare products are the least that an exact head can take; plain torch keeps all logits.
 Interleaved medians; a path whose loss or gradient is wrong prints no number.
@@ -13,9 +13,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from fasttr_kernels.preference import linear_preference_loss, linear_preference_loss_ref
+from torch import Tensor
 
 SHAPES = [(2048, 128, 2048), (2048, 256, 8192), (4096, 512, 4096)]
 LENGTH = 64  # rows of a completion
@@ -68,7 +67,7 @@ def paths(T: int, D: int, V: int) -> dict[str, Callable[[], Tensor]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m fasttr_kernels.timing", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.head_timing", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     print(

@@ -1,0 +1,97 @@
+"""The loss of a chunk's groups and its gradient by log-probs, on vectors of a few numbers.
+
+Legend: n completions and C rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fasttr_kernels import checks, chunks
+from fasttr_kernels.head import RowLogps
+
+# (logp (n,), ref_logp (n,) or None, groups) -> (); with `loss_reads` also a dict of means (n,).
+LossFn = Callable[..., Tensor]
+# Statistics of rows that a loss may read, and where a sweep leaves them.
+ROWS = {
+    "token_logp": "logp",
+    "entropy": "entropy",
+    "logit_mean": "mean",
+    "log_sum_squares": "log_sum_squares",
+}
+
+
+class Objective(NamedTuple):
+    """A loss_fn with what it is called with."""
+
+    loss_fn: LossFn
+    ref_logp: Tensor | None  # (N,)
+    normalizer: float
+    reads: tuple[str, ...]
+
+    def weigh(
+        self, want: bool, chunk: chunks.Chunk, logp_n: Tensor, rows_C: RowLogps
+    ) -> chunks.Weights:
+        """loss_fn of a chunk's groups over the normalizer and, with `want`, its gradient."""
+        ref_n = None if self.ref_logp is None else self.ref_logp[chunk.completions]
+        arguments: list[Any] = [ref_n, chunk.groups]
+        if self.reads:
+            arguments.append(_means(self.reads, rows_C, chunk.cu))
+        # Hooks of a checkpoint around the op would otherwise pack, and so run, this little graph
+        # once more.
+        neutral = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+        without_autocast = torch.autocast(logp_n.device.type, enabled=False)
+        with torch.set_grad_enabled(want), neutral, without_autocast:
+            leaf_n = logp_n.detach().clone().requires_grad_(want)
+            loss = self.loss_fn(leaf_n, *arguments)
+            _check(loss, leaf_n, want)
+            weight_n = None
+            if want and loss.requires_grad:
+                (weight_n,) = torch.autograd.grad(loss, leaf_n, allow_unused=True)
+        loss = loss.detach() / self.normalizer
+        if not want:
+            return chunks.Weights(loss)
+        if weight_n is None:
+            return chunks.Weights(loss, completion=torch.zeros_like(logp_n))
+        return chunks.Weights(loss, completion=weight_n / self.normalizer)
+
+
+def _means(reads: tuple[str, ...], rows_C: RowLogps, cu: list[int]) -> dict[str, Tensor]:
+    return {name: chunks.segment_mean(getattr(rows_C, ROWS[name]), cu) for name in reads}
+
+
+def _check(loss: Any, leaf: Tensor, want: bool) -> None:
+    if not isinstance(loss, Tensor):
+        got = type(loss).__name__
+    elif loss.dim() != 0 or not loss.is_floating_point():
+        got = f"{loss.dtype} {tuple(loss.shape)}"
+    elif want and _reaches_other_leaf(loss, leaf):
+        raise checks.fail(
+            "loss_fn",
+            "a loss that depends on another tensor that requires grad",
+            "a function of logp and ref_logp",
+            "detach it: it would get no gradient",
+        )
+    else:
+        return
+    raise checks.fail(
+        "loss_fn", got, "a floating-point scalar ()", "return the sum of the groups' losses"
+    )
+
+
+def _reaches_other_leaf(loss: Tensor, leaf: Tensor) -> bool:
+    seen: set[Any] = set()
+    front = [loss.grad_fn]
+    while front:
+        node = front.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if getattr(node, "variable", leaf) is not leaf:
+            return True
+        front.extend(n for n, _ in node.next_functions)
+    return loss.grad_fn is None and loss.requires_grad and loss is not leaf
