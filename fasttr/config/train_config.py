@@ -258,6 +258,8 @@ class TrainConfig(
             use_liger_kernel=self.use_liger_kernel,
             max_length=self.max_length,
             ld_alpha=self.ld_alpha,
+            chat_template=self.chat_template,
+            eos_token=self.eos_token,
         )
 
     def optimizer(self) -> OptimizerConfig:

@@ -32,7 +32,7 @@ from fasttr.files import write_json
 from fasttr.losses import BaseLoss, Loss, LossInputs
 from fasttr.metrics.sums import binomial_stderr
 from fasttr.models.checks import check_ids
-from fasttr.models.load import ModelConfig, load_config, load_model, load_tokenizer
+from fasttr.models.load import ModelConfig, load_config, load_model, load_tokenizer, tokenizer_of
 from fasttr.models.packed import PackedModel
 from fasttr.reference.logp_table import LogpTable, fill_logps
 
@@ -87,7 +87,7 @@ def measure(config: TrainConfig, anchor: str | None = None) -> Measured:
     if anchor is not None:
         of_anchor = dataclasses.replace(config.model(device, anchor), key=ANCHOR_KEY)
     _check_models(config, anchor)
-    tokenizer = load_tokenizer(model.name)
+    tokenizer = tokenizer_of(model)
     if anchor is not None:
         _require_same_tokens(tokenizer, anchor)
     rows = RowReader(config, tokenizer).any_split(config.loss)

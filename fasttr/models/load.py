@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fasttr.data.tokens import adjust
 from fasttr.errors import FasttrError, first_line
 from fasttr.hub import go_offline_if_unreachable
 from fasttr.models import attention, checks
@@ -32,6 +33,8 @@ class ModelConfig:
     use_liger_kernel: bool | None = False  # None: where CUDA and liger-kernel are
     max_length: int | None = None
     ld_alpha: float | None = None
+    chat_template: str | None = None  # instead of the tokenizer's own
+    eos_token: str | None = None
     key: str = "model_name_or_path"  # the setting that names it, for errors
 
 
@@ -107,6 +110,13 @@ def check_loadable(name: str, revision: str = "main", key: str = "model_name_or_
     config = load_config(name, revision, key)
     checks.check_weight_files(Path(name), key)
     return config
+
+
+def tokenizer_of(model: ModelConfig) -> Any:
+    """The tokenizer of a model, with the template and the EOS that its configuration gives it."""
+    tokenizer = load_tokenizer(model.name, model.revision, model.key)
+    adjust(tokenizer, chat_template=model.chat_template, eos_token=model.eos_token)
+    return tokenizer
 
 
 def load_tokenizer(name: str, revision: str = "main", key: str = "model_name_or_path") -> Any:
