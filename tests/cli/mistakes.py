@@ -106,7 +106,7 @@ def write_models(model: Path, folder: Path) -> None:
         return Path(shutil.copytree(model, folder / name))
 
     copy("tiny")
-    changed_json(copy("mamba") / "config.json", model_type="mamba2")
+    changed_json(copy("sees") / "config.json", model_type="vit")
     changed_json(copy("endless") / "tokenizer_config.json", eos_token=None)
     (folder / "endless" / "special_tokens_map.json").unlink(missing_ok=True)
     for name, template in (("untemplated", None), ("raising", "{{ raise_exception('no bots') }}")):

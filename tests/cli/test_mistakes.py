@@ -143,7 +143,7 @@ CASES = [
         "train GO --model_name_or_path truncated --dataset_name null.jsonl",
         "cannot load truncated/model.safetensors: .*copy or download it again",
     ),
-    Case("train GO --model_name_or_path mamba", "got architecture 'mamba2'.*wanted one of llama"),
+    Case("train GO --model_name_or_path sees", "got architecture 'vit', .*no causal.*wanted"),
     Case(
         "train GO --learning_rate 10 --max_steps 4",
         "WARNING: every gradient since .* is 0 .*learning_rate that is too high",
