@@ -70,7 +70,12 @@ def _backward(run: Run, step: int, throughput: Throughput) -> Tensor:
         if run.loss.needs_reference:
             ref_logp = run.window_logps.get(batch.rows).to(run.device, non_blocking=True)
         out = run.policy(
-            batch, objective.loss_fn(batch), ref_logp, normalizer=objective.normalizer, stats=True
+            batch,
+            objective.loss_fn(batch),
+            ref_logp,
+            normalizer=objective.normalizer,
+            stats=True,
+            head_means=objective.head_means,
         )
         out.loss.backward()
         places = torch.tensor([micro_batch_of[row] for row in batch.rows])
