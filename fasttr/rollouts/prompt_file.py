@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -12,10 +13,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from fasttr.data.formats import read_prompt
+from fasttr.data.reading import read_prompt
 from fasttr.data.sources import FILE_KINDS, read_rows
 from fasttr.data.tokens import Messages
 from fasttr.errors import FasttrError
+from fasttr.models.choice import Candidate
 from fasttr.models.load import ModelConfig, load_model, load_tokenizer
 from fasttr.models.packed import PackedModel
 from fasttr.rollouts.sampler import Sample, Sampling, draw, encode_prompts
@@ -49,7 +51,8 @@ def sample_file(
     prompts = read_prompts(files.prompts)
     tokenizer = load_tokenizer(model.name)
     ids = encode_prompts(tokenizer, prompts, str(files.prompts))
-    packed = load_model(model)
+    tier = Candidate.named(model).support.best()
+    packed = load_model(dataclasses.replace(model, tier=tier))
     _check_lengths(packed, ids, sampling)
     partial = files.samples_file.with_name(files.samples_file.name + ".partial")
     written = 0
