@@ -261,6 +261,8 @@ class TrainConfig(
             ld_alpha=self.ld_alpha,
             tier=SHARED if self.attention_tier == AUTO else self.attention_tier,
             trust_remote_code=self.trust_remote_code,
+            chat_template=self.chat_template,
+            eos_token=self.eos_token,
         )
 
     def optimizer(self) -> OptimizerConfig:

@@ -33,7 +33,7 @@ from fasttr.losses import BaseLoss, Loss, LossInputs
 from fasttr.metrics.sums import binomial_stderr
 from fasttr.models.checks import check_ids
 from fasttr.models.choice import Candidate, choose_tier
-from fasttr.models.load import ModelConfig, load_model, load_tokenizer
+from fasttr.models.load import ModelConfig, load_model, load_tokenizer, tokenizer_of
 from fasttr.models.packed import PackedModel
 from fasttr.packing.tiers import longest_sequence
 from fasttr.reference.logp_table import LogpTable, fill_logps
@@ -89,7 +89,7 @@ def measure(config: TrainConfig, anchor: str | None = None) -> Measured:
     if anchor is not None:
         of_anchor = dataclasses.replace(config.model(device, anchor), key=ANCHOR_KEY)
     candidates = _candidates(config, model, of_anchor)
-    tokenizer = load_tokenizer(model.name, trust_remote_code=model.trust_remote_code)
+    tokenizer = tokenizer_of(model)
     if anchor is not None:
         _require_same_tokens(tokenizer, anchor)
     rows = RowReader(config, tokenizer).any_split(config.loss)

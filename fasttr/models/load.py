@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fasttr.data.tokens import adjust
 from fasttr.errors import FasttrError, first_line
 from fasttr.hub import go_offline_if_unreachable
 from fasttr.models import attention, checks
@@ -34,6 +35,8 @@ class ModelConfig:
     use_liger_kernel: bool | None = False  # None: where CUDA and liger-kernel are
     max_length: int | None = None
     ld_alpha: float | None = None
+    chat_template: str | None = None  # instead of the tokenizer's own
+    eos_token: str | None = None
     tier: str = SHARED  # how tokens reach it; refused where the probe does not find it exact
     trust_remote_code: bool = False
     key: str = "model_name_or_path"  # the setting that names it, for errors
@@ -111,8 +114,8 @@ def load_config(
                 "asked (HF_HUB_OFFLINE): check the name and the network"
             ) from error
         raise FasttrError(f"{key}: cannot read {name!r}: {first_line(error)}") from error
-    checks.check_causal(config, key)
     checks.check_not_quantised(config, key, name)
+    checks.check_causal(config, key)
     return config
 
 
@@ -122,6 +125,13 @@ def check_loadable(config: ModelConfig) -> Any:
     content = config.read()
     checks.check_weight_files(Path(config.name), config.key)
     return content
+
+
+def tokenizer_of(model: ModelConfig) -> Any:
+    """The tokenizer of a model, with the template and the EOS that its configuration gives it."""
+    tokenizer = load_tokenizer(model.name, model.revision, model.key, model.trust_remote_code)
+    adjust(tokenizer, chat_template=model.chat_template, eos_token=model.eos_token)
+    return tokenizer
 
 
 def load_tokenizer(
