@@ -8,6 +8,7 @@ from typing import Any
 from fasttr.data.formats import DATASET_FORMATS
 from fasttr.optim.adamw import SCHEDULES
 from fasttr.optim.named import OPTIMIZERS
+from fasttr.packing.tiers import AUTO, TIERS
 from fasttr.settings import (
     INTERVAL,
     ROWS_OR_SHARE,
@@ -47,6 +48,16 @@ class ModelSettings:
         None,
         "attention; none picks what the device has, else sdpa, eager, varlen, flash_attention_2",
         in_eval=True,
+    )
+    attention_tier: str = setting(
+        AUTO,
+        one_of(AUTO, *TIERS),
+        "how rows share a call of the model: auto takes the first that a probe finds exact for the "
+        "architecture; shared has each prompt once, packed repeats it, padded adds padding",
+        in_eval=True,
+    )
+    trust_remote_code: bool = setting(
+        False, None, "run the code that a model's folder brings", in_eval=True
     )
     use_liger_kernel: bool | None = setting(
         None,

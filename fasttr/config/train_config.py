@@ -33,6 +33,7 @@ from fasttr.metrics.trackers import TrackerConfig
 from fasttr.models.load import ModelConfig
 from fasttr.optim.adamw import OptimizerConfig
 from fasttr.packing.plan import Plan
+from fasttr.packing.tiers import AUTO, SHARED
 from fasttr.reference.schedule import Fixed, Hard, Schedule, Soft
 from fasttr.settings import (
     above,
@@ -269,6 +270,8 @@ class TrainConfig(
             use_liger_kernel=self.use_liger_kernel,
             max_length=self.max_length,
             ld_alpha=self.ld_alpha,
+            tier=SHARED if self.attention_tier == AUTO else self.attention_tier,
+            trust_remote_code=self.trust_remote_code,
             chat_template=self.chat_template,
             eos_token=self.eos_token,
         )
@@ -298,6 +301,7 @@ class TrainConfig(
             group_rows=self.group_rows(loss),
             micro_batch_size=self.micro_batch_size,
             multiple_of=self._full_batch if self.dataloader_drop_last else 1,
+            tier=SHARED if self.attention_tier == AUTO else self.attention_tier,
         )
         if plan.rows_per_epoch == 0:
             raise FasttrError(

@@ -125,13 +125,7 @@ METHOD = [
         "those three entries are read and win; those that concern speed are ignored, others "
         "refused",
     ),
-    _i(
-        "trust_remote_code",
-        False,
-        "bool",
-        "no repository's own code is run; models of transformers need none, others are refused by "
-        "their architecture",
-    ),
+    _h("trust_remote_code", False, "bool"),
     _h("dataset_num_proc", None, "int?"),
     _i("pad_token", None, "str?", "no padding token reaches the model"),
 ]
@@ -548,6 +542,7 @@ MODEL_ENTRIES = {
     "torch_dtype": "dtype",
     "attn_implementation": "attn_implementation",
     "revision": "model_revision",
+    "trust_remote_code": "trust_remote_code",
 }
 _SPEED = "it concerns speed or memory alone"
 SPEED_ENTRIES = {
@@ -557,7 +552,6 @@ SPEED_ENTRIES = {
     "low_cpu_mem_usage": _SPEED,
     "use_flash_attention_2": _SPEED,
     "use_safetensors": "weights are always read from safetensors",
-    "trust_remote_code": "no repository's own code is run",
 }
 
 # Two names of one thing: a flag of one name replaces a file's key of the other.

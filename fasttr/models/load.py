@@ -19,7 +19,7 @@ from fasttr.hub import go_offline_if_unreachable
 from fasttr.models import attention, checks
 from fasttr.models.packed import HeadSpec, PackedModel
 from fasttr.models.probe import probe
-from fasttr.models.tiers import SHARED
+from fasttr.packing.tiers import SHARED
 
 
 @dataclass(frozen=True)
@@ -119,30 +119,38 @@ def load_config(
     return config
 
 
-def check_loadable(name: str, revision: str = "main", key: str = "model_name_or_path") -> Any:
+def check_loadable(config: ModelConfig) -> Any:
     """The model's config, once its weights are known to be there, as far as that can be seen
     without reading them."""
-    config = load_config(name, revision, key)
-    checks.check_weight_files(Path(name), key)
-    return config
+    content = config.read()
+    checks.check_weight_files(Path(config.name), config.key)
+    return content
 
 
 def tokenizer_of(model: ModelConfig) -> Any:
     """The tokenizer of a model, with the template and the EOS that its configuration gives it."""
-    tokenizer = load_tokenizer(model.name, model.revision, model.key)
+    tokenizer = load_tokenizer(model.name, model.revision, model.key, model.trust_remote_code)
     adjust(tokenizer, chat_template=model.chat_template, eos_token=model.eos_token)
     return tokenizer
 
 
-def load_tokenizer(name: str, revision: str = "main", key: str = "model_name_or_path") -> Any:
+def load_tokenizer(
+    name: str,
+    revision: str = "main",
+    key: str = "model_name_or_path",
+    trust_remote_code: bool = False,
+) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # a broken tokenizer.json raises a bare Exception
         if "trust_remote_code" in str(error):
             raise FasttrError(
-                f"{key}: the tokenizer of {name} is code from its own repository, which is not run"
+                f"{key}: the tokenizer of {name} is code from its own repository, which "
+                "is run with trust_remote_code true alone"
             ) from error
         raise FasttrError(f"{key}: no tokenizer in {name!r}: {first_line(error)}") from error
 

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from fasttr.batch import PackedBatch, Tree, TreeSource, own_prompt_lengths
-from fasttr.packing.layout import first_fit_decreasing, pack
+from fasttr.packing.layout import pack
+from fasttr.packing.tiers import SHARED, bins_of_groups, tree_sizes, unshared
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,9 @@ class Plan:
     seed: int = 42
     shuffle: bool = True  # else the order of the data, in every epoch
     group_rows: int = 1  # consecutive rows of a step whose loss is computed together share a pack
-    micro_batch_size: int | None = (
-        None  # rows whose mean counts as much as that of any other so many
-    )
+    micro_batch_size: int | None = None  # rows whose mean counts as that of any other so many
     multiple_of: int = 1  # an epoch's last rows that do not fill this many are left out
+    tier: str = SHARED  # one of packing.tiers.TIERS: how rows share a call of the model
 
     @property
     def rows_per_epoch(self) -> int:
@@ -68,7 +68,12 @@ class Plan:
         """The packs of one step. Their number and content follow from the lengths alone."""
         rows = self.rows(step)
         return pack_rows(
-            self.trees, rows, self.max_tokens_per_batch, self.group_rows, self._row_weights(rows)
+            self.trees,
+            rows,
+            self.max_tokens_per_batch,
+            self.group_rows,
+            self._row_weights(rows),
+            self.tier,
         )
 
     def micro_batches(self, rows: np.ndarray) -> np.ndarray:
@@ -104,16 +109,6 @@ def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
     return torch.randperm(rows, generator=generator).numpy()
 
 
-def tree_sizes(trees: TreeSource, rows: np.ndarray | Sequence[int]) -> np.ndarray:
-    """Packed tokens of each tree: the prompt once and every completion."""
-    completions = trees.completion_lengths[rows].sum(axis=1, dtype=np.int64)
-    if trees.prompt_skips is None:
-        return trees.prompt_lengths[rows] + completions
-    is_shared = ~trees.prompt_skips[rows].any(axis=1)
-    prompts = own_prompt_lengths(trees, rows).sum(axis=1)
-    return np.where(is_shared, trees.prompt_lengths[rows], prompts) + completions
-
-
 def unshared_tokens(trees: TreeSource, rows: np.ndarray, completions: int) -> int:
     """Tokens of the first so many completions of some rows, each with its prompt."""
     prompts = own_prompt_lengths(trees, rows)[:, :completions]
@@ -127,8 +122,9 @@ def pack_rows(
     budget: int,
     group_rows: int = 1,
     weights: np.ndarray | None = None,
+    tier: str = SHARED,
 ) -> list[PackedBatch]:
-    """Pack some rows, first-fit decreasing under `budget` tokens.
+    """Pack some rows under `budget` tokens of the model.
 
     Each run of `group_rows` rows stays together. `weights` (len(rows),) multiply those of the rows.
     """
@@ -136,14 +132,15 @@ def pack_rows(
     places = np.arange(len(rows))
     starts = np.arange(0, len(rows), group_rows)
     groups = np.split(places, starts[1:])
-    sizes = np.add.reduceat(tree_sizes(trees, rows), starts)
     packs = []
-    for members in first_fit_decreasing(sizes.tolist(), budget):
+    for members in bins_of_groups(tier, trees, rows, starts, budget):
         chosen = [
             _weighted(trees[int(rows[place])], weights, place)
             for group in members
             for place in groups[group]
         ]
+        if tier != SHARED:
+            chosen = [unshared(tree) for tree in chosen]
         packs.append(pack(chosen, [len(groups[group]) for group in members]))
     return packs
 

@@ -10,8 +10,16 @@ from fasttr.batch import TreeSource
 from fasttr.config.train_config import TrainConfig
 from fasttr.console import say
 from fasttr.losses import Loss
+from fasttr.models.choice import Choice
 from fasttr.optim.named import OPTIMIZERS
 from fasttr.packing.plan import Plan, unshared_tokens
+from fasttr.packing.tiers import (
+    SHARED,
+    bins_of_groups,
+    model_tokens,
+    sequence_lengths,
+    tree_sizes,
+)
 from fasttr.settings import settings_of
 from fasttr.training.run import Run
 
@@ -55,6 +63,23 @@ def announce_plan(config: TrainConfig, loss: Loss, plan: Plan) -> None:
             f"WARNING: warmup_steps {config.warmup_steps:g} covers all {steps} steps: the full "
             "rate is never reached"
         )
+
+
+def announce_tier(choice: Choice, trees: TreeSource, config: TrainConfig) -> None:
+    """How rows share a call of the model, why not in a cheaper way, and what that costs."""
+    say(f"attention_tier: {choice.tier} ({choice.reason}){_cost(choice.tier, trees, config)}")
+
+
+def _cost(tier: str, trees: TreeSource, config: TrainConfig) -> str:
+    """Tokens of the model for the first steps' rows, against sharing their prompts."""
+    if tier == SHARED:
+        return ""
+    rows = np.arange(min(len(trees), 8 * config.train_batch_size))
+    budget = config.max_tokens_per_batch or 0
+    lengths = sequence_lengths(trees, rows)
+    bins = bins_of_groups(tier, trees, rows, np.arange(len(rows)), budget)
+    given = sum(model_tokens(tier, lengths[members].ravel().tolist()) for members in bins)
+    return f"; {given / int(tree_sizes(trees, rows).sum()):.2f} times the tokens of shared prompts"
 
 
 def announce_settings(config: TrainConfig, loss: Loss, trees: TreeSource) -> None:

@@ -21,6 +21,7 @@ from fasttr.losses import Loss, as_loss
 from fasttr.metrics.sums import Averages
 from fasttr.metrics.trackers import require_trackers
 from fasttr.models.checks import check_ids
+from fasttr.models.choice import Candidate, choose_tier
 from fasttr.models.given import pack_model, read_weights_into
 from fasttr.models.load import (
     ModelConfig,
@@ -30,9 +31,10 @@ from fasttr.models.load import (
     load_tokenizer,
 )
 from fasttr.models.packed import PackedModel
+from fasttr.packing.tiers import longest_sequence
 from fasttr.reference.logp_table import LogpTable
 from fasttr.reference.moving import MovingReference
-from fasttr.training.announce import announce_plan, announce_settings
+from fasttr.training.announce import announce_plan, announce_settings, announce_tier
 from fasttr.training.best import Best
 from fasttr.training.checkpoints import Resume, check_resume, find_resume, take_up
 from fasttr.training.run import Run
@@ -58,7 +60,8 @@ def setup(config: TrainConfig, given: Given) -> Run:
     config.optimizer().check_schedule()
     resume = find_resume(config)
     source = str(resume.folder) if resume is not None else config.model_name_or_path
-    tokenizer = _checked_tokenizer(config, given, source)
+    tokenizer = _checked_tokenizer(config, given, device, source)
+    candidates = _candidates(config, given, device, source)
     reader = RowReader(config, tokenizer)
     if reads_a_stream(config, given.train_dataset):
         config = _in_order_of_the_stream(config)
@@ -71,6 +74,7 @@ def setup(config: TrainConfig, given: Given) -> Run:
         eval_rows = reader.evaluation(loss, given.eval_dataset)
         eval_trees = {name: as_loss_reads(one, loss, config) for name, one in eval_rows.items()}
     config = dataclasses.replace(config, max_tokens_per_batch=config.token_budget(device))
+    config = _with_tier(config, candidates, [trees, *eval_trees.values()])
     plan = config.plan(trees, loss, device)
     if resume is not None:
         check_resume(resume, config, loss, plan)
@@ -118,23 +122,28 @@ def _prepare_torch(config: TrainConfig) -> torch.device:
     return device
 
 
-def _checked_tokenizer(config: TrainConfig, given: Given, source: str | None) -> Any:
+def _checked_tokenizer(
+    config: TrainConfig, given: Given, device: torch.device, source: str | None
+) -> Any:
     """The tokenizer, after what cannot be trained has stopped: before any row is read."""
     if given.model is None:
         assert source is not None
         revision = config.model_revision if source == config.model_name_or_path else "main"
-        rates = dropout_rates(check_loadable(source, revision))
+        model = dataclasses.replace(config.model(device), name=source, revision=revision)
+        rates = dropout_rates(check_loadable(model))
         if rates and not config.disable_dropout:
             raise FasttrError(
                 f"disable_dropout: got false and the model has {', '.join(rates)}; it is off in "
                 "both models: leave it out"
             )
-        tokenizer = given.tokenizer or load_tokenizer(source, revision)
+        tokenizer = given.tokenizer or load_tokenizer(
+            source, revision, trust_remote_code=config.trust_remote_code
+        )
     else:
         tokenizer = given.tokenizer or _tokenizer_of(given.model, config)
     adjust(tokenizer, chat_template=config.chat_template, eos_token=config.eos_token)
     if config.ref_model_name_or_path is not None:
-        check_loadable(config.ref_model_name_or_path, key="ref_model_name_or_path")
+        check_loadable(_named_reference(config, device))
     return tokenizer
 
 
@@ -163,6 +172,31 @@ def _end_with(policy: PackedModel, tokenizer: Any) -> None:
     model.generation_config.eos_token_id = [eos, *(end for end in ends if end != eos)]
 
 
+def _candidates(
+    config: TrainConfig, given: Given, device: torch.device, source: str | None
+) -> list[Candidate]:
+    """The models that the packs of a run go through."""
+    if given.model is not None:
+        candidates = [Candidate.given(given.model)]
+    else:
+        revision = config.model_revision if source == config.model_name_or_path else "main"
+        policy = dataclasses.replace(config.model(device), name=str(source), revision=revision)
+        candidates = [Candidate.named(policy)]
+    if config.ref_model_name_or_path is not None:
+        candidates.append(Candidate.named(_named_reference(config, device)))
+    return candidates
+
+
+def _with_tier(
+    config: TrainConfig, candidates: list[Candidate], splits: list[TreeSource]
+) -> TrainConfig:
+    """The configuration with a tier that is exact for the longest row."""
+    longest = max(longest_sequence(trees) for trees in splits)
+    choice = choose_tier(config.attention_tier, candidates, longest)
+    announce_tier(choice, splits[0], config)
+    return dataclasses.replace(config, attention_tier=choice.tier)
+
+
 def _with_loss(
     config: TrainConfig, custom: Loss | None, rows: TreeSource
 ) -> tuple[TrainConfig, Loss]:
@@ -182,11 +216,16 @@ def _models(
 ) -> tuple[PackedModel, PackedModel | None]:
     """The policy, and a first reference of its own where one is named and still needed."""
     policy = _policy(config.model(device), given.model, resume)
-    name = config.ref_model_name_or_path
-    if name is None or (resume is not None and config.ref_update != "soft"):
+    if config.ref_model_name_or_path is None or (
+        resume is not None and config.ref_update != "soft"
+    ):
         return policy, None
-    key = "ref_model_name_or_path"
-    return policy, load_model(dataclasses.replace(config.model(device, name), key=key))
+    return policy, load_model(_named_reference(config, device))
+
+
+def _named_reference(config: TrainConfig, device: torch.device) -> ModelConfig:
+    model = config.model(device, config.ref_model_name_or_path)
+    return dataclasses.replace(model, key="ref_model_name_or_path")
 
 
 def _check_ids(
