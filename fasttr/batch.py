@@ -43,33 +43,29 @@ class TreeSource(Protocol):
 
 
 class RowGather(NamedTuple):
-    """A gather of rows with its inverse, so that the backward sums in a fixed order without
-    atomics.
+    """A gather of rows, with its inverse so that the backward sums in a fixed order.
 
-    `sources[j]` is the source row of output row j. Level k of the inverse pairs each source row
-    that is read more than k times with its k-th reader; source rows within a level are unique.
+    Source row t is read by the output rows readers[offsets[t] : offsets[t + 1]].
     """
 
-    sources: Tensor | None  # (S,) int64; None: the identity
-    levels: tuple[tuple[Tensor, Tensor], ...]  # ((source rows, output rows), ...), int64
+    sources: Tensor  # (S,) int32, the source row of each output row
+    offsets: Tensor  # (T + 1,) int32
+    readers: Tensor  # (S,) int32
 
     def to(self, device: torch.device) -> RowGather:
-        if self.sources is None:
-            return self
-        levels = tuple((_to(a, device), _to(b, device)) for a, b in self.levels)
-        return RowGather(_to(self.sources, device), levels)
+        return RowGather(*(_to(x, device) for x in self))
 
 
 class AttentionLayout(NamedTuple):
     """Which keys each packed query row sees: segments of queries against segments of gathered keys.
 
-    Causal, aligned at their ends. Offsets are explicit; nothing is inferred from position ids.
+    Causal, aligned at their ends. Offsets are explicit; nothing is inferred from position ids. All
+    of it is tensors: a compiled layer would be compiled anew for each new number.
     """
 
     cu_q: Tensor  # (segments + 1,) int32
     cu_k: Tensor  # (segments + 1,) int32
-    q_lengths: tuple[int, ...]
-    k_lengths: tuple[int, ...]
+    on_host: Tensor  # (2, segments + 1) int32: both once more, where Python reads them
     keys: RowGather  # packed rows -> key rows
 
     def to(self, device: torch.device) -> AttentionLayout:
@@ -78,6 +74,11 @@ class AttentionLayout(NamedTuple):
             cu_k=_to(self.cu_k, device),
             keys=self.keys.to(device),
         )
+
+    def lengths(self) -> tuple[list[int], list[int]]:
+        """Queries and keys of each segment."""
+        queries, keys = self.on_host.diff().tolist()
+        return queries, keys
 
 
 class PackedBatch(NamedTuple):

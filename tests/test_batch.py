@@ -53,10 +53,10 @@ def test_a_pack_moves_through_pinned_memory_without_a_wait_and_its_offsets_stay(
             assert value is getattr(on_host, name), name
         elif name == "attention":
             assert (value.cu_q, value.cu_k) == (MOVED, MOVED)
-            assert value.keys == RowGather(MOVED, ((MOVED, MOVED),))
-            assert value.q_lengths is layout.q_lengths
+            assert value.keys == RowGather(MOVED, MOVED, MOVED)
+            assert value.on_host is layout.on_host
         elif name == "predicting":
-            assert value == RowGather(MOVED, ((MOVED, MOVED),))
+            assert value == RowGather(MOVED, MOVED, MOVED)
         elif name == "per_completion":
             assert value == {"margin": MOVED}
         else:
@@ -64,9 +64,4 @@ def test_a_pack_moves_through_pinned_memory_without_a_wait_and_its_offsets_stay(
 
 
 def host_gather() -> RowGather:
-    return RowGather(HostTensor(), ((HostTensor(), HostTensor()),))
-
-
-def test_the_identity_has_nothing_to_move():
-    identity = RowGather(None, ())
-    assert identity.to(CUDA) is identity
+    return RowGather(HostTensor(), HostTensor(), HostTensor())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import NamedTuple
 
@@ -42,6 +43,9 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command; mistakes end in one line on standard error and exit status 2."""
+    # Read when torch is first imported, which is below: OpenMP's threads spin while they wait, and
+    # where another process has their core that makes a step many times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help", "help"):
         _print_usage()

@@ -44,11 +44,11 @@ class FlopCount(NamedTuple):
         return cls(6 * layers, 6 * head.numel(), attention)
 
     def of_pack(self, batch: PackedBatch) -> int:
-        lengths = zip(batch.attention.q_lengths, batch.attention.k_lengths, strict=True)
+        queries, keys = batch.attention.lengths()
         # The last of q queries sees k keys, the one before it k - 1, and so on.
-        attended = sum(q * k - q * (q - 1) // 2 for q, k in lengths)
+        attended = sum(q * k - q * (q - 1) // 2 for q, k in zip(queries, keys, strict=True))
         return (
-            self.per_token * sum(batch.attention.q_lengths)
+            self.per_token * len(batch.input_ids)
             + self.per_predicting_row * batch.target.numel()
             + self.per_attended_pair * attended
         )
@@ -99,7 +99,7 @@ class Throughput:
 
     def add(self, batch: PackedBatch, rows: int) -> None:
         """One pack went forward and backward."""
-        self._tokens += sum(batch.attention.q_lengths)
+        self._tokens += sum(batch.attention.lengths()[0])
         self._allocated += batch.input_ids.numel()
         self._rows += rows
         self._flops += self._flop_count.of_pack(batch)

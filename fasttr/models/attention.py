@@ -1,19 +1,15 @@
 """Attention over packed trees, plugged into transformers through its AttentionInterface.
 
 The layout comes with every call as the keyword `fasttr_layout`; nothing is inferred from position
-ids. Back ends: `varlen` (torch.nn.attention.varlen, CUDA, half precision), `flash` (flash-attn,
-CUDA) and `segments` (scaled dot product attention, one segment at a time).
+ids. Back ends: `varlen` (the FlashAttention inside torch, CUDA, half precision), `flash`
+(flash-attn, CUDA) and `segments` (any device, one segment at a time).
 
-Legend: T packed rows, S gathered key rows, H heads, Hkv key heads, Dh head width, w sliding window
-in tokens, itself included.
+Legend: T packed rows, H heads, Hkv key heads, Dh and Dv head widths.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import inspect
-from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,8 +17,8 @@ from torch import Tensor, nn
 
 from fasttr.batch import AttentionLayout
 from fasttr.errors import FasttrError
-from fasttr.models.gather import gather_rows
-from fasttr.models.segments import attend_segments
+from fasttr.models.attend import attend
+from fasttr.models.backend import Scores
 
 NAME = "fasttr_packed"  # in transformers' AttentionInterface
 
@@ -69,30 +65,28 @@ def packed_attention(
     module: nn.Module,
     query: Tensor,  # (1, H, T, Dh)
     key: Tensor,  # (1, Hkv, T, Dh)
-    value: Tensor,  # (1, Hkv, T, Dh)
+    value: Tensor,  # (1, Hkv, T, Dv)
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,  # (H,) attention sinks
     fasttr_layout: AttentionLayout | None = None,
     fasttr_backend: str = "segments",
     **other: Any,
 ) -> tuple[Tensor, None]:
-    """The function transformers calls for every attention layer; returns ((1, T, H, Dh), None)."""
-    layout = _checked_layout(module, fasttr_layout, attention_mask, dropout, other)
-    if sliding_window is None:
-        _refuse_lost_window(module, max(layout.k_lengths))
+    """The function transformers calls for every attention layer; returns ((1, T, H, Dv), None)."""
+    layout = _checked_layout(module, fasttr_layout, attention_mask, dropout)
     if torch.is_autocast_enabled(query.device.type):
         # Rotary embeddings and norms with fp32 weights promote q and k; v comes in bf16.
         compute = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(compute), key.to(compute), value.to(compute)
-    q = query[0].transpose(0, 1)
-    k = gather_rows(key[0].transpose(0, 1), layout.keys)
-    v = gather_rows(value[0].transpose(0, 1), layout.keys)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attend = _choose(fasttr_backend, q, softcap)
-    return attend(q, k, v, layout, scale, sliding_window, softcap)[None], None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    scores = Scores(float(scale), sliding_window or 0, softcap or 0.0)
+    backend = _able(fasttr_backend, q, v, scores)
+    return attend(q, k, v, layout, scores, backend, s_aux)[None], None
 
 
 def _checked_layout(
@@ -100,7 +94,6 @@ def _checked_layout(
     layout: AttentionLayout | None,
     attention_mask: Tensor | None,
     dropout: float,
-    other: dict[str, Any],
 ) -> AttentionLayout:
     """The layout, when the layer asks for nothing that a layout cannot say."""
     if layout is None:
@@ -116,10 +109,6 @@ def _checked_layout(
             f"attention: got dropout {dropout}; wanted 0: policy and reference are compared "
             "without it"
         )
-    if other.get("s_aux") is not None:
-        raise FasttrError(
-            "attention: got attention sinks (s_aux), which are not built; use a model without them"
-        )
     if not getattr(module, "is_causal", True):
         raise FasttrError(
             "attention: got a layer that is not causal; wanted a causal language model"
@@ -127,99 +116,11 @@ def _checked_layout(
     return layout
 
 
-def _refuse_lost_window(module: nn.Module, longest: int) -> None:
-    """Some architectures keep their window in the mask alone, which a packed layout never sees."""
-    config: Any = getattr(module, "config", None)
-    window = getattr(config, "sliding_window", None)
-    if not window or longest <= window:
-        return
-    kinds = getattr(config, "layer_types", None)
-    layer = getattr(module, "layer_idx", None)
-    if kinds is None or (layer is not None and kinds[layer] == "sliding_attention"):
-        raise FasttrError(
-            f"attention: layer {layer} of {config.model_type} is configured for a window of "
-            f"{window} but passes none, and a sequence has {longest} tokens; lower max_length to "
-            f"{window} or use another architecture"
-        )
-
-
-def _choose(backend: str, q: Tensor, softcap: float | None) -> Callable[..., Tensor]:
-    """What each back end cannot do falls to the segments, which are exact for everything."""
-    half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-    if backend == "flash" and half:
-        return attend_flash
-    if backend == "varlen" and half and softcap is None:
-        return attend_varlen
-    return attend_segments
-
-
-def attend_varlen(
-    q: Tensor,  # (T, H, Dh)
-    k: Tensor,  # (S, Hkv, Dh)
-    v: Tensor,  # (S, Hkv, Dh)
-    layout: AttentionLayout,
-    scale: float,
-    window: int | None,
-    softcap: None,
-) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    grouped: dict[str, Any] = {}
-    if q.shape[1] != k.shape[1]:
-        if varlen_takes_grouped_heads():
-            grouped = {"enable_gqa": True}
-        else:
-            repeat = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
-    out = varlen_attn(
-        q.contiguous(),
-        k.contiguous(),
-        v.contiguous(),
-        layout.cu_q,
-        layout.cu_k,
-        max(layout.q_lengths),
-        max(layout.k_lengths),
-        scale=scale,
-        window_size=_window_size(window),
-        **grouped,
-    )
-    assert isinstance(out, Tensor)  # with its log-sum-exp only when that is asked for
-    return out
-
-
-def attend_flash(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: AttentionLayout,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    from flash_attn import flash_attn_varlen_func
-
-    return flash_attn_varlen_func(
-        q.contiguous(),
-        k.contiguous(),
-        v.contiguous(),
-        layout.cu_q,
-        layout.cu_k,
-        max(layout.q_lengths),
-        max(layout.k_lengths),
-        softmax_scale=scale,
-        causal=True,
-        window_size=_window_size(window),
-        softcap=softcap or 0.0,
-    )
-
-
-def _window_size(window: int | None) -> tuple[int, int]:
-    """Tokens to the left and to the right of a query, as FlashAttention counts: without itself."""
-    return (-1, 0) if window is None else (window - 1, 0)
-
-
-@lru_cache(maxsize=1)
-def varlen_takes_grouped_heads() -> bool:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+def _able(backend: str, q: Tensor, v: Tensor, scores: Scores) -> str:
+    """What FlashAttention cannot do falls to the segments, which are exact for everything."""
+    is_half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    widths = q.shape[2], v.shape[2]
+    fits = widths[0] % 8 == 0 and widths[1] <= widths[0] <= 256
+    if not is_half or not fits or (scores.softcap and backend == "varlen"):
+        return "segments"
+    return backend

@@ -125,13 +125,12 @@ def _attention_layout(parts: _Parts) -> AttentionLayout:
     in_prompt_S = place_S < np.repeat(parts.prompt_length_N, k_lengths)
     from_prompt_S = np.repeat(parts.prompt_start_N, k_lengths) + place_S
     from_own_S = np.repeat(parts.start_N - parts.prompt_length_N, k_lengths) + place_S
-    reader_S = np.where(in_prompt_S, np.repeat(parts.ordinal_N, k_lengths), 0)
+    on_host = torch.stack([_offsets(q_lengths), _offsets(k_lengths)]).to(torch.int32)
     return AttentionLayout(
-        cu_q=_offsets(q_lengths).to(torch.int32),
-        cu_k=_offsets(k_lengths).to(torch.int32),
-        q_lengths=tuple(q_lengths.tolist()),
-        k_lengths=tuple(k_lengths.tolist()),
-        keys=_gather(np.where(in_prompt_S, from_prompt_S, from_own_S), reader_S, len(parts.ids_T)),
+        cu_q=on_host[0],
+        cu_k=on_host[1],
+        on_host=on_host,
+        keys=_gather(np.where(in_prompt_S, from_prompt_S, from_own_S), len(parts.ids_T)),
     )
 
 
@@ -148,8 +147,7 @@ def _predicting_rows(parts: _Parts) -> tuple[RowGather, np.ndarray, np.ndarray]:
     is_first_R = place_R == 0
     end_of_prompt_R = np.repeat(parts.prompt_start_N + parts.prompt_length_N - 1, lengths_N)
     source_R = np.where(is_first_R, end_of_prompt_R, target_R - 1)
-    reader_R = np.where(is_first_R, np.repeat(parts.ordinal_N, lengths_N), 0)
-    return _gather(source_R, reader_R, len(parts.ids_T)), target_R, lengths_N
+    return _gather(source_R, len(parts.ids_T)), target_R, lengths_N
 
 
 def _ld_parts(parts: _Parts, lengths_N: np.ndarray) -> np.ndarray:
@@ -180,12 +178,7 @@ def _offsets(lengths: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int64))
 
 
-def _gather(sources: np.ndarray, reader: np.ndarray, source_rows: int) -> RowGather:
-    """A gather whose output row j is the `reader[j]`-th reader of source row `sources[j]`."""
-    if len(sources) == source_rows and np.array_equal(sources, np.arange(source_rows)):
-        return RowGather(None, ())
-    levels = []
-    for level in range(int(reader.max(initial=-1)) + 1):
-        outputs = np.flatnonzero(reader == level)
-        levels.append((torch.from_numpy(sources[outputs]), torch.from_numpy(outputs)))
-    return RowGather(torch.from_numpy(sources), tuple(levels))
+def _gather(sources: np.ndarray, source_rows: int) -> RowGather:
+    counts = np.bincount(sources, minlength=source_rows)
+    vectors = sources, np.concatenate(([0], np.cumsum(counts))), np.argsort(sources, kind="stable")
+    return RowGather(*(torch.from_numpy(x.astype(np.int32)) for x in vectors))

@@ -38,6 +38,7 @@ def cases() -> Iterator[Case]:
     yield from logit_grad_cases()
     yield from scale_cases()
     yield from lerp_cases()
+    yield from gather_cases()
 
 
 def logp_cases() -> Iterator[Case]:
@@ -163,6 +164,7 @@ def lerp_cases() -> Iterator[Case]:
         ("fp32", "fp32", ""),
         ("bf16", "bf16", "split"),
         ("bf16", "fp32", "split"),
+        ("bf16", "fp64", "split"),
         ("bf16", "bf16", "stochastic"),
         ("bf16", "fp32", "stochastic"),
     ):
@@ -177,6 +179,8 @@ def _lerp_case(reference: str, policy: str, way: str) -> Case:
     dtypes = {"bf16": tl.bfloat16, "fp32": tl.float32, "fp64": tl.float64}
     arguments = {
         "Table": "*i64",
+        "alpha_bits": "i64",
+        "seed": "i64",
         "n_tensors": "i32",
         "n_steps": "i32",
         "REF": dtypes[reference],
@@ -197,6 +201,42 @@ def _lerp_case(reference: str, policy: str, way: str) -> Case:
         elements=lerp_triton.BLOCK,
         stores=True,
         moved=f"{moved} B an element, least {moved}",
+        fp_fusion=False,
+    )
+
+
+def gather_cases() -> Iterator[Case]:
+    """Keys and values of 8 heads of 128, as Llama-3-8B has them; 16 heads of 80 for odd widths."""
+    for heads, width in ((8, 128), (16, 80)):
+        yield _gather_case("gather_kernel", heads, width)
+        yield _gather_case("sum_kernel", heads, width)
+
+
+def _gather_case(kernel: str, heads: int, width: int) -> Case:
+    import triton.language as tl
+
+    from fasttr_kernels import gather_triton
+
+    launch = gather_triton.launch_options(heads * width)
+    constants = {"HEAD_K": width, "HEAD_V": width, "WIDE": tl.float32, **launch}
+    integers = ("width", "stride")
+    wanted: dict[str, Any] = {}
+    for name in getattr(gather_triton, kernel).arg_names:
+        if name in constants:
+            wanted[name] = constants[name]
+        elif name.startswith(integers):
+            wanted[name] = "i32"
+        else:
+            wanted[name] = "*i32" if name in gather_triton.INDICES else "*bf16"
+    return Case(
+        name=f"{kernel.removesuffix('_kernel')} of keys and values, {heads} heads of {width}",
+        kernel=getattr(gather_triton, kernel),
+        arguments=wanted,
+        divisible=tuple(n for n, kind in wanted.items() if isinstance(kind, str)),
+        num_warps=launch["num_warps"],
+        elements=launch["BLOCK"],
+        stores=True,
+        moved="4 B an element, least 4; a shared row is read once more for each reader",
     )
 
 

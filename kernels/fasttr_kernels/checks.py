@@ -74,6 +74,11 @@ def is_sharded(x: Any) -> bool:
     return hasattr(x, "placements") and hasattr(x, "device_mesh")
 
 
+def placement(x: Tensor) -> tuple[object, object] | None:
+    """How a DTensor lies on its mesh; None for a plain tensor."""
+    return (x.placements, x.device_mesh) if is_sharded(x) else None  # type: ignore[attr-defined]
+
+
 def compute_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
     """Autocast's dtype where it is on and applies, else the common dtype of the arguments."""
     for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,69 +22,12 @@ from fasttr_kernels.lerp_torch import Item
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
-def _flat(tensors: list[Tensor]) -> list[Tensor] | None:
-    """The tensors as runs of memory, where they lie in memory in one and the same order without
-    gaps."""
-    stride = tensors[0].stride()
-    order = sorted(range(len(stride)), key=lambda i: -stride[i])
-    turned = [x.permute(order) for x in tensors]
-    return [x.view(-1) for x in turned] if all(x.is_contiguous() for x in turned) else None
+class _Pair(NamedTuple):
+    """A reference of any shape, its policy, and its remainder where it is split."""
 
-
-def _update(
-    references: list[Tensor],
-    policies: list[Tensor],
-    remainders: list[Tensor],
-    alpha: float,
-    stochastic: bool,
-    seed: int,
-) -> None:
-    """The op on plain tensors; an empty remainder stands for none."""
-    if alpha == 0:
-        return
-    if stochastic and seed < 0:
-        seed = int(torch.randint(2**62, ()))
-    on_gpu: list[Item] = []
-    elsewhere: list[Item] = []
-    copies: list[tuple[Tensor, Tensor]] = []
-    for reference, policy, remainder in zip(references, policies, remainders, strict=True):
-        tensors = [x.data for x in (reference, policy, remainder) if x.numel()]
-        if not tensors:
-            continue
-        flat = _flat(tensors)
-        if flat is None:
-            flat = [x.contiguous().view(-1) for x in tensors]
-            copies += [
-                (x, y)
-                for x, y in zip(tensors[::2], flat[::2], strict=True)
-                if x.data_ptr() != y.data_ptr()
-            ]
-        item = Item(flat[0], flat[1], flat[2] if len(flat) == 3 else None)
-        (on_gpu if reference.is_cuda and policy.device == reference.device else elsewhere).append(
-            item
-        )
-    if on_gpu:
-        from fasttr_kernels.lerp_triton import launch
-
-        launch(on_gpu, alpha, stochastic, seed)
-    lerp_torch.update(elsewhere, alpha, stochastic, seed)
-    for target, value in copies:
-        target.copy_(value.view(target.shape))
-
-
-# A custom op, so that torch.compile takes the update whole.
-_update_op = torch.library.custom_op(
-    "fasttr::multi_tensor_lerp_",
-    _update,
-    mutates_args=("references", "remainders"),
-    schema="(Tensor(a!)[] references, Tensor[] policies, Tensor(b!)[] remainders, float alpha, "
-    "bool stochastic, int seed) -> ()",
-)
-
-
-@_update_op.register_fake
-def _(references, policies, remainders, alpha, stochastic, seed):
-    return None
+    reference: Tensor
+    policy: Tensor
+    remainder: Tensor | None
 
 
 def multi_tensor_lerp_(
@@ -122,36 +65,137 @@ def multi_tensor_lerp_(
         ValueError: lengths, shapes, dtypes, fp16, alpha outside [0, 1], a remainder without a bf16
             reference.
     """
-    refs, pols = [_local(x) for x in references], [_local(x) for x in policies]
-    lows: list[Tensor | None] = (
-        [None] * len(refs)
-        if remainders is None
-        else [None if x is None else _local(x) for x in remainders]
-    )
-    _check(refs, pols, lows, alpha, rounding, seed)
-    rests = [
-        r.new_empty(0, dtype=torch.int16) if x is None else x
-        for r, x in zip(refs, lows, strict=True)
-    ]
-    update: Any = _update_op if torch.compiler.is_compiling() else _update
+    pairs = _pairs(references, policies, remainders)
+    split = any(pair.remainder is not None for pair in pairs)
+    _check_options(alpha, rounding, seed, split)
+    for number, pair in enumerate(pairs):
+        _check_pair(number, pair)
+    stochastic = rounding == "stochastic"
+    seed = -1 if seed is None else seed
     with torch.no_grad():
-        update(
-            refs, pols, rests, float(alpha), rounding == "stochastic", -1 if seed is None else seed
-        )
+        if torch.compiler.is_compiling():
+            _update_op(*_lists(pairs), float(alpha), stochastic, seed)
+        else:
+            _update(pairs, float(alpha), stochastic, seed)
 
 
-def _local(x: Tensor) -> Tensor:
-    return x.to_local() if hasattr(x, "to_local") else x
+def _pairs(
+    references: Iterable[Tensor],
+    policies: Iterable[Tensor],
+    remainders: Iterable[Tensor | None] | None,
+) -> list[_Pair]:
+    refs = list(references)
+    pols = list(policies)
+    lows = [None] * len(refs) if remainders is None else list(remainders)
+    for name, others in (("policies", pols), ("remainders", lows)):
+        if len(others) != len(refs):
+            raise checks.fail(
+                name,
+                f"{len(others)} tensors",
+                f"{len(refs)}, one for each reference",
+                "match them",
+            )
+    return [_Pair(*three) for three in zip(refs, pols, lows, strict=True)]
 
 
-def _check(
+def _lists(pairs: list[_Pair]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The pairs as the registered op takes them: an empty remainder stands for none."""
+    rests = [
+        x.reference.new_empty(0, dtype=torch.int16) if x.remainder is None else x.remainder
+        for x in pairs
+    ]
+    return [x.reference for x in pairs], [x.policy for x in pairs], rests
+
+
+def _update(pairs: list[_Pair], alpha: float, stochastic: bool, seed: int) -> None:
+    if alpha == 0:
+        return
+    if stochastic and seed < 0:
+        seed = int(torch.randint(2**62, ()))
+    fused: list[_Pair] = []
+    on_gpu: list[Item] = []
+    elsewhere: list[Item] = []
+    copies: list[tuple[Tensor, Tensor]] = []
+    for pair in pairs:
+        local = _local(pair)
+        if not stochastic and lerp_torch.rounds_as_torch(*local, alpha):
+            fused.append(local)
+        elif local.reference.numel():
+            kernel = local.reference.is_cuda and local.policy.device == local.reference.device
+            (on_gpu if kernel else elsewhere).append(_item(local, copies))
+    if fused:
+        torch._foreach_lerp_([x.reference for x in fused], [x.policy for x in fused], alpha)
+    if on_gpu:
+        from fasttr_kernels.lerp_triton import launch
+
+        launch(on_gpu, alpha, stochastic, seed)
+    lerp_torch.update(elsewhere, alpha, stochastic, seed)
+    for target, value in copies:
+        target.copy_(value.view(target.shape))
+
+
+def _local(pair: _Pair) -> _Pair:
+    """The tensors on this rank, apart from autograd and its version counters."""
+    remainder = None if pair.remainder is None else _shard(pair.remainder).data
+    return _Pair(_shard(pair.reference).data, _shard(pair.policy).data, remainder)
+
+
+def _shard(x: Tensor) -> Tensor:
+    return x.to_local() if checks.is_sharded(x) else x  # type: ignore[attr-defined]
+
+
+def _item(pair: _Pair, copies: list[tuple[Tensor, Tensor]]) -> Item:
+    """A pair as runs of memory. What is no such run is copied, and noted to be copied back."""
+    tensors = [x for x in pair if x is not None]
+    flat = _flat(tensors)
+    if flat is None:
+        flat = [x.contiguous().view(-1) for x in tensors]
+        for target, value in zip(tensors[::2], flat[::2], strict=True):
+            if target.data_ptr() != value.data_ptr():
+                copies.append((target, value))
+    return Item(flat[0], flat[1], flat[2] if len(flat) == 3 else None)
+
+
+def _flat(tensors: list[Tensor]) -> list[Tensor] | None:
+    """The tensors as runs of memory, where they lie in memory in one and the same order without
+    gaps."""
+    if all(x.is_contiguous() for x in tensors):
+        return [x.view(-1) for x in tensors]
+    stride = tensors[0].stride()
+    order = sorted(range(len(stride)), key=lambda i: -stride[i])
+    turned = [x.permute(order) for x in tensors]
+    return [x.view(-1) for x in turned] if all(x.is_contiguous() for x in turned) else None
+
+
+def _update_lists(
     references: list[Tensor],
     policies: list[Tensor],
-    remainders: list[Tensor | None],
+    remainders: list[Tensor],
     alpha: float,
-    rounding: str,
-    seed: int | None,
+    stochastic: bool,
+    seed: int,
 ) -> None:
+    three = zip(references, policies, remainders, strict=True)
+    pairs = [_Pair(r, p, m if m.shape == r.shape and m.numel() else None) for r, p, m in three]
+    _update(pairs, alpha, stochastic, seed)
+
+
+# A custom op, so that torch.compile takes the update whole.
+_update_op = torch.library.custom_op(
+    "fasttr::multi_tensor_lerp_",
+    _update_lists,
+    mutates_args=("references", "remainders"),
+    schema="(Tensor(a!)[] references, Tensor[] policies, Tensor(b!)[] remainders, float alpha, "
+    "bool stochastic, int seed) -> ()",
+)
+
+
+@_update_op.register_fake
+def _(references, policies, remainders, alpha, stochastic, seed):
+    return None
+
+
+def _check_options(alpha: float, rounding: str, seed: int | None, split: bool) -> None:
     if isinstance(alpha, Tensor) or not (math.isfinite(alpha) and 0 <= alpha <= 1):
         raise checks.fail(
             "alpha", alpha, "a host number in [0, 1]", "it is the share of the policy"
@@ -162,53 +206,56 @@ def _check(
         )
     if seed is not None and not 0 <= seed < 2**63:
         raise checks.fail("seed", seed, "0..2**63 - 1, or None", "None draws one")
-    if rounding == "stochastic" and any(x is not None for x in remainders):
+    if rounding == "stochastic" and split:
         raise checks.fail(
             "rounding",
             "'stochastic' with remainders",
             "one of the two",
             "split storage is exact as it is",
         )
-    for name, others in (("policies", policies), ("remainders", remainders)):
-        if len(others) != len(references):
+
+
+def _check_pair(number: int, pair: _Pair) -> None:
+    reference, policy, remainder = pair
+    for name, x in (("references", reference), ("policies", policy)):
+        if x.dtype not in DTYPES:
             raise checks.fail(
-                name,
-                f"{len(others)} tensors",
-                f"{len(references)}, one for each reference",
-                "match them",
+                f"{name}[{number}]", x.dtype, "bfloat16, float32 or float64", "convert it"
             )
-    for i, (reference, policy, remainder) in enumerate(
-        zip(references, policies, remainders, strict=True)
-    ):
-        for name, x in (("references", reference), ("policies", policy)):
-            if x.dtype not in DTYPES:
-                raise checks.fail(
-                    f"{name}[{i}]", x.dtype, "bfloat16, float32 or float64", "convert it"
-                )
-        for name, y in (("policies", policy), ("remainders", remainder)):
-            if y is not None and y.shape != reference.shape:
-                raise checks.fail(
-                    f"{name}[{i}]",
-                    tuple(y.shape),
-                    f"{tuple(reference.shape)}",
-                    "match the tensors in order",
-                )
-        if remainder is None:
-            continue
-        if reference.dtype != torch.bfloat16:
-            raise checks.fail(
-                f"remainders[{i}]",
-                f"a {reference.dtype} reference",
-                "a bfloat16 one",
-                "pass None for it",
-            )
-        if remainder.dtype != torch.int16 or remainder.device != reference.device:
-            raise checks.fail(
-                f"remainders[{i}]",
-                f"{remainder.dtype} on {remainder.device}",
-                f"int16 on {reference.device}",
-                "start from torch.zeros_like",
-            )
+    _check_alike(f"policies[{number}]", policy, reference)
+    if remainder is None:
+        return
+    _check_alike(f"remainders[{number}]", remainder, reference)
+    if reference.dtype != torch.bfloat16:
+        raise checks.fail(
+            f"remainders[{number}]",
+            f"a {reference.dtype} reference",
+            "a bfloat16 one",
+            "pass None for it",
+        )
+    if remainder.dtype != torch.int16 or remainder.device != reference.device:
+        raise checks.fail(
+            f"remainders[{number}]",
+            f"{remainder.dtype} on {remainder.device}",
+            f"int16 on {reference.device}",
+            "start from torch.zeros_like",
+        )
+
+
+def _check_alike(name: str, x: Tensor, reference: Tensor) -> None:
+    if x.shape != reference.shape:
+        raise checks.fail(
+            name, tuple(x.shape), f"{tuple(reference.shape)}", "match the tensors in order"
+        )
+    # Shards of other pieces can have equal shapes.
+    got, wanted = checks.placement(x), checks.placement(reference)
+    if got != wanted:
+        raise checks.fail(
+            name,
+            f"placements {got}",
+            f"those of its reference, {wanted}",
+            "shard both alike, or redistribute one",
+        )
 
 
 def lerp_ref(reference: Tensor, policy: Tensor, alpha: float) -> Tensor:

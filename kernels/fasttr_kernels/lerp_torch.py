@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Elements of a block of the torch path: its fp32 temporaries stay in cache.
-BLOCK = 1 << 17
+# Elements of a block: few enough that what is made on the way stays in a cache, many enough that
+# threads are seldom waited for.
+BLOCK = 1 << 20
+# Blocks of random numbers are part of what a seed means.
+STOCHASTIC_BLOCK = 1 << 17
 
 
 class Item(NamedTuple):
@@ -19,25 +24,116 @@ class Item(NamedTuple):
     remainder: Tensor | None  # (n,) int16
 
 
-def _mix(
-    reference: Tensor,
-    policy: Tensor,
-    alpha: float,
-    step: Tensor | None = None,
-    out: Tensor | None = None,
-):
-    """The lerp in the dtype of its arguments, from the nearer end: exact at alpha 0 and 1. `step`
-    is scratch memory.
+def rounds_as_torch(
+    reference: Tensor, policy: Tensor, remainder: Tensor | None, alpha: float
+) -> bool:
+    """Whether torch's lerp gives the same bits on a CPU, in one sweep. It fuses the product and the
+    sum where it runs in vectors; with a power of two the product is exact (above 1e-38)."""
+    return (
+        remainder is None
+        and reference.dtype == policy.dtype
+        and math.frexp(alpha)[0] == 0.5
+        and alpha != 1
+        and reference.device == policy.device
+        and reference.device.type == "cpu"
+    )
 
-    Multiplied, then added: `torch.lerp` fuses the two in its vector loop alone, so its bits depend
-    on where blocks end.
-    """
-    if alpha == 1:
-        return policy
-    step = torch.sub(policy, reference, out=step)
-    if alpha < 0.5:
-        return torch.add(step.mul_(alpha), reference, out=out)
-    return torch.sub(policy, step.mul_(1 - alpha), out=out)
+
+def update(items: list[Item], alpha: float, stochastic: bool, seed: int) -> None:
+    """Move the references of flat items; equal to the kernel bit for bit, but for random bits."""
+    scratch = _Scratch(max((x.reference.numel() for x in items), default=0))
+    generators: dict[torch.device, torch.Generator] = {}
+    for item in items:
+        device = item.reference.device
+        if item.remainder is not None:
+            _update_split(item, alpha, scratch)
+        elif stochastic and item.reference.dtype == torch.bfloat16:
+            if device not in generators:
+                generators[device] = torch.Generator(device).manual_seed(seed)
+            _update_stochastic(item, alpha, scratch, generators[device])
+        elif alpha == 1:
+            item.reference.copy_(item.policy)
+        else:
+            _update_plain(item, alpha, scratch)
+
+
+def _update_plain(item: Item, alpha: float, scratch: _Scratch) -> None:
+    reference, policy, _ = item
+    wide = wide_dtype(reference, policy)
+    for narrow, p in _blocks(BLOCK, reference, policy):
+        if narrow.dtype == wide:
+            scratch.mix(narrow, p, alpha, out=narrow)
+        else:
+            narrow.copy_(scratch.mix(scratch.widened(narrow, wide), p, alpha))
+
+
+def _update_split(item: Item, alpha: float, scratch: _Scratch) -> None:
+    assert item.remainder is not None
+    for high, p, low in _blocks(BLOCK, item.reference, item.policy, item.remainder):
+        new_high, new_low = split_halves(scratch.mix(join_halves(high, low), p, alpha))
+        high.copy_(new_high)
+        low.copy_(new_low)
+
+
+def _update_stochastic(
+    item: Item, alpha: float, scratch: _Scratch, generator: torch.Generator
+) -> None:
+    wide = wide_dtype(item.reference, item.policy)
+    for narrow, p in _blocks(STOCHASTIC_BLOCK, item.reference, item.policy):
+        mixed = scratch.mix(scratch.widened(narrow, wide), p, alpha)
+        narrow.copy_(_round_stochastic(mixed.float(), generator))
+
+
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic: fp64 where any is fp64, else fp32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def _blocks(size: int, *flat: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The same run of elements of each tensor, in turn."""
+    if flat[0].numel() <= size:
+        return [flat]
+    return zip(*(x.split(size) for x in flat), strict=True)
+
+
+class _Scratch:
+    """Memory for a block, made once for a call: fresh memory costs more than the arithmetic,
+    because its pages are faulted in anew."""
+
+    def __init__(self, elements: int):
+        self._size = min(BLOCK, elements)
+        self._kept: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def _of(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Two buffers as long as x, and a one."""
+        key = (x.device, dtype)
+        if key not in self._kept:
+            two = torch.empty(2, self._size, dtype=dtype, device=x.device)
+            self._kept[key] = (two[0], two[1], torch.ones((), dtype=dtype, device=x.device))
+        a, b, one = self._kept[key]
+        n = x.numel()
+        return a[:n], b[:n], one
+
+    def widened(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy of x for `mix`."""
+        return self._of(x, dtype)[0].copy_(x)
+
+    def mix(self, r: Tensor, policy: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
+        """The lerp in the dtype of r, from the nearer end: exact at both.
+
+        A product, then a sum, each rounded: `addcmul` does not fuse them, as `torch.lerp` and
+        `torch.add(..., alpha=...)` do where they run in vectors, so that their bits depend on where
+        a block ends.
+        """
+        a, b, one = self._of(r, r.dtype)
+        out = a if out is None else out
+        same = policy.dtype == r.dtype and policy.device == r.device
+        p = policy if same else b.copy_(policy)
+        if alpha == 1:
+            return p
+        if alpha < 0.5:
+            return torch.addcmul(r, torch.sub(p, r, out=b), one, value=alpha, out=out)
+        return torch.addcmul(p, torch.sub(p, r, out=a), one, value=alpha - 1, out=out)
 
 
 def join_halves(high: Tensor, low: Tensor) -> Tensor:
@@ -62,39 +158,3 @@ def _round_stochastic(value: Tensor, generator: torch.Generator) -> Tensor:
     )
     up = (value.view(torch.int32) + noise).bitwise_and_(-(1 << 16)).view(torch.float32)
     return torch.where(value.isfinite(), up, value).to(torch.bfloat16)
-
-
-def update(items: list[Item], alpha: float, stochastic: bool, seed: int) -> None:
-    """CPU tensors, and any layout that the kernel does not take."""
-    generators: dict[torch.device, torch.Generator] = {}
-    for reference, policy, remainder in items:
-        device = reference.device
-        if stochastic and device not in generators:
-            generators[device] = torch.Generator(device).manual_seed(seed)
-        wide = torch.float64 if torch.float64 in (reference.dtype, policy.dtype) else torch.float32
-        # Fresh memory for every block costs more than the arithmetic: the pages are faulted in
-        # anew.
-        in_place = remainder is None and reference.dtype == wide
-        scratch = (
-            torch.empty(min(BLOCK, reference.numel()), dtype=wide, device=device)
-            if in_place
-            else None
-        )
-        for start in range(0, reference.numel(), BLOCK):
-            here = slice(start, start + BLOCK)
-            ref, pol = reference[here], policy[here].to(device, wide)
-            if remainder is not None:
-                mixed = _mix(join_halves(ref, remainder[here]), pol.float(), alpha)
-                high, low = split_halves(mixed)
-                ref.copy_(high)
-                remainder[here].copy_(low)
-            elif stochastic and ref.dtype == torch.bfloat16:
-                ref.copy_(
-                    _round_stochastic(_mix(ref.to(wide), pol, alpha).float(), generators[device])
-                )
-            elif alpha == 1:
-                ref.copy_(policy[here])
-            elif scratch is not None:
-                _mix(ref, pol, alpha, scratch[: ref.numel()], out=ref)
-            else:
-                ref.copy_(_mix(ref.to(wide), pol, alpha))

@@ -1,9 +1,8 @@
 """The reference update in Triton: one launch over a table of pointers for all tensors of a pair of
 dtypes.
 
-The table is int64: a head row (bits of alpha as fp64, seed), then for each tensor reference,
-policy, remainder, length and the number of its first unit. A unit is the run of elements that one
-program updates.
+The table is int64: for each tensor the addresses of reference, policy and remainder, its length and
+the number of its first unit. A unit is the run of elements that one program updates.
 """
 
 from __future__ import annotations
@@ -87,11 +86,13 @@ def _block(
         tl.store(ref + offs, out.to(REF), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["alpha_bits", "seed", "n_tensors", "n_steps"])
 def _lerp_kernel(
-    Table,
+    Table,  # (n_tensors, FIELDS)
+    alpha_bits,  # of fp64: a number with a point would arrive as fp32
+    seed,
     n_tensors,
-    n_steps,
+    n_steps,  # of the search for a unit's tensor
     REF: tl.constexpr,
     POL: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -101,18 +102,18 @@ def _lerp_kernel(
     BLOCK: tl.constexpr,
 ):
     unit = tl.program_id(0)
-    ACC: tl.constexpr = tl.float64 if tl.float64 == REF or tl.float64 == POL else tl.float32
-    alpha_exact = tl.load(Table).to(tl.float64, bitcast=True)
+    WIDE: tl.constexpr = (tl.float64 == REF or tl.float64 == POL) and not SPLIT
+    ACC: tl.constexpr = tl.float64 if WIDE else tl.float32
+    alpha_exact = alpha_bits.to(tl.int64).to(tl.float64, bitcast=True)
     alpha, rest = alpha_exact.to(ACC), (1.0 - alpha_exact).to(ACC)
-    seed = tl.load(Table + 1)
     first = 0
     last = n_tensors
     for _ in range(n_steps):
         middle = (first + last) // 2
-        right = tl.load(Table + (middle + 1) * FIELDS + 4) <= unit
+        right = tl.load(Table + middle * FIELDS + 4) <= unit
         first = tl.where(right, middle, first)
         last = tl.where(right, last, middle)
-    entry = Table + (first + 1) * FIELDS
+    entry = Table + first * FIELDS
     ref = tl.load(entry).to(tl.pointer_type(tl.int16 if SPLIT else REF))
     pol = tl.load(entry + 1).to(tl.pointer_type(POL))
     rem = tl.load(entry + 2).to(tl.pointer_type(tl.int16))
@@ -174,12 +175,11 @@ def _kind(item: Item) -> tuple[torch.device, torch.dtype, torch.dtype, bool, boo
     )
 
 
-def table(items: list[Item], alpha: float, seed: int) -> tuple[Tensor, int]:
+def table(items: list[Item]) -> tuple[Tensor, int]:
     """The table of some tensors, on the host, and the number of units."""
-    (bits,) = struct.unpack("<q", struct.pack("<d", alpha))
     units = [-(-item.reference.numel() // UNIT) for item in items]
     starts = itertools.accumulate(units, initial=0)
-    rows = [(bits, seed, 0, 0, 0)]
+    rows = []
     for item, start in zip(items, starts, strict=False):
         low = 0 if item.remainder is None else item.remainder.data_ptr()
         rows.append(
@@ -193,14 +193,17 @@ def launch(items: list[Item], alpha: float, stochastic: bool, seed: int) -> None
     kinds: dict[tuple, list[Item]] = {}
     for item in items:
         kinds.setdefault(_kind(item), []).append(item)
-    for number, ((device, ref, pol, split, aligned), some) in enumerate(kinds.items()):
-        # Launches would otherwise draw the same bits for the same position.
-        rows, units = table(some, alpha, seed + number)
-        with torch.cuda.device_of(some[0].reference):
+    (alpha_bits,) = struct.unpack("<q", struct.pack("<d", alpha))
+    for number, ((device, ref, pol, split, aligned), alike) in enumerate(kinds.items()):
+        rows, units = table(alike)
+        with torch.cuda.device_of(alike[0].reference):
             _lerp_kernel[(units,)](
-                rows.to(device),
-                len(some),
-                len(some).bit_length(),
+                to_device(rows, device),
+                alpha_bits,
+                # Launches would otherwise draw the same bits for the same position.
+                seed + number,
+                len(alike),
+                len(alike).bit_length(),
                 REF=_TYPES[ref],
                 POL=_TYPES[pol],
                 SPLIT=split,
@@ -209,4 +212,11 @@ def launch(items: list[Item], alpha: float, stochastic: bool, seed: int) -> None
                 UNIT=UNIT,
                 BLOCK=BLOCK,
                 num_warps=WARPS,
+                # A product and a sum, each rounded: the bits of the torch path.
+                enable_fp_fusion=False,
             )
+
+
+def to_device(rows: Tensor, device: torch.device) -> Tensor:
+    """A copy that nothing waits for: from pageable memory it would wait for the device."""
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows

@@ -83,11 +83,27 @@ def test_kernel_equals_the_torch_path(ref: torch.dtype, pol: torch.dtype, alpha:
     by_kernel, by_torch = clone(refs), [x.cpu() for x in refs]
     kernel(by_kernel, pols, alpha)
     multi_tensor_lerp_(by_torch, [x.cpu() for x in pols], alpha)
-    for a, b in zip(by_kernel, by_torch, strict=True):
-        if DEVICE.type == "cpu":
-            assert torch.equal(a, b)
-        else:  # the compiler may fuse the product and the sum
-            torch.testing.assert_close(a.cpu(), b, rtol=torch.finfo(ref).eps, atol=1e-6)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(by_kernel, by_torch, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=str)
+@pytest.mark.parametrize("alpha", [0.01, 0.3, 0.5, 0.6, 2**-10])
+def test_bits_do_not_depend_on_where_blocks_threads_and_tensors_end(
+    dtype: torch.dtype, alpha: float
+) -> None:
+    """A product, then a sum, each rounded, in this order, for every element wherever it lies."""
+    wide = FP64 if dtype == FP64 else FP32
+    ref, pol = tensors(dtype, 1, [(300_001,)]) + tensors(dtype, 2, [(300_001,)])
+    r, p = ref.cpu().to(wide), pol.cpu().to(wide)
+    near, rest = torch.tensor([alpha, 1 - alpha], dtype=FP64).to(wide)
+    want = (r + near * (p - r) if alpha < 0.5 else p - rest * (p - r)).to(dtype)
+    threads = torch.get_num_threads()
+    for first, number in ((0, 1), (1, 2), (7, 2), (299_990, 1)):
+        got = ref.clone()
+        torch.set_num_threads(number)
+        multi_tensor_lerp_([got[first:]], [pol[first:]], alpha)
+        torch.set_num_threads(threads)
+        assert torch.equal(got[first:].cpu(), want[first:]), (first, number)
 
 
 @pytest.mark.parametrize("path", ["public", "kernel"])
@@ -104,19 +120,20 @@ def test_ends_are_bitwise(path: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("path", ["public", "kernel"])
-@pytest.mark.parametrize("policy", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("policy", [BF16, FP32, FP64], ids=str)
 def test_split_reference_is_bitwise_the_fp32_lerp(path: str, policy: torch.dtype) -> None:
     high = tensors(BF16, 1)
     low = [torch.zeros_like(x, dtype=torch.int16) for x in high]
     whole = [x.float() for x in high]
     for step in range(4):
         pols, alpha = tensors(policy, 10 + step), ALPHAS[step]
+        fp32_pols = [p.float() for p in pols]  # an fp32 average reads an fp32 policy
         if path == "public":
             multi_tensor_lerp_(high, pols, alpha, remainders=low)
-            multi_tensor_lerp_(whole, pols, alpha)
+            multi_tensor_lerp_(whole, fp32_pols, alpha)
         else:
             kernel(high, pols, alpha, low)
-            kernel(whole, pols, alpha)
+            kernel(whole, fp32_pols, alpha)
         assert same_bits([join_halves(h, m) for h, m in zip(high, low, strict=True)], whole)
     assert all(m.abs().max() > 0 for m in low if m.numel() > 1), "the low halves are used"
     for h, w in zip(high, whole, strict=True):
@@ -244,6 +261,21 @@ def test_unaligned_views_take_their_own_launch() -> None:
     assert whole[0] == first, "the neighbour stays"
 
 
+def test_table_goes_to_a_gpu_without_waiting_for_it() -> None:
+    from fasttr_kernels.lerp_triton import to_device
+
+    class Rows:
+        def pin_memory(self):
+            return self
+
+        def to(self, device, non_blocking=False):
+            return device.type, non_blocking
+
+    assert to_device(Rows(), torch.device("cuda")) == ("cuda", True)
+    rows = torch.zeros(2, 5)
+    assert to_device(rows, torch.device("cpu")) is rows
+
+
 def test_kernel_writes_nothing_beyond_the_end() -> None:
     for n in (1, 7, 2047, 2049):
         store = torch.full((n + 64,), 7.0, device=DEVICE)
@@ -270,21 +302,38 @@ def test_compiles_without_a_graph_break() -> None:
 SHARDED = """
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
-from fasttr_kernels import multi_tensor_lerp_
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from fasttr_kernels import linear_logprob, linear_preference_loss, multi_tensor_lerp_
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 mesh = init_device_mesh("cpu", (1,))
 whole = (torch.zeros(4, 3), torch.ones(4, 3))
 ref, pol = (torch.nn.Parameter(distribute_tensor(x, mesh, [Shard(0)])) for x in whole)
 multi_tensor_lerp_([ref], [pol], 0.25)
 print((ref.to_local() == 0.25).all().item())
+def refusal(call):
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+apart = distribute_tensor(whole[1], mesh, [Replicate()])
+print(refusal(lambda: multi_tensor_lerp_([ref], [apart], 0.25)))
+print(refusal(lambda: multi_tensor_lerp_([ref], [whole[1]], 0.25)))
+hidden, target = torch.zeros(2, 3), torch.zeros(2).long()
+print(refusal(lambda: linear_logprob(hidden, ref, target)))
+print(refusal(lambda: linear_preference_loss(hidden, ref, target, lengths=[1, 1])))
 dist.destroy_process_group()
 """
 
 
-def test_sharded_parameters_are_updated_shard_by_shard() -> None:
+def test_sharded_tensors_are_updated_shard_by_shard_and_named_where_they_do_not_fit() -> None:
     done = bare("-c", SHARDED)
-    assert done.stdout == "True\n", done.stderr
+    right, apart, plain, logprob, loss = done.stdout.splitlines() or [done.stderr] * 5
+    assert right == "True", done.stderr
+    assert apart.startswith("policies[0]: got placements ((Replicate(),)")
+    assert plain.startswith("policies[0]: got placements None")
+    assert logprob.startswith("weight: got a DTensor with placements (Shard(dim=0),)")
+    assert loss == logprob
+    assert "unshard" in logprob
 
 
 def test_no_tensors_and_empty_tensors() -> None:

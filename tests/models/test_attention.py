@@ -1,13 +1,9 @@
-"""The GPU's attention back ends on a CPU: stand-ins made from their documentation get the arguments
-that give the segments' result.
+"""What transformers hands to the attention function, and what torch's FlashAttention is handed.
 
 Legend: T packed rows, S gathered key rows, H heads, Hkv key heads, Dh head width.
 """
 
 from __future__ import annotations
-
-import sys
-from types import ModuleType
 
 import pytest
 import torch
@@ -15,8 +11,9 @@ from torch import Tensor
 
 from fasttr.errors import FasttrError
 from fasttr.models import attention
-from fasttr.models.gather import gather_rows
-from fasttr.models.segments import attend_segments, visible
+from fasttr.models.backend import Offsets, Scores
+from fasttr.models.flash import TorchFlash
+from fasttr.models.segments import Segments
 from fasttr.packing.layout import pack
 from tests.tiny import WINDOW, packed_tiny, random_trees
 
@@ -24,36 +21,43 @@ H, HKV, DH = 4, 2, 8
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 # Two prompts shared by two and three completions: queries and keys have other offsets.
 LAYOUT = pack(random_trees([(7, 5, 3), (2, 1, 4, 6)])).attention
+OFFSETS = Offsets(LAYOUT.cu_q, LAYOUT.cu_k, LAYOUT.on_host)
 
 
-def random_qkv(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """(T, H, Dh), and twice (S, Hkv, Dh) as the layout gathers them."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = sum(LAYOUT.q_lengths)
-    q = torch.randn(rows, H, DH, generator=generator)
-    k, v = (torch.randn(rows, HKV, DH, generator=generator) for _ in range(2))
-    return q, gather_rows(k, LAYOUT.keys), gather_rows(v, LAYOUT.keys)
+def random_qkv(rows_k: int, width_v: int = DH) -> tuple[Tensor, Tensor, Tensor]:
+    """(T, H, Dh), (rows_k, Hkv, Dh), (rows_k, Hkv, width_v)."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(int(LAYOUT.cu_q[-1]), H, DH, generator=generator)
+    k = torch.randn(rows_k, HKV, DH, generator=generator)
+    v = torch.randn(rows_k, HKV, width_v, generator=generator)
+    return q, k, v
 
 
-def documented_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    max_q: int,
-    max_k: int,
-    scale: float,
-    window: tuple[int, int],
-    softcap: float = 0.0,
-) -> Tensor:
+class AtenOp:
+    """Takes an op's place, binds a call's arguments by the op's own schema and keeps them."""
+
+    def __init__(self, name: str, results: tuple[Tensor, ...]):
+        self.schema = getattr(torch.ops.aten, name).default._schema
+        self.results = results
+        self.bound: dict[str, object] = {}
+
+    def __call__(self, *args: object, **kwargs: object) -> tuple[Tensor, ...]:
+        places = [a.name for a in self.schema.arguments if not a.kwarg_only]
+        names = {a.name for a in self.schema.arguments}
+        assert len(args) == len(places), "every argument without a default"
+        assert set(kwargs) <= names
+        self.bound = {**dict(zip(places, args, strict=True)), **kwargs}
+        return self.results
+
+
+def documented(bound: dict[str, object]) -> Tensor:
     """FlashAttention's definition: query i of lq sees key j of lk when
-    i + lk - lq - left <= j <= i + lk - lq + right, and -1 means no end."""
-    assert q.shape[1] == k.shape[1]
+    i + lk - lq - left <= j <= i + lk - lq + right; -1 is no end, and causal is a right of 0."""
+    q, k, v = bound["query"], bound["key"], bound["value"]
+    cu_q, cu_k = bound["cum_seq_q"], bound["cum_seq_k"]
     assert cu_q.dtype == cu_k.dtype == torch.int32
-    assert all(x.is_contiguous() for x in (q, k, v))
-    assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
-    left, right = window
+    assert (bound["max_q"], bound["max_k"]) == (cu_q.diff().max(), cu_k.diff().max())
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     outputs = []
     for segment in range(len(cu_q) - 1):
         queries = q[cu_q[segment] : cu_q[segment + 1]].transpose(0, 1)
@@ -62,87 +66,44 @@ def documented_attention(
         lq, lk = queries.shape[1], keys.shape[1]
         place = torch.arange(lq)[:, None] + lk - lq
         column = torch.arange(lk)[None]
-        seen = torch.ones(lq, lk, dtype=torch.bool)
-        if left >= 0:
-            seen &= column >= place - left
-        if right >= 0:
-            seen &= column <= place + right
-        scores = queries @ keys.transpose(1, 2) * scale
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        share = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-        outputs.append((share @ values).transpose(0, 1))
+        seen = column <= place + bound["window_size_right"]
+        if bound["window_size_left"] >= 0:
+            seen &= column >= place - bound["window_size_left"]
+        scores = (queries @ keys.transpose(1, 2) * bound["scale"]).masked_fill(~seen, -torch.inf)
+        outputs.append((scores.softmax(-1) @ values).transpose(0, 1))
     return torch.cat(outputs)
 
 
-def varlen_module(takes_groups: bool) -> ModuleType:
-    """torch.nn.attention.varlen as its documentation has it, with or without grouped heads."""
-    module = ModuleType("torch.nn.attention.varlen")
-
-    def with_groups(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
-        if enable_gqa:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        return documented_attention(q, k, v, cu_q, cu_k, max_q, max_k, scale, window_size)
-
-    def without_groups(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):
-        return documented_attention(q, k, v, cu_q, cu_k, max_q, max_k, scale, window_size)
-
-    module.varlen_attn = with_groups if takes_groups else without_groups
-    return module
-
-
-def flash_module() -> ModuleType:
-    """flash_attn as its documentation has it: grouped heads need no word."""
-    module = ModuleType("flash_attn")
-
-    def flash_attn_varlen_func(
-        q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, window_size, softcap
-    ):
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        window = (window_size[0], 0) if causal else window_size
-        return documented_attention(
-            q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale, window, softcap
-        )
-
-    module.flash_attn_varlen_func = flash_attn_varlen_func
-    return module
+@pytest.mark.parametrize("width_v", [DH, DH - 3])
+@pytest.mark.parametrize("window", [0, WINDOW, 1])
+def test_flash_of_torch_gets_the_arguments_of_the_segments(monkeypatch, window, width_v):
+    q, k, v = random_qkv(int(LAYOUT.cu_k[-1]), width_v)
+    scores = Scores(0.3, window)
+    empty = torch.empty(0)
+    op = AtenOp("_flash_attention_forward", (torch.zeros(len(q), H, DH), empty))
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", op)
+    out, _ = TorchFlash().forward(q, k, v, OFFSETS, scores)
+    want, _ = Segments().forward(q, k, v, OFFSETS, scores)
+    assert out.shape == want.shape
+    torch.testing.assert_close(documented(op.bound)[..., :width_v], want)
+    assert (op.bound["dropout_p"], op.bound["is_causal"]) == (0.0, True)
+    unbounded, _ = Segments().forward(q, k, v, OFFSETS, Scores(0.3))
+    assert torch.equal(want, unbounded) == (window == 0)
 
 
-@pytest.fixture
-def _no_memory_of_other_versions():
-    attention.varlen_takes_grouped_heads.cache_clear()
-    yield
-    attention.varlen_takes_grouped_heads.cache_clear()
-
-
-@pytest.mark.usefixtures("_no_memory_of_other_versions")
-@pytest.mark.parametrize("takes_groups", [True, False], ids=["grouped heads", "repeated heads"])
-@pytest.mark.parametrize("window", [None, WINDOW, 1])
-def test_varlen_gets_the_arguments_of_the_segments(monkeypatch, window, takes_groups):
-    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", varlen_module(takes_groups))
-    q, k, v = random_qkv()
-    got = attention.attend_varlen(q, k, v, LAYOUT, 0.3, window, None)
-    want = attend_segments(q, k, v, LAYOUT, 0.3, window, None)
-    torch.testing.assert_close(got, want)
-    unbounded = attend_segments(q, k, v, LAYOUT, 0.3, None, None)
-    assert torch.equal(want, unbounded) == (window is None)
-
-
-@pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize("window", [None, WINDOW])
-def test_flash_gets_the_arguments_of_the_segments(monkeypatch, window, softcap):
-    monkeypatch.setitem(sys.modules, "flash_attn", flash_module())
-    q, k, v = random_qkv()
-    got = attention.attend_flash(q, k, v, LAYOUT, 0.3, window, softcap)
-    want = attend_segments(q, k, v, LAYOUT, 0.3, window, softcap)
-    torch.testing.assert_close(got, want)
-
-
-def test_a_window_counts_the_token_itself():
-    """Two queries at the end of four keys, a window of two tokens."""
-    seen = visible(2, 4, 2, CPU)
-    assert seen.tolist() == [[False, True, True, False], [False, False, True, True]]
-    assert visible(2, 3, None, CPU).tolist() == [[True, True, False], [True, True, True]]
+def test_flash_of_torch_gets_the_same_arguments_backward(monkeypatch):
+    q, k, v = random_qkv(int(LAYOUT.cu_k[-1]), DH - 3)
+    scores = Scores(0.3, WINDOW)
+    out, lse = Segments().forward(q, k, v, OFFSETS, scores)
+    grads = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(k)
+    op = AtenOp("_flash_attention_backward", grads)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", op)
+    dq, dk, dv = TorchFlash().backward(torch.ones_like(out), q, k, v, out, lse, OFFSETS, scores)
+    assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, v.shape)
+    torch.testing.assert_close(documented(op.bound)[..., : DH - 3], out)
+    assert op.bound["out"].shape == op.bound["grad_out"].shape == q.shape
+    assert op.bound["grad_out"][..., DH - 3 :].abs().max() == 0
+    assert op.bound["logsumexp"] is lse
 
 
 def test_the_back_end_is_what_was_asked_for_and_the_device_has(monkeypatch):
@@ -166,7 +127,7 @@ def test_the_back_end_is_what_was_asked_for_and_the_device_has(monkeypatch):
 def refused(**changes) -> str:
     """Why a call of the attention function is refused."""
     layer = packed_tiny("llama").model.model.layers[0].self_attn
-    q, k, v = (x.transpose(0, 1)[None] for x in random_qkv())
+    q, k, v = (x.transpose(0, 1)[None] for x in random_qkv(int(LAYOUT.cu_q[-1])))
     call = {"attention_mask": None, "fasttr_layout": LAYOUT, **changes}
     with pytest.raises(FasttrError) as raised:
         attention.packed_attention(layer, q, k, v, **call)
@@ -177,25 +138,11 @@ def test_what_a_layout_cannot_say_is_refused():
     assert "no packed layout" in refused(fasttr_layout=None)
     assert "got a mask" in refused(attention_mask=torch.ones(1))
     assert "got dropout 0.1" in refused(dropout=0.1)
-    assert "attention sinks" in refused(s_aux=torch.ones(H))
 
 
 def test_a_layer_that_is_not_causal_is_refused():
     layer = packed_tiny("llama").model.model.layers[0].self_attn
     layer.is_causal = False
-    q, k, v = (x.transpose(0, 1)[None] for x in random_qkv())
+    q, k, v = (x.transpose(0, 1)[None] for x in random_qkv(int(LAYOUT.cu_q[-1])))
     with pytest.raises(FasttrError, match="a layer that is not causal"):
         attention.packed_attention(layer, q, k, v, None, fasttr_layout=LAYOUT)
-
-
-def test_a_window_that_never_arrives_is_refused():
-    """Architectures that keep their window in the mask alone would be silently wrong."""
-    layer = packed_tiny("mistral").model.model.layers[0].self_attn
-    query = torch.randn(1, 4, WINDOW + 1, 8)
-    key = torch.randn(1, 2, WINDOW + 1, 8)
-    layout = pack(random_trees([(3, WINDOW - 2)])).attention
-    attention.packed_attention(
-        layer, query, key, key, None, sliding_window=WINDOW, fasttr_layout=layout
-    )
-    with pytest.raises(FasttrError, match="configured for a window of 5"):
-        attention.packed_attention(layer, query, key, key, None, fasttr_layout=layout)

@@ -6,7 +6,6 @@ import torch
 
 from fasttr.batch import Tree
 from fasttr.errors import FasttrError
-from fasttr.models.attention import packed_attention
 from fasttr.models.checks import ARCHITECTURES
 from fasttr.packing.layout import pack
 from tests.tiny import (
@@ -80,17 +79,6 @@ def test_the_window_matters(arch):
     windowed = alone_logps(tiny_model(arch), trees)
     wide = alone_logps(tiny_model(arch, sliding_window=100), trees)
     assert (windowed - wide).abs().max() > 1e-3
-
-
-def test_a_window_that_never_arrives_is_refused():
-    """Architectures that keep their window in the mask alone would be silently wrong."""
-    layer = packed_tiny("mistral").model.model.layers[0].self_attn
-    query = torch.randn(1, 4, WINDOW + 1, 8)
-    key = torch.randn(1, 2, WINDOW + 1, 8)
-    layout = pack(random_trees([(3, WINDOW - 2)])).attention
-    packed_attention(layer, query, key, key, None, sliding_window=WINDOW, fasttr_layout=layout)
-    with pytest.raises(FasttrError, match="configured for a window of 5"):
-        packed_attention(layer, query, key, key, None, fasttr_layout=layout)
 
 
 def test_the_base_model_is_refused_without_a_layout():

@@ -39,8 +39,7 @@ def test_layout_of_a_pack_by_hand():
     batch = pack([first, second])
     assert batch.input_ids.tolist() == [*prompt, *c1, *c2, *d]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 2, 0, 1]
-    assert batch.attention.q_lengths == (5, 1, 2)
-    assert batch.attention.k_lengths == (5, 3, 2)
+    assert batch.attention.lengths() == ([5, 1, 2], [5, 3, 2])
     assert batch.attention.cu_q.tolist() == [0, 5, 6, 8]
     assert batch.attention.cu_k.tolist() == [0, 5, 8, 10]
     assert batch.attention.cu_q.dtype == batch.attention.cu_k.dtype == torch.int32
@@ -90,7 +89,14 @@ def test_groups_that_do_not_hold_all_trees_are_refused():
 
 
 def test_the_gather_is_the_identity_without_shared_prompts():
-    assert pack(random_trees([(2, 3), (4, 1)])).attention.keys.sources is None
+    assert pack(random_trees([(2, 3), (4, 1)])).attention.keys.sources.tolist() == list(range(10))
+
+
+def test_readers_of_a_gather_by_hand():
+    keys = pack(random_trees([(2, 1, 1)])).attention.keys
+    assert keys.sources.tolist() == [0, 1, 2, 0, 1, 3]
+    assert keys.offsets.tolist() == [0, 2, 4, 5, 6]
+    assert keys.readers.tolist() == [0, 3, 1, 4, 2, 5]
 
 
 @pytest.mark.parametrize("which", ["keys", "predicting"])
@@ -102,4 +108,4 @@ def test_the_backward_of_a_gather_is_the_sum_over_readers(which):
     (got,) = torch.autograd.grad((gather_rows(x, gather) * weight).sum(), x)
     (want,) = torch.autograd.grad((x[gather.sources] * weight).sum(), x)
     torch.testing.assert_close(got, want)
-    assert len(gather.levels) == 3
+    assert gather.offsets.diff().max() == 3
