@@ -11,20 +11,21 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
-import queue
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
+
+import pytest
 
 from tests.places import ROOT
 
@@ -36,6 +37,10 @@ LONGEST = 300  # seconds of a mutant's tests; what runs longer hangs, and is not
 # What pytest's exit status says of a mutant; another one says that its tests did not run.
 VERDICTS = {0: "survived", 1: "killed"}
 DID_NOT_RUN = "did not run"
+DIED = 70  # exit status of a trial that did not come as far as pytest
+PAUSE = 0.05  # seconds between looks at what runs
+OPTIONS = ["-x", "-rfE", "-p", "no:cacheprovider", "--tb=no", "--durations=0"]
+SLOW = ("torch", "transformers.models.llama.modeling_llama", "transformers.modeling_utils")
 
 
 class Mutant(NamedTuple):
@@ -82,6 +87,7 @@ def main(args: list[str] | None = None) -> int:
     found = [known[one.key()] for one in wanted if one.key() in known]
     pending = [one for one in wanted if one.key() not in known]
     began = time.perf_counter()
+    _warm_up()
     if pending and not _pass_unchanged(pending):
         print("the tests fail without any mutant: nothing can be said of them")
         return 3
@@ -105,64 +111,109 @@ def _pass_unchanged(mutants: list[Mutant]) -> bool:
     """Whether the named tests pass without a mutant: what fails anyway would kill them all."""
     tests = sorted({test for one in mutants for test in one.tests})
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
-        tree = _copied_to(Path(folder))
-        return _pytest(tree, tests, LONGEST * 10).returncode == 0
+        trial = Trial(_copied_to(Path(folder) / "tree"), tests, 10 * LONGEST)
+        while not trial.is_over():
+            time.sleep(PAUSE)
+        return trial.verdict() == ("survived", "")
 
 
 def _tried(mutants: list[Mutant], jobs: int) -> Iterator[Finding]:
-    with (
-        tempfile.TemporaryDirectory(prefix="mutations-") as folder,
-        ThreadPoolExecutor(jobs) as pool,
-    ):
-        trees: queue.SimpleQueue[Path] = queue.SimpleQueue()
-        for job in range(jobs):
-            trees.put(_copied_to(Path(folder) / str(job)))
-        futures = [pool.submit(_try, one, trees) for one in mutants]
-        for future in as_completed(futures):
-            yield future.result()
+    """Each mutant in a copy of the tree, `jobs` of them at a time."""
+    pending = list(reversed(mutants))
+    running: list[tuple[Mutant, Trial]] = []
+    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
+        free = [_copied_to(Path(folder) / str(job)) for job in range(jobs)]
+        while pending or running:
+            while pending and free:
+                running.append(_begun(pending.pop(), free.pop()))
+            for mutant, trial in [one for one in running if one[1].is_over()]:
+                running.remove((mutant, trial))
+                shutil.copy2(ROOT / mutant.file, trial.tree / mutant.file)
+                free.append(trial.tree)
+                verdict, by = trial.verdict()
+                yield Finding(mutant.key(), mutant.name, verdict, by, trial.seconds)
+            time.sleep(PAUSE)
 
 
-def _try(mutant: Mutant, trees: queue.SimpleQueue[Path]) -> Finding:
-    tree = trees.get()
+def _begun(mutant: Mutant, tree: Path) -> tuple[Mutant, Trial]:
     path = tree / mutant.file
-    original = path.read_text()
-    began = time.perf_counter()
+    path.write_text(mutant.mutated(path.read_text()))
+    return mutant, Trial(tree, mutant.tests, LONGEST)
+
+
+class Trial:
+    """A run of tests in a copy of the tree, in a process of its own.
+
+    The process is forked from this one, which has imported what takes long and is none of ours.
+    """
+
+    def __init__(self, tree: Path, tests: list[str], longest: float):
+        self.tree = tree
+        self._output = tree / "output.txt"
+        self._longest = longest
+        self._began = time.perf_counter()
+        self._status: int | None = None  # of pytest; negative: the signal that ended it
+        self.seconds = 0.0
+        self._pid = os.fork()
+        if self._pid == 0:
+            _be_pytest(tree, tests, self._output)
+
+    def is_over(self) -> bool:
+        pid, status = os.waitpid(self._pid, os.WNOHANG)
+        if pid == 0 and time.perf_counter() - self._began > self._longest:
+            os.killpg(self._pid, signal.SIGKILL)
+            pid, status = os.waitpid(self._pid, 0)
+        if pid != 0:
+            self._status = os.waitstatus_to_exitcode(status)
+            self.seconds = round(time.perf_counter() - self._began, 1)
+        return pid != 0
+
+    def verdict(self) -> tuple[str, str]:
+        """What became of the mutant, and by which test."""
+        if self._status == -signal.SIGKILL and self.seconds > self._longest:
+            return "killed", f"no end after {self._longest} s"
+        verdict = VERDICTS.get(self._status, DID_NOT_RUN)
+        if verdict == "survived":
+            return verdict, ""
+        output = self._output.read_text(errors="replace")
+        failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        return verdict, failed[0].split(" - ")[0] if failed else " ".join(output[-200:].split())
+
+
+def _be_pytest(tree: Path, tests: list[str], output: Path) -> NoReturn:
+    """Run the tests as the process that this one has become, and end."""
+    status = DIED
     try:
-        path.write_text(mutant.mutated(original))
-        verdict, by = _verdict(tree, mutant)
+        os.setpgid(0, 0)
+        with output.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        os.chdir(tree)
+        places = [str(tree), str(tree / "kernels")]
+        os.environ["PYTHONPATH"] = ":".join(places)
+        sys.path[:] = [*places, *(place for place in sys.path if not _is_ours(place))]
+        for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+            del sys.modules[name]
+        status = int(pytest.main([*OPTIONS, *tests]))
     finally:
-        path.write_text(original)
-        trees.put(tree)
-    seconds = round(time.perf_counter() - began, 1)
-    return Finding(mutant.key(), mutant.name, verdict, by, seconds)
+        sys.stdout.flush()
+        os._exit(status)
 
 
-def _verdict(tree: Path, mutant: Mutant) -> tuple[str, str]:
-    try:
-        run = _pytest(tree, mutant.tests, LONGEST)
-    except subprocess.TimeoutExpired:
-        return "killed", f"no end after {LONGEST} s"
-    lines = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    by = lines[0].split(" - ")[0] if lines else run.stdout.strip()[-200:]
-    verdict = VERDICTS.get(run.returncode, DID_NOT_RUN)
-    return verdict, "" if verdict == "survived" else by
+def _is_ours(place: str) -> bool:
+    return Path(place or ".").resolve() in (ROOT, ROOT / "kernels")
 
 
-def _pytest(tree: Path, tests: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{tree}:{tree / 'kernels'}",
+def _warm_up() -> None:
+    """Import what the tests need and what takes long, as tests/conftest.py would have it."""
+    os.environ |= {
+        "OMP_WAIT_POLICY": "passive",
+        "TRITON_INTERPRET": "1",
+        "HF_HUB_OFFLINE": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    options = ["-x", "-rfE", "-p", "no:cacheprovider", "--tb=no", "--durations=0"]
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *tests],
-        cwd=tree,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-    )
+    for name in SLOW:
+        importlib.import_module(name)
 
 
 def _copied_to(folder: Path) -> Path:
