@@ -1,10 +1,11 @@
 """Whether the tests notice small faults: python -m tests.mutations [--only WORD] [--jobs 2]
 
 Each mutant of mutants.toml is put into a copy of the tree, and the tests that it names are run
-there: it is killed when one of them fails. What was found is kept in a file and not run again while
-the mutant, its file and the tests that it names stay as they are.
+there: it is killed by the first of them that fails. The tests that killed are run at the end
+without any mutant: a test that fails anyway has killed nobody. What was found is kept in a file and
+not run again while the mutant, its file and the tests that it names stay as they are.
 
-Exit status: 0 when all are killed, 1 when one survives, 3 when one could not be run.
+Exit status: 0 when all are killed, 1 when one survives, 3 when one could not be tried.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ FOLDERS = ("fasttr", "kernels", "tests", "bench", "docs", "examples")
 FILES = ("pyproject.toml", "README.md", "REFERENCE.md")
 LONGEST = 300  # seconds of a mutant's tests; what runs longer hangs, and is noticed
 # What pytest's exit status says of a mutant; another one says that its tests did not run.
-VERDICTS = {0: "survived", 1: "killed"}
-DID_NOT_RUN = "did not run"
+KILLED, SURVIVED, NOT_TRIED = "killed", "survived", "not tried"
+VERDICTS = {0: SURVIVED, 1: KILLED}
 DIED = 70  # exit status of a trial that did not come as far as pytest
 PAUSE = 0.05  # seconds between looks at what runs
-OPTIONS = ["-x", "-rfE", "-p", "no:cacheprovider", "--tb=no", "--durations=0"]
+OPTIONS = ["-rfE", "-p", "no:cacheprovider", "--tb=no", "--durations=0"]
 SLOW = ("torch", "transformers.models.llama.modeling_llama", "transformers.modeling_utils")
 
 
@@ -88,13 +89,12 @@ def main(args: list[str] | None = None) -> int:
     pending = [one for one in wanted if one.key() not in known]
     began = time.perf_counter()
     _warm_up()
-    if pending and not _pass_unchanged(pending):
-        print("the tests fail without any mutant: nothing can be said of them")
-        return 3
+    tried = []
     for finding in _tried(pending, options.jobs):
-        found.append(finding)
+        tried.append(finding)
         _keep(finding)
         print(_line(finding), flush=True)
+    found += _checked(tried)
     print(_summary(found, len(pending), time.perf_counter() - began))
     return _status(found)
 
@@ -107,38 +107,46 @@ def _options(args: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(args)
 
 
-def _pass_unchanged(mutants: list[Mutant]) -> bool:
-    """Whether the named tests pass without a mutant: what fails anyway would kill them all."""
-    tests = sorted({test for one in mutants for test in one.tests})
-    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
-        trial = Trial(_copied_to(Path(folder) / "tree"), tests, 10 * LONGEST)
-        while not trial.is_over():
-            time.sleep(PAUSE)
-        return trial.verdict() == ("survived", "")
-
-
 def _tried(mutants: list[Mutant], jobs: int) -> Iterator[Finding]:
     """Each mutant in a copy of the tree, `jobs` of them at a time."""
     pending = list(reversed(mutants))
     running: list[tuple[Mutant, Trial]] = []
+    original = {one.file: (ROOT / one.file).read_text() for one in mutants}
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         free = [_copied_to(Path(folder) / str(job)) for job in range(jobs)]
         while pending or running:
             while pending and free:
-                running.append(_begun(pending.pop(), free.pop()))
+                mutant = pending.pop()
+                tree = free.pop()
+                (tree / mutant.file).write_text(mutant.mutated(original[mutant.file]))
+                running.append((mutant, Trial(tree, mutant.tests, LONGEST)))
             for mutant, trial in [one for one in running if one[1].is_over()]:
                 running.remove((mutant, trial))
-                shutil.copy2(ROOT / mutant.file, trial.tree / mutant.file)
+                (trial.tree / mutant.file).write_text(original[mutant.file])
                 free.append(trial.tree)
                 verdict, by = trial.verdict()
                 yield Finding(mutant.key(), mutant.name, verdict, by, trial.seconds)
             time.sleep(PAUSE)
 
 
-def _begun(mutant: Mutant, tree: Path) -> tuple[Mutant, Trial]:
-    path = tree / mutant.file
-    path.write_text(mutant.mutated(path.read_text()))
-    return mutant, Trial(tree, mutant.tests, LONGEST)
+def _checked(tried: list[Finding]) -> list[Finding]:
+    """The findings, but for those of tests that fail without a mutant too."""
+    killers = sorted({one.by for one in tried if "::" in one.by})
+    if not killers:
+        return tried
+    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
+        trial = Trial(_copied_to(Path(folder) / "tree"), killers, 10 * LONGEST, stops=False)
+        while not trial.is_over():
+            time.sleep(PAUSE)
+        fail_anyway = set(trial.failed())
+    checked = []
+    for finding in tried:
+        if finding.by in fail_anyway:
+            reason = f"{finding.by} fails without it too"
+            finding = finding._replace(verdict=NOT_TRIED, by=reason)
+            _keep(finding)
+        checked.append(finding)
+    return checked
 
 
 class Trial:
@@ -147,7 +155,7 @@ class Trial:
     The process is forked from this one, which has imported what takes long and is none of ours.
     """
 
-    def __init__(self, tree: Path, tests: list[str], longest: float):
+    def __init__(self, tree: Path, tests: list[str], longest: float, *, stops: bool = True):
         self.tree = tree
         self._output = tree / "output.txt"
         self._longest = longest
@@ -156,7 +164,7 @@ class Trial:
         self.seconds = 0.0
         self._pid = os.fork()
         if self._pid == 0:
-            _be_pytest(tree, tests, self._output)
+            _be_pytest(tree, ["-x", *tests] if stops else tests, self._output)
 
     def is_over(self) -> bool:
         pid, status = os.waitpid(self._pid, os.WNOHANG)
@@ -171,16 +179,21 @@ class Trial:
     def verdict(self) -> tuple[str, str]:
         """What became of the mutant, and by which test."""
         if self._status == -signal.SIGKILL and self.seconds > self._longest:
-            return "killed", f"no end after {self._longest} s"
-        verdict = VERDICTS.get(self._status, DID_NOT_RUN)
-        if verdict == "survived":
+            return KILLED, f"no end after {self._longest} s"
+        verdict = VERDICTS.get(self._status, NOT_TRIED)
+        if verdict == SURVIVED:
             return verdict, ""
-        output = self._output.read_text(errors="replace")
-        failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        return verdict, failed[0].split(" - ")[0] if failed else " ".join(output[-200:].split())
+        last_words = " ".join(self._output.read_text(errors="replace")[-200:].split())
+        return verdict, next(iter(self.failed()), last_words)
+
+    def failed(self) -> list[str]:
+        """The tests that failed, as pytest's summary names them."""
+        lines = self._output.read_text(errors="replace").splitlines()
+        summary = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
+        return [line.partition(" ")[2].partition(" - ")[0] for line in summary]
 
 
-def _be_pytest(tree: Path, tests: list[str], output: Path) -> NoReturn:
+def _be_pytest(tree: Path, arguments: list[str], output: Path) -> NoReturn:
     """Run the tests as the process that this one has become, and end."""
     status = DIED
     try:
@@ -194,7 +207,7 @@ def _be_pytest(tree: Path, tests: list[str], output: Path) -> NoReturn:
         sys.path[:] = [*places, *(place for place in sys.path if not _is_ours(place))]
         for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
             del sys.modules[name]
-        status = int(pytest.main([*OPTIONS, *tests]))
+        status = int(pytest.main([*OPTIONS, *arguments]))
     finally:
         sys.stdout.flush()
         os._exit(status)
@@ -250,15 +263,15 @@ def _summary(found: Iterable[Finding], tried: int, seconds: float) -> str:
     counts = Counter(one.verdict for one in found)
     said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     lines = [f"{len(found)} mutants: {said} ({tried} of them now, in {seconds:.0f} s)"]
-    lines += [_line(one) for one in found if one.verdict != "killed"]
+    lines += [_line(one) for one in found if one.verdict != KILLED]
     return "\n".join(lines)
 
 
 def _status(found: Iterable[Finding]) -> int:
     verdicts = {one.verdict for one in found}
-    if DID_NOT_RUN in verdicts:
+    if NOT_TRIED in verdicts:
         return 3
-    return 1 if "survived" in verdicts else 0
+    return 1 if SURVIVED in verdicts else 0
 
 
 if __name__ == "__main__":
