@@ -231,8 +231,10 @@ def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def _take_up_moments(optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
+            found = {key: moments.get(f"{name}.{key}") for key in _MOMENTS}
+            # A parameter that has had no gradient yet has no moments.
             optimizer.state[parameter] = {
-                key: moments[f"{name}.{key}"].to(parameter.device) for key in _MOMENTS
+                key: value.to(parameter.device) for key, value in found.items() if value is not None
             }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from fasttr.config.train_config import TrainConfig
@@ -27,14 +28,14 @@ class Best:
         return cls(config.best_metric, config.more_is_better, saves_itself)
 
     def note(self, evaluation: dict[str, float], step: int) -> bool:
-        """Take up an evaluation; whether it is the best so far."""
+        """Take up an evaluation; whether it is the best so far. NaN never is."""
         if self.metric not in evaluation:
             known = ", ".join(key for key in evaluation if not key.endswith("stderr"))
             raise FasttrError(
                 f"metric_for_best_model: {self.metric} is not in this evaluation; wanted of {known}"
             )
         value = evaluation[self.metric]
-        if self.value is not None and not self._is_better(value, self.value):
+        if math.isnan(value) or (self.value is not None and not self._is_better(value, self.value)):
             return False
         self.value, self.step = value, step
         return True

@@ -134,6 +134,46 @@ def test_a_function_as_loss_is_the_loss_that_it_computes(workspace, tmp_path):
     assert given.metrics["rewards/margins"] == named.metrics["rewards/margins"]
 
 
+def test_a_function_as_loss_resumes_in_another_process(workspace, tmp_path):
+    """There it is the same function at another address."""
+
+    def margin(inputs: LossInputs):
+        return inputs.rejected_logratio - inputs.chosen_logratio
+
+    def again(beta):
+        def margin(inputs: LossInputs):
+            return inputs.rejected_logratio - inputs.chosen_logratio
+
+        return margin
+
+    first, second = again(1), again(2)
+    assert str(first) != str(second)
+    values = settings(workspace, tmp_path / "whole", save_strategy="steps", save_steps=3)
+    train(TrainConfig(**values), loss=first)
+    half = str(tmp_path / "whole" / "checkpoint-3")
+    values |= {"output_dir": str(tmp_path / "resumed"), "resume_from_checkpoint": half}
+    train(TrainConfig(**values), loss=second)
+    assert same_weights(tmp_path / "resumed", tmp_path / "whole")
+    with pytest.raises(FasttrError, match=r"was made with the loss .*again.*; got .*margin"):
+        train(TrainConfig(**values), loss=margin)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "completions"), [("sft", 2), ("sigmoid", 3), ("kto", 3)], ids=str
+)
+def test_trees_hold_the_completions_that_the_loss_reads(
+    workspace, tmp_path, model, tokenizer, loss_type, completions
+):
+    trees = ListTrees(random_trees([(3, *[4] * completions)] * 8))
+    with pytest.raises(FasttrError, match=f"got trees of {completions} completions; wanted"):
+        train(
+            config(workspace, tmp_path, loss_type=loss_type),
+            model=model,
+            tokenizer=tokenizer,
+            train_dataset=trees,
+        )
+
+
 def test_a_loss_object_says_what_it_reads(workspace, tmp_path):
     """One that needs no reference is given none, and cannot have one that moves."""
 
