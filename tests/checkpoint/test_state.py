@@ -212,3 +212,7 @@ def test_the_digest_of_weights_follows_each_of_them():
     with torch.no_grad():
         model.model.model.norm.weight[3] += 1e-3
     assert weights_digest(model) != before
+    turned = packed_tiny()
+    with torch.no_grad():
+        turned.model.lm_head.weight[3] *= -1
+    assert weights_digest(turned) != before
