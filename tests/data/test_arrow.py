@@ -67,6 +67,7 @@ def test_the_fingerprint_follows_content_and_options_not_places(load, tokenizer,
             [PAIR, {"prompt": "The sun is ", "chosen": "warm", "rejected": "far away"}]
         ).fingerprint,
         "weight": load([{**row, "w": 2.0} for row in rows], weight_column="w").fingerprint,
+        "heavier": load([{**row, "w": 3.0} for row in rows], weight_column="w").fingerprint,
     }
     assert len({trees.fingerprint, *others.values()}) == len(others) + 1
 

@@ -1,14 +1,18 @@
 """Packed = prefix-shared = padded = one completion at a time: log-probs and every gradient, per
 architecture."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 
 from fasttr.batch import Tree
 from fasttr.errors import FasttrError
+from fasttr.models import attention
 from fasttr.models.checks import ARCHITECTURES
 from fasttr.packing.layout import pack
 from tests.tiny import (
+    VOCAB,
     WINDOW,
     alone_logps,
     gradients,
@@ -123,3 +127,18 @@ def test_bf16_compute_stays_near_fp32_and_keeps_the_step_0_zero(arch):
 
 def test_packed_helper_keeps_the_softcap():
     assert packed(tiny_model("gemma2", implementation="eager")).head.softcap == 3.0
+
+
+def test_a_head_with_a_bias_keeps_it():
+    trees = random_trees(SHAPES)
+    models = [tiny_model("llama"), tiny_model("llama", implementation=attention.register())]
+    for model in models:
+        torch.manual_seed(1)
+        model.lm_head = torch.nn.Linear(32, VOCAB)
+    plain, shared = models
+    want = alone_logps(plain, trees)
+    weighted(want).backward()
+    out = packed(shared)(pack(trees), sum_loss)
+    out.loss.backward()
+    assert "lm_head.bias" in gradients(shared)
+    assert_same(out.logp, gradients(shared), want, gradients(plain))
