@@ -27,7 +27,7 @@ COMMANDS = {
     "head": Command("bench.head", "the loss head, forward and backward, beside its peers"),
     "lerp": Command("bench.lerp", "the reference update beside its peers"),
     "optim": Command("bench.optim", "the optimizer's step beside its peers"),
-    "layer": Command("bench.layer", "one decoder layer: today's, all bf16, compiled"),
+    "layer": Command("bench.layer", "one decoder layer: fp32, split, all bf16, compiled"),
     "attention": Command("bench.attention", "attention over packed trees, back end by back end"),
     "step": Command("bench.step", "one optimizer step and what each part of fasttr brings to it"),
     "overhead": Command(

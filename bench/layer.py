@@ -1,9 +1,12 @@
-"""One decoder layer, forward and backward: today's eager one against an all-bf16 and a compiled
-one, what it keeps for the backward, and where its time goes.
+"""One decoder layer, forward and backward, as its weights and a compiler may have it: time, what it
+keeps for the backward, and where its time goes.
 
     python -m bench layer --archs llama-3-8b,pythia-2.8b --tokens 16384
 
-The output and the gradient by the layer's input must equal today's within the rounding of bf16.
+`fp32`: weights in fp32, products in bf16 on a GPU, eager. `split`: matrices in bf16, residual and
+norms in fp32. `bf16`: all of it. `compiled`: split, fused by a compiler; `compiled@0.8` at that
+`activation_memory_budget`. The output and the gradient by the layer's input must equal those of the
+first mode within the rounding of bf16.
 
 Legend: T packed tokens, D hidden size.
 """
@@ -16,7 +19,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.backends.registry import lookup_backend
 
 from bench.ablation import twin
 from bench.harness import Bars, Benchmark, Case, Contender, add_common_arguments, compare
@@ -32,7 +36,7 @@ from fasttr.models.packed import PackedModel
 from fasttr.packing.layout import pack
 
 IDS = 64  # rows of the embedding, which is not measured
-MODES = ("today", "bf16", "compiled")
+MODES = ("fp32", "split", "bf16", "compiled", "compiled@0.8")
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
@@ -163,30 +167,44 @@ class Layers:
         if self._expected is None:
             self._expected = found
             return ""
-        in_bf16 = self.device.type == "cuda" or name == "bf16"
+        in_bf16 = self.device.type == "cuda" or name != "fp32"
         allowed = ALLOWED[torch.bfloat16 if in_bf16 else torch.float32]
         off = max(_relative(a, b) for a, b in zip(found, self._expected, strict=True))
         return "" if off <= allowed else f"off by {off:.1e} from the first mode's, {allowed:.0e}"
 
     def _made(self, name: str) -> Call:
-        makers = {"today": self._today, "bf16": self._bf16, "compiled": self._compiled}
-        if name not in makers:
-            raise ValueError(f"got {name}; wanted one of {', '.join(MODES)}")
-        return makers[name]()
+        mode, _, budget = name.partition("@")
+        makers = {"fp32": self._fp32, "split": self._split, "bf16": self._bf16}
+        if mode == "compiled":
+            return self._compiled(float(budget or 1))
+        if mode not in makers:
+            raise ValueError(f"got {name}; wanted some of {', '.join(MODES)}")
+        return makers[mode]()
 
-    def _today(self) -> Call:
-        """fp32 weights, products in bf16 under autocast on a GPU, eager."""
+    def _fp32(self) -> Call:
         return self._call(self._packed(bf16=self.device.type == "cuda"))
 
+    def _split(self) -> Call:
+        model = self._packed(bf16=True, copied=True)
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.data = module.weight.data.bfloat16()
+        return self._call(model)
+
     def _bf16(self) -> Call:
-        """Weights, residual and everything else in bf16."""
         model = self._packed(bf16=True, copied=True)
         model.to(torch.bfloat16)
         return self._call(model)
 
-    def _compiled(self) -> Call:
-        call = self._today()
-        return call._replace(layer=torch.compile(call.layer, backend=self.backend, dynamic=True))
+    def _compiled(self, budget: float) -> Call:
+        def backend(graph: Any, inputs: Any) -> Any:
+            """A function of its own for every budget: compiled code is found again by it."""
+            with torch._functorch.config.patch(activation_memory_budget=budget):
+                return lookup_backend(self.backend)(graph, inputs)
+
+        call = self._split()
+        compiled = torch.compile(call.layer, backend=backend, dynamic=True, fullgraph=True)
+        return call._replace(layer=compiled)
 
     def _packed(self, *, bf16: bool, copied: bool = False) -> PackedModel:
         model = copy.deepcopy(self.plain) if copied else twin(self.plain)

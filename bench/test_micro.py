@@ -97,9 +97,10 @@ def _layers():
     return Layers(build(shape, DEVICE, layers=1), pack(trees).to(DEVICE), DEVICE, "inductor")
 
 
-@pytest.mark.parametrize("mode", ["today", "compiled"])
+@pytest.mark.parametrize("mode", ["fp32", "compiled"])
 def test_layer_forward_and_backward(benchmark, mode):
     layers = _layers()
+    assert layers.check("fp32") == ""
     assert layers.check(mode) == ""
     out = benchmark(_synchronized(layers.ready[mode].both))
     assert bool(torch.isfinite(out).all())

@@ -31,7 +31,7 @@ PARTS = (
     Part("facts", 25, "facts:run", "rates of copies and products, what is installed", "sane"),
     Part("kernels", 100, "kernels:run", "the ops' own tests, compiled; poison; repeats", "all"),
     Part("gates", 45, "gates:run", "packed = alone, log-ratio 0, log 2, repeats", "all"),
-    Part("layer", 70, "suites:layer", "one layer: today, bf16, compiled", "20 % of the model"),
+    Part("layer", 100, "suites:layer", "one layer: fp32, split, bf16, compiled", "20 % of model"),
     Part("model8b", 90, "model8b:run", "8B forward and backward: ms, MFU, peak", "it fits"),
     Part("head", 60, "suites:head", "the loss head beside its peers", "errors at fp64's bar"),
     Part("lerp", 25, "suites:lerp", "the reference update", "90 % of a copy"),

@@ -121,20 +121,21 @@ def test_attention_is_held_to_fp32_and_grouped_heads_count(tmp_path, monkeypatch
     assert {"fasttr, segments", "segments without sharing", "padded"} <= set(case["providers"])
 
 
-def test_every_mode_of_a_layer_has_todays_output_and_gradient(tmp_path, monkeypatch):
-    doubled = layer.Layers._today
+def test_every_mode_of_a_layer_has_one_output_and_gradient(tmp_path, monkeypatch):
+    eager = layer.Layers._split
 
-    def wrong(self):
-        call = doubled(self)
+    def wrong(self, budget):
+        call = eager(self)
         return call._replace(layer=lambda *args, **kwargs: 2 * call.layer(*args, **kwargs))
 
     monkeypatch.setattr(layer.Layers, "_compiled", wrong)
     given = ("--archs", "tiny", "--tokens", "64", "--lengths", "tiny", "--seconds", "0.02")
     (case,) = cases_of(layer, tmp_path, *given)
-    assert set(case["modes"]) == {"today", "bf16"}
-    assert set(case["wrong"]) == {"compiled"}
-    assert case["modes"]["bf16"]["kept_bytes"] < 0.7 * case["modes"]["today"]["kept_bytes"]
-    assert case["modes"]["today"]["kinds"]["products"]["ms"] > 0
+    assert set(case["modes"]) == {"fp32", "split", "bf16"}
+    assert set(case["wrong"]) == {"compiled", "compiled@0.8"}
+    kept = {name: row["kept_bytes"] for name, row in case["modes"].items()}
+    assert kept["bf16"] < kept["split"] < kept["fp32"]
+    assert case["modes"]["fp32"]["kinds"]["products"]["ms"] > 0
 
 
 def test_every_line_of_the_ablation_has_the_padded_loss(tmp_path):
