@@ -133,7 +133,7 @@ class _AgainstAnchor(NamedTuple):
             found["logratios/rejected"] = float(rejected.mean())
         if len(chosen) and len(rejected):
             found["rewards/margins"] = loss.beta * float(chosen.mean() - rejected.mean())
-        if not loss.unpaired:
+        if loss.completions > 1 and not loss.unpaired:
             share = float((chosen > rejected).float().mean())
             found["rewards/accuracies"] = share
             found["rewards/accuracies_stderr"] = binomial_stderr(share, len(chosen))
@@ -142,6 +142,7 @@ class _AgainstAnchor(NamedTuple):
     def _sides(self, loss: Loss) -> tuple[Tensor, Tensor]:
         logratio_Bm = torch.cat(self.logratios).view(-1, loss.completions)
         if not loss.unpaired:
-            return logratio_Bm[:, 0], logratio_Bm[:, 1]
+            rejected_Bm = logratio_Bm[:, 1:2]
+            return logratio_Bm[:, 0], rejected_Bm.flatten()
         label_B = torch.cat(self.labels)
         return logratio_Bm[label_B, 0], logratio_Bm[~label_B, 0]
