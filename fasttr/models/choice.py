@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from fasttr.models.checks import check_given
 from fasttr.models.load import ModelConfig
 from fasttr.models.probe import Support, probe
 from fasttr.packing.tiers import AUTO, PADDED, SHARED, TIERS
@@ -24,6 +25,7 @@ class Candidate(NamedTuple):
 
     @classmethod
     def given(cls, model: Any) -> Candidate:
+        check_given(model, "model")
         return cls("model", "the given model", probe(model.config, type(model))).accepted()
 
     def accepted(self) -> Candidate:
