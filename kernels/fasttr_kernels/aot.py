@@ -29,6 +29,8 @@ SHAPES = {
 PLAIN: dict[str, Any] = {"Bias": None, "HAS_BIAS": False, "SCALE": 1.0, "SOFTCAP": None}
 CAPPED: dict[str, Any] = {"Bias": "*fp32", "HAS_BIAS": True, "SCALE": 0.5, "SOFTCAP": 30.0}
 BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
+WEIGHT_BYTES = {"bf16": 2, "split": 4, "fp32": 4}
+MOMENT_BYTES = {"fp32": 8, "bf16": 4, "int8": 2.0625}
 
 
 def cases() -> Iterator[Case]:
@@ -38,6 +40,7 @@ def cases() -> Iterator[Case]:
     yield from logit_grad_cases()
     yield from scale_cases()
     yield from lerp_cases()
+    yield from adamw_cases()
 
 
 def logp_cases() -> Iterator[Case]:
@@ -201,6 +204,110 @@ def _lerp_case(reference: str, policy: str, way: str) -> Case:
         stores=True,
         moved=f"{moved} B an element, least {moved}",
         fp_fusion=False,
+    )
+
+
+def adamw_cases() -> Iterator[Case]:
+    for weights, moments, grad, reference in (
+        ("split", "fp32", "bf16", ""),
+        ("split", "fp32", "fp32", ""),
+        ("split", "bf16", "bf16", ""),
+        ("split", "bf16", "fp32", ""),
+        ("split", "int8", "bf16", ""),
+        ("split", "int8", "fp32", ""),
+        ("fp32", "fp32", "fp32", ""),
+        ("fp32", "bf16", "fp32", ""),
+        ("bf16", "bf16", "bf16", ""),
+        ("bf16", "int8", "bf16", ""),
+        ("split", "fp32", "fp32", "split"),
+        ("split", "bf16", "fp32", "split"),
+        ("split", "int8", "fp32", "split"),
+        ("fp32", "fp32", "fp32", "fp32"),
+    ):
+        yield _adamw_case(weights, moments, grad, reference)
+    yield _squares_case("bf16")
+    yield _squares_case("fp32")
+
+
+def _adamw_case(weights: str, moments: str, grad: str, reference: str) -> Case:
+    from fasttr_kernels import adamw_kernels, adamw_triton
+
+    kind = adamw_triton.kind(_adamw_item(weights, moments, grad, reference), alpha=0.5)
+    arguments = {
+        "Table": "*i64",
+        "Scalars": "*fp32",
+        "alpha_bits": "i64",
+        "seed": "i64",
+        "n_rows": "i32",
+        "n_steps": "i32",
+        **kind,
+        **adamw_triton.CONSTANTS,
+    }
+    moved = 2 * (WEIGHT_BYTES[weights] + MOMENT_BYTES[moments]) + BYTES[grad]
+    moved += 2 * WEIGHT_BYTES[reference] if reference else 0
+    return Case(
+        name=_join(
+            f"adamw {weights}, {moments} moments, {grad} grad",
+            f"+ {reference} reference" if reference else "",
+        ),
+        kernel=adamw_kernels.adamw_kernel,
+        arguments=arguments,
+        divisible=("Table", "Scalars"),
+        num_warps=adamw_triton.WARPS,
+        elements=kind["BLOCK"],
+        stores=True,
+        moved=f"{moved} B an element, least {moved}",
+        fp_fusion=False,
+        maxnreg=adamw_triton.most_registers(kind),
+    )
+
+
+def _adamw_item(weights: str, moments: str, grad: str, reference: str) -> Any:
+    """Parameters of that storage, on no device."""
+    import torch
+
+    from fasttr_kernels.adamw_torch import MOMENTS, Hyper, Item, Moments
+
+    new = lambda dtype: torch.empty(256, dtype=dtype, device="meta")  # noqa: E731
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "split": torch.bfloat16}
+    first, second = MOMENTS[moments]
+    scale = new(torch.float32) if moments == "int8" else None
+    return Item(
+        number=0,
+        param=new(dtypes[weights]),
+        remainder=new(torch.int16) if weights == "split" else None,
+        grad=new(dtypes[grad]),
+        moments=Moments(new(first), new(second), scale, scale),
+        clock=new(torch.float64),
+        hyper=Hyper(1e-6, 0.9, 0.999, 1e-8, 0.0),
+        reference=new(dtypes[reference]) if reference else None,
+        reference_remainder=new(torch.int16) if reference == "split" else None,
+    )
+
+
+def _squares_case(grad: str) -> Case:
+    import triton.language as tl
+
+    from fasttr_kernels import adamw_kernels, adamw_triton
+
+    return Case(
+        name=f"squares {grad}",
+        kernel=adamw_kernels.squares_kernel,
+        arguments={
+            "Table": "*i64",
+            "Sums": "*fp64",
+            "n_rows": "i32",
+            "n_steps": "i32",
+            "G": {"bf16": tl.bfloat16, "fp32": tl.float32}[grad],
+            "ALIGNED": True,
+            "UNIT": adamw_triton.UNIT,
+            "BLOCK": adamw_triton.SQUARES_BLOCK,
+        },
+        divisible=("Table", "Sums"),
+        num_warps=adamw_triton.WARPS,
+        elements=adamw_triton.SQUARES_BLOCK,
+        stores=False,
+        moved=f"{BYTES[grad]} B an element, least {BYTES[grad]}",
     )
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from fasttr_kernels import multi_tensor_lerp_
 from fasttr_kernels.lerp import lerp_ref
-from fasttr_kernels.lerp_torch import Item, join_halves, split_halves
+from fasttr_kernels.lerp_torch import Item
+from fasttr_kernels.rounding import join_halves, split_halves
 from torch import Tensor, nn
 
 from tests.kernels.accuracy import DEVICE, bare
@@ -262,7 +263,7 @@ def test_unaligned_views_take_their_own_launch() -> None:
 
 
 def test_table_goes_to_a_gpu_without_waiting_for_it() -> None:
-    from fasttr_kernels.lerp_triton import to_device
+    from fasttr_kernels.bits_triton import to_device
 
     class Rows:
         def pin_memory(self):
