@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fasttr.batch import PackedBatch, Tree
-from fasttr.models.attention import gather_rows
+from fasttr.models.gather import gather_rows
 from fasttr.models.packed import PackedModel
 from fasttr.packing.layout import first_fit_decreasing, pack
 
@@ -71,14 +71,14 @@ def full_head(model: PackedModel, batch: PackedBatch) -> Tensor:
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
         logits_TV = model.model.get_output_embeddings()(model.hidden_states(batch))
     logp_TV = logits_TV.float().log_softmax(-1)
-    return _summed(gather_rows(logp_TV, batch.scored), batch)
+    return _summed(gather_rows(logp_TV, batch.predicting), batch)
 
 
 def completion_head(model: PackedModel, batch: PackedBatch) -> Tensor:
     """Logits of the scored rows alone, log-softmax in fp32."""
     batch = batch.to(model.device)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.bf16):
-        hidden_RD = gather_rows(model.hidden_states(batch), batch.scored)
+        hidden_RD = gather_rows(model.hidden_states(batch), batch.predicting)
         logits_RV = model.model.get_output_embeddings()(hidden_RD)
     return _summed(logits_RV.float().log_softmax(-1), batch)
 

@@ -9,6 +9,7 @@ forward, the backward, the gradient's norm and the optimizer.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import torch
 
 from bench.pairs import generated_file, model_folder
 from bench.timing import Times, header, process_peak_bytes
+from fasttr import Callback
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,79 +66,90 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 def own_time(args: argparse.Namespace) -> dict[str, Any]:
     """`fasttr.train` on a model so small that compute is negligible."""
-    import fasttr.training.loop
     from fasttr import TrainConfig, train
-    from fasttr.models.packed import PackedModel
 
     data = generated_file(args.out / "generated.jsonl", args.pairs * args.steps)
     folder = model_folder(args.out, "tiny", data)
-    # Wall time, and this thread's processor time: what a loaded machine does not stretch.
-    inside, ends, computing = np.zeros(2), [], []
-
-    def now() -> np.ndarray:
-        return np.array([time.perf_counter(), time.thread_time()])
-
-    def timed(function: Any) -> Any:
-        def call(*a: Any, **k: Any) -> Any:
-            began = now()
-            out = function(*a, **k)
-            inside[:] += now() - began
-            return out
-
-        return call
-
-    step = fasttr.training.loop._step
-
-    def timed_step(*a: Any) -> Any:
-        out = step(*a)
-        ends.append(now())
-        computing.append(inside.copy())
-        return out
-
-    patches = [
-        (PackedModel, "forward", timed(PackedModel.forward)),
-        (torch.Tensor, "backward", timed(torch.Tensor.backward)),
-        (torch.optim.AdamW, "step", timed(torch.optim.AdamW.step)),
-        (torch.nn.utils, "get_total_norm", timed(torch.nn.utils.get_total_norm)),
-        (torch.nn.utils, "clip_grads_with_norm_", timed(torch.nn.utils.clip_grads_with_norm_)),
-        (fasttr.training.loop, "_step", timed_step),
-    ]
-    before = [getattr(owner, name) for owner, name, _ in patches]
-    for owner, name, new in patches:
-        setattr(owner, name, new)
-    try:
-        with tempfile.TemporaryDirectory() as cache, open(os.devnull, "w") as nowhere:
-            out, sys.stdout = sys.stdout, nowhere
-            try:
-                train(
-                    TrainConfig(
-                        model_name_or_path=str(folder),
-                        dataset_name=str(data),
-                        output_dir=str(Path(cache) / "run"),
-                        train_batch_size=args.pairs,
-                        max_steps=args.steps,
-                        logging_steps=1,
-                        save_strategy="no",
-                        disable_tqdm=True,
-                        use_cpu=not torch.cuda.is_available(),
-                        gradient_checkpointing=False,
-                    )
-                )
-            finally:
-                sys.stdout = out
-    finally:
-        for (owner, name, _), old in zip(patches, before, strict=True):
-            setattr(owner, name, old)
-    whole = np.diff(ends, axis=0)
-    own = whole - np.diff(computing, axis=0)
+    clock = StepClock()
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        clock.watching_compute(),
+    ):
+        config = TrainConfig(
+            model_name_or_path=str(folder),
+            dataset_name=str(data),
+            output_dir=str(Path(cache) / "run"),
+            train_batch_size=args.pairs,
+            max_steps=args.steps,
+            logging_steps=1,
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
+            gradient_checkpointing=False,
+        )
+        train(config, callbacks=[clock])
+    whole = np.diff(clock.ends, axis=0)
+    own = whole - np.diff(clock.computing, axis=0)
     warm = min(3, len(own) - 1)
-    times, worked = (Times.of(own[warm:, clock].tolist()) for clock in (0, 1))
+    times, worked = (Times.of(own[warm:, column].tolist()) for column in (0, 1))
     return {
         f"own time of a step of {args.pairs} pairs, median": (times.median * 1e3, "ms"),
         "its 20th and 80th percentiles": (times.p20 * 1e3, f"to {times.p80 * 1e3:.4g} ms"),
         "its processor time, median": (worked.median * 1e3, "ms"),
         "whole step, median": (float(np.median(whole[warm:, 0])) * 1e3, "ms"),
     }
+
+
+class StepClock(Callback):
+    """When each step ended, and how much of the time until then was compute.
+
+    Wall time, and this thread's processor time: what a loaded machine does not stretch.
+    """
+
+    def __init__(self) -> None:
+        self.ends: list[np.ndarray] = []
+        self.computing: list[np.ndarray] = []
+        self._inside = np.zeros(2)
+
+    def on_step(self, run: Any, metrics: Any) -> None:
+        self.ends.append(self._now())
+        self.computing.append(self._inside.copy())
+
+    @contextlib.contextmanager
+    def watching_compute(self) -> Iterator[None]:
+        """Within, the forward, the backward, the norm and the optimizer are timed."""
+        from fasttr.models.packed import PackedModel
+
+        watched = [
+            (PackedModel, "forward"),
+            (torch.Tensor, "backward"),
+            (torch.optim.AdamW, "step"),
+            (torch.nn.utils, "get_total_norm"),
+            (torch.nn.utils, "clip_grads_with_norm_"),
+        ]
+        before = [getattr(owner, name) for owner, name in watched]
+        for (owner, name), function in zip(watched, before, strict=True):
+            setattr(owner, name, self._timed(function))
+        try:
+            yield
+        finally:
+            for (owner, name), function in zip(watched, before, strict=True):
+                setattr(owner, name, function)
+
+    def _timed(self, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            began = self._now()
+            out = function(*args, **kwargs)
+            self._inside += self._now() - began
+            return out
+
+        return call
+
+    @staticmethod
+    def _now() -> np.ndarray:
+        return np.array([time.perf_counter(), time.thread_time()])
 
 
 def many_rows(args: argparse.Namespace) -> dict[str, Any]:
@@ -192,7 +206,7 @@ def _encode(args: argparse.Namespace) -> dict[str, float]:
     before, began = process_peak_bytes(torch.device("cpu")), time.perf_counter()
     trees = load_trees(tokenizer, DataConfig(name=str(data)))
     tokenised = time.perf_counter()
-    plan = Plan(trees, args.pairs, 1.0, -1, 42, 8192)
+    plan = Plan(trees, train_batch_size=args.pairs, max_tokens_per_batch=8192)
     packs = sum(len(plan.packs(step)) for step in range(plan.total_steps))
     assert packs > 0
     return {

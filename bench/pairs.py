@@ -58,27 +58,6 @@ class Rows(NamedTuple):
     read: int
 
 
-class ListTrees:
-    """Trees in memory as a TreeSource, for runs without the package `datasets`."""
-
-    report: Any = None
-    labels = None
-
-    def __init__(self, trees: list[Tree]):
-        self.trees = trees
-        self.prompt_lengths = np.array([len(t.prompt_ids) for t in trees], dtype=np.int32)
-        self.completion_lengths = np.array(
-            [[len(c) for c in t.completions] for t in trees], dtype=np.int32
-        )
-        self.fingerprint = "in memory"
-
-    def __len__(self) -> int:
-        return len(self.trees)
-
-    def __getitem__(self, row: int) -> Tree:
-        return self.trees[row]
-
-
 def model_folder(out: Path, size: str, tokenizer_data: Path) -> Path:
     """A folder with a random model of that size and a tokenizer trained on the data, made unless it
     is there."""

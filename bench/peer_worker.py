@@ -32,6 +32,7 @@ class Turns:
         os.dup2(2, 1)
         self.device = device
         self.extra: dict[str, float] = {}
+        self._part_began = 0.0
         self._began, self._worked = time.perf_counter(), time.process_time()
 
     def send(self, kind: str, **values: Any) -> None:
@@ -47,6 +48,7 @@ class Turns:
             raise SystemExit("the coordinating process is gone")
         self.extra = {}
         self._began, self._worked = time.perf_counter(), time.process_time()
+        self._part_began = self._began
 
     def end(self, kind: str) -> None:
         """A turn is over. `extra` holds seconds of named parts of it."""
@@ -59,70 +61,31 @@ class Turns:
 
     @contextmanager
     def part(self, name: str):
-        synchronize(self.device)
-        began = time.perf_counter()
+        self.end_part("")
         yield
+        self.end_part(name)
+
+    def end_part(self, name: str) -> None:
+        """What ran since the turn or its last part began is the part `name` of it."""
         synchronize(self.device)
-        self.extra[name] = self.extra.get(name, 0.0) + time.perf_counter() - began
+        now = time.perf_counter()
+        if name:
+            self.extra[name] = self.extra.get(name, 0.0) + now - self._part_began
+        self._part_began = now
 
 
 def run_fasttr(spec: dict[str, Any], turns: Turns) -> dict[str, Any]:
-    """`fasttr.train` with the turns around its step, its sweep of the reference and its move."""
-    import fasttr.reference.moving
-    import fasttr.training.loop
-    import fasttr.training.setup
+    """`fasttr.train` with turns around its steps, its sweeps of the reference and its moves."""
     from fasttr import TrainConfig, train
+    from fasttr.models.load import load_tokenizer
 
-    if importlib.util.find_spec("datasets"):
-        import datasets  # noqa: F401  # its import is no tokenising
-
-    tokenise: list[float] = []
-    load, step, sweep = (
-        fasttr.training.setup.load_rows,
-        fasttr.training.loop._step,
-        fasttr.training.loop.score_window,
-    )
-    move = fasttr.reference.moving.MovingReference.move
-
-    def timed_load(*args, **kwargs):
-        began = time.perf_counter()
-        trees = (
-            load(*args, **kwargs)
-            if importlib.util.find_spec("datasets")
-            else _trees_in_memory(spec)
-        )
-        tokenise.append(time.perf_counter() - began)
-        return trees
-
-    def timed_step(run, number, *rest):
-        if number == 0 and not run.loss.needs_reference:
-            turns.ready()
-        out = step(run, number, *rest)
-        turns.end("step")
-        return out
-
-    def timed_sweep(run, window, stop):
-        if window.start == 0:
-            turns.ready()
-            sweep(run, window, stop)
-            turns.end("score")
-        else:
-            with turns.part("score"):
-                sweep(run, window, stop)
-
-    def timed_move(self):
-        with turns.part("move"):
-            move(self)
-
-    fasttr.training.setup.load_rows, fasttr.training.loop._step = timed_load, timed_step
-    fasttr.training.loop.score_window, fasttr.reference.moving.MovingReference.move = (
-        timed_sweep,
-        timed_move,
-    )
     out = Path(spec["out"])
+    tokenizer = load_tokenizer(spec["model"])
+    began = time.perf_counter()
+    trees = _trees(spec, tokenizer)
+    tokenise_seconds = time.perf_counter() - began
     config = TrainConfig(
         model_name_or_path=spec["model"],
-        dataset_name=spec["data"],
         output_dir=str(out),
         overwrite_output_dir=True,
         max_length=spec["max_length"],
@@ -140,26 +103,46 @@ def run_fasttr(spec: dict[str, Any], turns: Turns) -> dict[str, Any]:
         disable_tqdm=True,
         **spec["settings"],
     )
-    train(config)
+    train(config, tokenizer=tokenizer, train_dataset=trees, callbacks=[_give_turns(turns)])
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "grad_norm" in line]
-    return {"losses": losses, "tokenise_seconds": sum(tokenise)}
+    return {"losses": losses, "tokenise_seconds": tokenise_seconds}
 
 
-def _trees_in_memory(spec: dict[str, Any]) -> Any:
-    from types import SimpleNamespace
+def _trees(spec: dict[str, Any], tokenizer: Any) -> Any:
+    """The rows as fasttr reads them; in memory where the package `datasets` is missing."""
+    if importlib.util.find_spec("datasets"):
+        from fasttr.data.load import DataConfig, load_trees
 
-    from bench.pairs import ListTrees, read_file, survivors
-    from fasttr.models.load import load_tokenizer
+        return load_trees(tokenizer, DataConfig(spec["data"], max_length=spec["max_length"]))
+    from bench.pairs import read_file
+    from fasttr.data.load import DataConfig, encode_rows
 
-    found = survivors(
-        read_file(spec["data"]), load_tokenizer(spec["model"]), spec["max_length"], 1 << 60
-    )
-    trees = ListTrees(found.trees)
-    trees.report = SimpleNamespace(
-        lines=lambda: [f"read {found.read} rows in memory, kept {len(found.trees)}"]
-    )
-    return trees
+    rows = list(read_file(spec["data"]))
+    return encode_rows(tokenizer, rows, DataConfig(spec["data"], max_length=spec["max_length"]))
+
+
+def _give_turns(turns: Turns) -> Any:
+    from fasttr import Callback
+
+    class GiveTurns(Callback):
+        def on_train_begin(self, run):
+            turns.ready()
+
+        def on_window(self, run, window):
+            # A later window is scored between two steps: its turn is the next step's.
+            if window.start == 0:
+                turns.end("score")
+            else:
+                turns.end_part("score")
+
+        def on_step(self, run, metrics):
+            turns.end("step")
+
+        def on_move(self, run):
+            turns.end_part("move")
+
+    return GiveTurns()
 
 
 def run_trl(spec: dict[str, Any], turns: Turns) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from bench.pairs import MODELS, model_folder
 from bench.timing import header, interleaved, process_peak_bytes
 from fasttr.batch import Tree
 from fasttr.losses import Sigmoid, group_loss
-from fasttr.optim.adamw import adamw
+from fasttr.optim.adamw import OptimizerConfig
 
 BETA, LONGEST = 0.1, 1024
 
@@ -121,10 +120,12 @@ class Trainer:
     ):
         from transformers import AutoModelForCausalLM
 
-        from fasttr.models.load import load_model
+        from fasttr.models.load import ModelConfig, load_model
 
         self.trees, self.args, self.device, self.bf16 = trees, args, device, device.type == "cuda"
-        load = lambda **more: load_model(folder, device=device, bf16=self.bf16, **more)  # noqa: E731
+        load = lambda **more: load_model(  # noqa: E731
+            ModelConfig(folder, device=device, bf16=self.bf16, **more)
+        )
         self.load, self.policy, self.reference = load, load(), load()
         self.plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
         self.plain_reference = (
@@ -134,7 +135,7 @@ class Trainer:
             self.initial = [p.detach().clone() for p in self.policy.model.parameters()]
         self.scores = torch.cat(
             [
-                self.reference.score(batch).cpu()
+                self.reference.logps(batch).cpu()
                 for batch, _ in self._by_row(baselines.packed_shared)
             ]
         ).view(-1, 2)
@@ -218,7 +219,7 @@ class Trainer:
             for host, rows in baselines.packed_shared(self.trees, self.args.max_tokens_per_batch):
                 batch = host.to(self.device)
                 ref = (
-                    self.reference.score(batch)
+                    self.reference.logps(batch)
                     if live
                     else self.scores[list(rows)].flatten().to(self.device)
                 )
@@ -232,7 +233,7 @@ class Trainer:
 
 
 def _adamw(model: Any) -> Any:
-    return adamw(model, learning_rate=1e-6, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
+    return OptimizerConfig(learning_rate=1e-6).optimizer(model)
 
 
 def case(
@@ -298,14 +299,14 @@ def case(
 def _mfu(trainer: Trainer, seconds: float) -> dict[str, float]:
     """Useful operations of the packed step over the peak: the same numerator for every line, so
     that it compares."""
-    from fasttr.metrics.throughput import Speed
+    from fasttr.metrics.throughput import FlopCount, peak_flops
 
-    speed = Speed(trainer.policy.model, trainer.device)
-    for batch, rows in baselines.packed_shared(trainer.trees, trainer.args.max_tokens_per_batch):
-        speed.add(batch, len(rows))
-    speed._since = time.perf_counter() - seconds
-    found = speed.read()
-    return {"mfu": found["perf/mfu"]} if "perf/mfu" in found else {}
+    peak = peak_flops(trainer.device)
+    if peak is None:
+        return {}
+    count = FlopCount.of(trainer.policy.model)
+    packs = baselines.packed_shared(trainer.trees, trainer.args.max_tokens_per_batch)
+    return {"mfu": sum(count.of_pack(batch) for batch, _ in packs) / seconds / peak}
 
 
 def _words(path: Path) -> Path:

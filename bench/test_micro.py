@@ -6,7 +6,6 @@ pytest-benchmark compare before.json after.json
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from fasttr_kernels import linear_preference_loss, multi_tensor_lerp_
@@ -14,7 +13,7 @@ from fasttr_kernels import linear_preference_loss, multi_tensor_lerp_
 from bench.head import make_problem
 from bench.head_providers import PROVIDERS
 from bench.step import make_trees
-from fasttr.models.attention import gather_rows
+from fasttr.models.gather import gather_rows
 from fasttr.packing.layout import first_fit_decreasing, pack
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -93,7 +92,7 @@ def test_pack(benchmark):
 
 def test_gather_forward_and_backward(benchmark):
     layout = pack(TREES).attention.to(DEVICE)
-    rows = int(np.sum(layout.q_lengths))
+    rows = sum(layout.lengths()[0])
     x = torch.randn(rows, 256, device=DEVICE, requires_grad=True)
 
     def call():

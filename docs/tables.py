@@ -1,4 +1,4 @@
-"""The tables of REFERENCE.md, made from the code: losses, formats of rows, keys.
+"""The tables of REFERENCE.md, made from the code.
 
 python -m docs.tables REFERENCE.md    # writes the parts between the markers anew
 """
@@ -6,11 +6,16 @@ python -m docs.tables REFERENCE.md    # writes the parts between the markers ane
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
+from fasttr.config.train_config import TrainConfig
+from fasttr.config.trl_table import SECTIONS, TABLE
 from fasttr.data.formats import find_format
 from fasttr.losses import LOSSES
+from fasttr.metrics.names import METRICS
+from fasttr.settings import settings_of
 
 # (columns of a row, dataset_format, sides, how it is read, accepted by TRL 1.16)
 FORMATS: list[tuple[tuple[str, ...], str | None, int, str, bool]] = [
@@ -99,13 +104,55 @@ def formats_table() -> str:
 
 
 def keys_table() -> str:
-    """Every key of TRL and what becomes of it."""
-    from fasttr.config.trl import markdown
+    """Every key of TRL and what becomes of it, one section for each place that keys come from."""
+    lines = []
+    for title, keys in SECTIONS.items():
+        lines += [f"**{title}**", "", *_head("key", "TRL's default", "here", "")]
+        for key in keys:
+            here = key.ours if key.kind == "renamed" else key.kind
+            default = "none" if key.default is None else json.dumps(key.default)
+            lines.append(_row(f"`{key.name}`", default, here, key.note))
+        lines.append("")
+    return "\n".join(lines)
 
-    return markdown()
+
+def settings_table() -> str:
+    """Every setting of a run, by group."""
+    trls = {name for name, key in TABLE.items() if key.kind == "honoured"}
+    lines = []
+    group = None
+    for one in settings_of(TrainConfig).values():
+        if one.group != group:
+            group = one.group
+            lines += ["", f"**{group}**", "", *_head("setting", "default", "", "TRL's name")]
+        default = "none" if one.default is None else json.dumps(one.default)
+        is_trls = "yes" if one.name in trls else ""
+        lines.append(_row(f"`{one.name}`", default, one.sentence, is_trls))
+    return "\n".join(lines[1:])
 
 
-PARTS = {"losses": losses_table, "formats": formats_table, "keys": keys_table}
+def metrics_table() -> str:
+    """Every metric of metrics.jsonl."""
+    lines = _head("metric", "meaning", "unit", "when")
+    lines += [_row(f"`{one.name}`", one.meaning, one.unit, one.when) for one in METRICS]
+    return "\n".join(lines)
+
+
+def _head(*titles: str) -> list[str]:
+    return [_row(*titles), "|" + "---|" * len(titles)]
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+PARTS = {
+    "losses": losses_table,
+    "formats": formats_table,
+    "settings": settings_table,
+    "metrics": metrics_table,
+    "keys": keys_table,
+}
 
 
 def filled(page: str) -> str:

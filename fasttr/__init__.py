@@ -1,25 +1,29 @@
 """fasttr: preference alignment with a moving reference model.
 
-`fasttr.losses` and `fasttr_kernels` need torch alone; `train` and `TrainConfig` need the extra
-`train`.
+`fasttr.losses` and `fasttr_kernels` need torch alone; `train`, `TrainConfig`, `TrainResult` and
+`Callback` need the extra `train`.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fasttr.config.train_config import TrainConfig
+    from fasttr.training.callbacks import Callback
     from fasttr.training.loop import TrainResult, train
 
-__all__ = ["TrainConfig", "TrainResult", "train"]
+__all__ = ["Callback", "TrainConfig", "TrainResult", "train"]
+
+_HOMES = {
+    "Callback": "fasttr.training.callbacks",
+    "TrainConfig": "fasttr.config.train_config",
+    "TrainResult": "fasttr.training.loop",
+    "train": "fasttr.training.loop",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "TrainConfig":
-        from fasttr.config.train_config import TrainConfig
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fasttr' has no attribute {name!r}")
+    import importlib
 
-        return TrainConfig
-    if name in ("train", "TrainResult"):
-        from fasttr.training import loop
-
-        return getattr(loop, name)
-    raise AttributeError(f"module 'fasttr' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -39,6 +39,11 @@ class Usable(NamedTuple):
     why: str
 
 
+def device_for(use_cpu: bool) -> torch.device:
+    """Where a model computes: the GPU when there is one, unless the CPU is asked for."""
+    return torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
+
+
 def environment() -> dict[str, Any]:
     """Versions (None: not installed), git commit of the checkout (None: no checkout), CPU, devices
     with memory in GiB.

@@ -1,11 +1,60 @@
-"""The one exception that a user is meant to read: one line with what was got, what is wanted and
-how to mend it."""
+"""The one exception that a user is meant to read, and the pieces that its messages are made of.
+
+A message says what was got, what is wanted and how to mend it, in one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+LONGEST = 300  # characters of somebody else's message that are worth repeating
 
 
 class FasttrError(ValueError):
-    """A mistake in the input or the set-up. The command line prints it as one line and exits with
-    status 2."""
+    """A mistake in the input or the set-up. The command line prints it and exits with status 2."""
 
     def __init__(self, message: str) -> None:
         # A value from a file or a command line, quoted in the message, may hold line breaks.
         super().__init__(" ".join(message.splitlines()))
+
+
+def one_line(error: BaseException) -> str:
+    """All of an error's message in one line, or its type where it has none."""
+    return " ".join(str(error).split())[:LONGEST] or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type: what follows is often a page of advice."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:LONGEST] if lines else type(error).__name__
+
+
+def nearest(word: str, words: Iterable[str]) -> str | None:
+    """The one of `words` that `word` is likely to be a misspelling of, or None."""
+    distances = {candidate: edit_distance(word, candidate) for candidate in words}
+    best = min(distances, key=lambda candidate: distances[candidate], default=None)
+    # One mistake in a short word, one in every four letters of a long one.
+    if best is None or distances[best] > max(1, len(word) // 4):
+        return None
+    return best
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """` (did you mean ...?)` for the end of a message, or nothing when no word is near."""
+    near = nearest(word, words)
+    return f" (did you mean {near!r}?)" if near is not None else ""
+
+
+def edit_distance(a: str, b: str) -> int:
+    """How many letters must be put in, taken out, replaced or swapped with a neighbour."""
+    before: list[int] = []
+    row = list(range(len(b) + 1))
+    for i, letter in enumerate(a, 1):
+        above_that, before, row = before, row, [i]
+        for j, other in enumerate(b, 1):
+            cost = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (letter != other))
+            swapped = i > 1 and j > 1 and letter == b[j - 2] and a[i - 2] == other
+            if swapped:
+                cost = min(cost, above_that[j - 2] + 1)
+            row.append(cost)
+    return row[-1]

@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
 import torch
 
 if not torch.cuda.is_available():

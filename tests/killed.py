@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  # what every run would import first
@@ -16,26 +17,41 @@ import fasttr.models.packed
 import fasttr.training.loop
 import fasttr.training.window
 from fasttr import TrainConfig, train
+from fasttr.checkpoint.folder import step_of
 
-OWNERS = {
-    "step": (fasttr.training.loop, "_step"),
-    "score": (fasttr.models.packed.PackedModel, "score"),
-    "save": (fasttr.checkpoint.folder, "save_model"),
-    "rename": (os, "rename"),
+
+class Point(NamedTuple):
+    """A function that a run passes through; only calls that `counts` says count."""
+
+    owner: Any
+    name: str
+    counts: Callable[..., bool] = lambda *args, **kwargs: True
+
+
+def _becomes_a_checkpoint(aside: Any, target: Any) -> bool:
+    return step_of(Path(target)) is not None
+
+
+POINTS = {
+    "step": Point(fasttr.training.loop, "train_step"),
+    "score": Point(fasttr.models.packed.PackedModel, "logps"),
+    "save": Point(fasttr.checkpoint.folder, "save_model"),
+    "rename": Point(os, "replace", _becomes_a_checkpoint),
 }
 
 
 def signal_at(what: str, calls: int, signum: int, after: Path | None) -> None:
     """Make the named function send this process a signal when it is entered for the `calls`-th time
     since the folder `after` exists."""
-    owner, name = OWNERS[what]
+    owner, name, counts = POINTS[what]
     original, count = getattr(owner, name), 0
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
-        count += after is None or after.exists()
-        if count == calls:
-            os.kill(os.getpid(), signum)
+        if counts(*args, **kwargs) and (after is None or after.exists()):
+            count += 1
+            if count == calls:
+                os.kill(os.getpid(), signum)
         return original(*args, **kwargs)
 
     setattr(owner, name, counted)

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from fasttr import TrainConfig, train
-from fasttr.cli import parse_train
+from fasttr.cli.train import parse_train
 from fasttr.config.trl_table import TABLE
 from fasttr.errors import FasttrError
 from fasttr.losses import LOSSES

@@ -14,13 +14,14 @@ ROOT = Path(__file__).parents[1]
 # else of fasttr.
 FLOORS = [
     {"errors"},
-    {"batch", "environment"},
+    {"batch", "console", "environment", "files", "settings"},
     {"data", "losses", "optim", "packing"},
     {"metrics", "models"},
-    {"checkpoint", "reference", "rollouts"},
+    {"reference", "rollouts"},
+    {"checkpoint", "parts"},
     {"config"},
-    {"training"},
     {"evaluation"},
+    {"training"},
     {"toy"},
     {"cli"},
     {"__init__", "__main__"},

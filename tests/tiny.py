@@ -103,24 +103,6 @@ def random_trees(shapes: list[tuple[int, ...]], seed: int = 0) -> list[Tree]:
     return [Tree(row, ids(p), tuple(ids(c) for c in cs)) for row, (p, *cs) in enumerate(shapes)]
 
 
-class ListSource:
-    """Trees in memory as a TreeSource."""
-
-    def __init__(self, trees: list[Tree]):
-        self.trees = trees
-        self.prompt_lengths = np.array([len(t.prompt_ids) for t in trees], dtype=np.int32)
-        self.completion_lengths = np.array(
-            [[len(c) for c in t.completions] for t in trees], dtype=np.int32
-        )
-        self.fingerprint = "list"
-
-    def __len__(self) -> int:
-        return len(self.trees)
-
-    def __getitem__(self, row: int) -> Tree:
-        return self.trees[row]
-
-
 def alone_logps(model, trees: list[Tree]) -> torch.Tensor:
     """The specification: each completion alone, unpadded, through the model's own forward and a
     plain log-softmax."""

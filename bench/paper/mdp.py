@@ -26,8 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fasttr.losses import Loss, Scored
-from fasttr.reference.moving import MovingReference, Schedule
+from fasttr.losses import Loss, LossInputs
+from fasttr.reference.moving import MovingReference
+from fasttr.reference.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def rows_of(tree: Tree, pairs: Tensor, loss: Loss) -> Rows:
 def seed_losses(loss: Loss, rows: Rows, logp: Tensor, ref_logp: Tensor) -> Tensor:
     """(S,) mean loss of each seed's rows, which are one group; logp, ref_logp (S, n)."""
     return torch.vmap(
-        lambda p, r: loss(Scored(p, r, rows.tokens, rows.per_row, rows.labels)).mean()
+        lambda p, r: loss(LossInputs(p, r, rows.tokens, rows.per_row, rows.labels)).mean()
     )(logp, ref_logp)
 
 
@@ -246,8 +247,8 @@ def align(
     seen, ref_logp = list[Tensor](), None
     for step in range(steps):
         if ref_logp is None:
-            with torch.no_grad():
-                ref_logp = reference.scorer().leaf_logps().gather(1, rows.leaf)
+            with torch.no_grad(), reference.model() as model:
+                ref_logp = model.leaf_logps().gather(1, rows.leaf)
             reference.window_scored()
         optimizer.zero_grad()
         logp_SL = policy.leaf_logps()

@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -34,8 +33,9 @@ from bench.paper.overopt_plots import plot_gold_against_kl, plot_steps
 from fasttr.checkpoint.folder import list_checkpoints
 from fasttr.config.train_config import TrainConfig
 from fasttr.errors import FasttrError
+from fasttr.files import write_json
 from fasttr.metrics.plots import read_metrics
-from fasttr.models.load import load_model, load_tokenizer
+from fasttr.models.load import ModelConfig, load_model, load_tokenizer
 from fasttr.models.scratch import init_model
 from fasttr.toy.judge import judge, sample
 from fasttr.toy.task import NOISE, label_pair, prompts, sft_rows, write_jsonl
@@ -119,7 +119,7 @@ def study(settings: Settings, out: Path, progress: bool = True) -> list[Run]:
         path = out / "runs" / f"{loss}-{arm}-beta{beta:g}-seed{seed}.json"
         if not path.exists():
             rows = _align(settings, out, sft, loss, arm, beta, seed)
-            _write_json(path, {"loss": loss, "arm": arm, "beta": beta, "seed": seed, "rows": rows})
+            write_json(path, {"loss": loss, "arm": arm, "beta": beta, "seed": seed, "rows": rows})
         runs.append(Run(**json.loads(path.read_text())))
     return runs
 
@@ -141,7 +141,7 @@ def _bind(settings: Settings, out: Path) -> None:
                 "folder"
             )
     else:
-        _write_json(path, settings.bound)
+        write_json(path, settings.bound)
 
 
 def _sft(settings: Settings, out: Path) -> Path:
@@ -195,7 +195,7 @@ def _data(settings: Settings, out: Path, sft: Path, seed: int) -> tuple[Path, Pa
             continue
         tokenizer, model = (
             load_tokenizer(str(sft)),
-            load_model(str(sft), device=torch.device("cpu")),
+            load_model(ModelConfig(str(sft))),
         )
         own = 10_000 * (seed + 1) + 10 * k
         asked = prompts(
@@ -254,9 +254,15 @@ def _align(
         (0, sft),
         *((int(c.name.split("-")[1]), c) for c in list_checkpoints(folder)),
     ]:
-        found = judge(checkpoint, sft, asked, seed)._asdict()
-        del found["completions"]
-        row = {"step": step} | found
+        found = judge(checkpoint, sft, asked, seed)
+        row = {
+            "step": step,
+            "gold": found.gold.value,
+            "gold_stderr": found.gold.stderr,
+            "kl": found.kl.value,
+            "kl_stderr": found.kl.stderr,
+            "length": found.length,
+        }
         row |= {name: measured[step][key] for name, key in ANCHORED.items() if step in measured}
         rows.append(row)
     shutil.rmtree(folder)
@@ -274,13 +280,6 @@ def _quiet(log: Path) -> Any:
         yield
 
 
-def _write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(aside, path)
-
-
 def write(settings: Settings, runs: list[Run], out: Path) -> None:
     """Tables, pictures and the verdict of the runs."""
     compared = [
@@ -288,7 +287,7 @@ def write(settings: Settings, runs: list[Run], out: Path) -> None:
         | {k: v._asdict() for k, v in compare(runs, loss, arm)._asdict().items()}
         for loss, arm in itertools.product(settings.losses, ARMS[1:])
     ]
-    _write_json(
+    write_json(
         out / "results.json",
         {
             "settings": dataclasses.asdict(settings),

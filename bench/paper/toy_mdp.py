@@ -26,7 +26,7 @@ from bench.paper.mdp import NETWORKS, History, Tree, align, draw_pairs, fit
 from bench.paper.stats import Interval, interval, words
 from bench.paper.toy_plots import plot_figure, plot_finals
 from fasttr.losses import LOSSES, make_loss
-from fasttr.reference.moving import Fixed, Hard, Schedule, Soft
+from fasttr.reference.schedule import Fixed, Hard, Schedule, Soft
 
 ARMS = ("fixed", "soft", "hard")
 NAMES = {

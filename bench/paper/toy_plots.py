@@ -11,7 +11,7 @@ import numpy as np
 
 from bench.paper.mdp import History
 from fasttr.metrics.plots import BLUE, DPI, FAINT, GREEN, INK, ORANGE, PURPLE, VERMILION
-from fasttr.reference.moving import Schedule, Soft
+from fasttr.reference.schedule import Schedule, Soft
 
 ARM_COLOURS = {"fixed": BLUE, "soft": VERMILION, "hard": GREEN}
 

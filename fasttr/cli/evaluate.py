@@ -1,105 +1,113 @@
-"""The command line of `fasttr eval`: the settings of a run that have a meaning here, and its own
-beside them."""
+"""`fasttr eval`: measure a split, draw samples for a file of prompts, or both."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
+from pathlib import Path
 from typing import Any
 
 from fasttr.cli import arguments
-from fasttr.config.trl import is_none, merge, translate
 from fasttr.errors import FasttrError
+from fasttr.settings import settings_of
 
-# Flags that no run has: type, what it is.
-OWN: dict[str, tuple[Any, str]] = {
-    "anchor_model_name_or_path": (
-        str,
-        "fixed model that log-ratios are taken against, a folder or hub id",
-    ),
-    "output_file": (str, "also write the numbers as JSON"),
-    "prompts": (str, "file of prompts to draw samples for: rows with a prompt, or lines of text"),
-    "samples_file": (str, "JSON lines to write the samples to"),
-    "max_new_tokens": (int, "most tokens of a sample (256)"),
-    "temperature": (float, "of the samples; 0 takes the likeliest token (1)"),
-    "num_samples": (int, "samples for each prompt (1)"),
-    "sampling_batch_size": (int, "prompts drawn for at once (16)"),
-    "sampling_seed": (int, "seed of the samples (42)"),
-}
-SAMPLING = tuple(name for name in OWN if name not in ("anchor_model_name_or_path", "output_file"))
+USAGE = "[--config FILE] [--SETTING VALUE ...]"
+DESCRIPTION = (
+    "Log-probs and rewards of a split by a model, by itself or against a fixed anchor; with "
+    "--prompts, samples. A file of settings (--config FILE) may be that of a training run: what "
+    "concerns training alone is passed over; as a flag it is a mistake."
+)
 
 
-def main(args: list[str]) -> None:
-    """Measure a split, draw samples, or both. A file of settings may be that of a training run:
-    what concerns training alone is passed over; as a flag it is a mistake."""
+def run(args: list[str]) -> None:
+    from fasttr.config import trl
+    from fasttr.config.eval_config import EvalSettings, SamplingSettings
     from fasttr.config.train_config import TrainConfig
-    from fasttr.evaluation.standalone import SETTINGS, measure, write_json
 
-    parser = arguments.new_parser(
-        "fasttr eval",
-        "Score a split by a model, by itself or against a fixed anchor; with --prompts, draw "
-        "samples.",
+    of_run, own = settings_of(TrainConfig), settings_of(EvalSettings)
+    read = {name: one for name, one in of_run.items() if one.in_eval}
+    shown = [*own.values(), *read.values()]
+    parser = arguments.settings_parser("fasttr eval", DESCRIPTION, shown, USAGE)
+    words = arguments.read_words(args)
+    if words.wants_help:
+        parser.parse_args(["--help"])
+    flags = arguments.flag_values(
+        words.flags,
+        known=[*of_run, *own],
+        takes_list=trl.takes_list,
+        stands_alone=lambda key: key not in own and trl.stands_alone(key),
     )
-    parser.add_argument(
-        "--config", action="config", help="a flat YAML file whose keys are the flags, or a run's"
-    )
-    fields = {field.name for field in dataclasses.fields(TrainConfig)}
-    parser.add_class_arguments(TrainConfig, skip=fields - set(SETTINGS))
-    for name, (kind, text) in OWN.items():
-        parser.add_argument(f"--{name}", type=kind | None, help=text)
-
-    file, flags, rest = arguments.read_args(args)
-    file.pop("env", None)
-    given = merge(file, arguments.flag_values(flags))
-    own = {key: given.pop(key) for key in list(given) if key in OWN}
-    settings, _ = translate(given)
-    training = [key for key in flags if key in fields and key not in SETTINGS]
-    if training:
-        raise FasttrError(
-            f"{training[0]}: fasttr eval trains nothing and does not read it; leave it out"
-        )
-    settings = {key: value for key, value in settings.items() if key in SETTINGS}
+    _refuse_training(flags, of_run, read)
+    words.file.pop("env", None)
+    given = trl.merge(words.file, flags)
+    of_eval = {name: given.pop(name) for name in list(given) if name in own}
+    settings = {k: v for k, v in trl.translate(given)[0].items() if k in read}
     if settings.get("group_size") is not None:
         settings.setdefault("train_batch_size", settings["group_size"])
-    plain = [
-        f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
-        for key, value in {**settings, **own}.items()
-        if not is_none(value)
-    ]
-    values = vars(arguments.parse(parser, plain + rest))
-    values.pop("config")
-    own = {key: values.pop(key) for key in OWN}
-    sampling = {key: own[key] for key in SAMPLING if own[key] is not None}
-    if sampling:
-        _sample(sampling, values)
-    if not sampling or values["dataset_name"] is not None:
-        measured = measure(TrainConfig(**values), own["anchor_model_name_or_path"])
-        print(measured.table())
-        if own["output_file"] is not None:
-            write_json(measured, own["output_file"])
+    values = arguments.typed(parser, {**settings, **_without_none(of_eval)})
+    eval_settings = EvalSettings(**{name: values.pop(name) for name in own})
+    config = TrainConfig(**values)
+    if config.model_name_or_path is None:
+        raise FasttrError(
+            "model_name_or_path: missing; wanted the folder or hub id to measure; --help lists all"
+        )
+    asked_samples = [name for name in settings_of(SamplingSettings) if name in of_eval]
+    if asked_samples:
+        _sample(config, eval_settings, asked_samples)
+    names_data = config.dataset_name or config.datasets or config.eval_dataset_name
+    if not asked_samples or names_data:
+        _measure(config, eval_settings)
 
 
-def _sample(given: dict[str, Any], values: dict[str, Any]) -> None:
-    from fasttr.rollouts.sampler import Sampling, sample_file
+def _refuse_training(flags: dict[str, Any], of_run: Any, read: Any) -> None:
+    for name in flags:
+        if name in of_run and name not in read:
+            raise FasttrError(
+                f"{name}: fasttr eval trains nothing and does not read it; leave it out"
+            )
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    from fasttr.config.trl_values import is_none
+
+    return {name: None if is_none(value) else value for name, value in values.items()}
+
+
+def _measure(config: Any, settings: Any) -> None:
+    from fasttr.evaluation.standalone import measure
+
+    if not (config.dataset_name or config.datasets or config.eval_dataset_name):
+        raise FasttrError(
+            "dataset_name: missing; wanted the rows to measure: a file, a folder or a hub id"
+        )
+    measured = measure(config, settings.anchor_model_name_or_path)
+    print(measured.table())
+    if settings.output_file is not None:
+        measured.write(settings.output_file)
+
+
+def _sample(config: Any, settings: Any, asked: list[str]) -> None:
+    from fasttr.environment import device_for
+    from fasttr.rollouts.prompt_file import PromptFile, sample_file
+    from fasttr.rollouts.sampler import Sampling
 
     for key in ("prompts", "samples_file"):
-        if key not in given:
+        if getattr(settings, key) is None:
             raise FasttrError(
                 f"{key}: missing; samples need --prompts and --samples_file (got "
-                f"{', '.join(given)})"
+                f"{', '.join(asked)})"
             )
-    if "sampling_seed" in given:
-        given["seed"] = given.pop("sampling_seed")
     written = sample_file(
-        values["model_name_or_path"],
-        given["prompts"],
-        given["samples_file"],
-        sampling=Sampling(
-            **{key: value for key, value in given.items() if key in Sampling._fields}
+        config.model(device_for(config.use_cpu)),
+        PromptFile(
+            Path(settings.prompts),
+            Path(settings.samples_file),
+            batch_size=settings.sampling_batch_size,
+            disable_tqdm=config.disable_tqdm,
         ),
-        batch_size=given.get("sampling_batch_size", 16),
-        use_cpu=values["use_cpu"],
-        bf16=values["bf16"],
-        disable_tqdm=values["disable_tqdm"],
+        Sampling(
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            num_samples=settings.num_samples,
+            seed=settings.sampling_seed,
+        ),
     )
-    print(f"{written} samples in {given['samples_file']}")
+    print(f"{written} samples in {settings.samples_file}")

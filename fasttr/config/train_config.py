@@ -1,40 +1,49 @@
-"""The configuration of a run: TRL's names and defaults wherever the meaning is TRL's, ours beside
-them."""
+"""The configuration of a run on preferences.
+
+Names and defaults are TRL's wherever the meaning is TRL's; ours stand beside them. The
+configuration
+hands on small ones: what reads rows, loads a model or steps an optimizer never sees it whole.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from fasttr.config.rules import check
+from fasttr.batch import TreeSource
+from fasttr.config import rules
+from fasttr.config.common import (
+    ComputeSettings,
+    DataSettings,
+    EvaluationSettings,
+    LoggingSettings,
+    ModelSettings,
+    OptimizerSettings,
+    SavingSettings,
+    StepSettings,
+)
+from fasttr.data.load import DataConfig
 from fasttr.errors import FasttrError
-from fasttr.losses import Loss, Weighted, make_loss
-from fasttr.reference.moving import Fixed, Hard, Schedule, Soft
-
-# Settings that may change when a run is resumed: they do not touch what is computed.
-FREE_ON_RESUME = frozenset(
-    {
-        "output_dir",
-        "logging_steps",
-        "save_strategy",
-        "save_steps",
-        "save_total_limit",
-        "resume_from_checkpoint",
-        "report_to",
-        "run_name",
-        "project",
-        "overwrite_output_dir",
-        "disable_tqdm",
-        "dataset_num_proc",
-        "max_dropped_fraction",
-        "max_boundary_mismatch",
-        "logging_strategy",
-        "logging_first_step",
-        "save_only_model",
-    }
+from fasttr.losses import DIVERGENCES, Loss, Objective, make_loss
+from fasttr.metrics.trackers import TrackerConfig
+from fasttr.models.load import ModelConfig
+from fasttr.optim.adamw import OptimizerConfig
+from fasttr.packing.plan import Plan
+from fasttr.reference.schedule import Fixed, Hard, Schedule, Soft
+from fasttr.settings import (
+    above,
+    at_least,
+    between,
+    check_ranges,
+    described,
+    one_of,
+    setting,
+    settings_of,
+    whole,
 )
 
 # What losses read beside their names.
@@ -65,225 +74,128 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Settings of `fasttr train`.
+class LossSettings:
+    """Loss."""
 
-    Args:
-        model_name_or_path: hub id or folder of the policy; its weights are held in float32.
-        model_revision: branch, tag or commit of a hub model.
-        disable_dropout: false is refused for a model with dropout, since dropout is off in both
-            models.
-        dataset_name: hub id, folder or file (json, jsonl, parquet, also gz) of preference rows.
-        datasets: a mixture, which wins over dataset_name: a list of path, name, data_dir,
-            data_files, split, columns, fraction; fraction is for all or none, and nothing is used
-            twice.
-        test_split_size: rows of the mixture, or a share below 1, set aside as its test split, drawn
-            from seed.
-        dataset_config: configuration of a hub data set.
-        dataset_train_split: split to train on.
-        dataset_test_split: split to evaluate on.
-        dataset_format: none reads the columns as TRL does; hh_rlhf splits raw transcripts at the
-            last Assistant turn.
-        dataset_num_proc: processes for tokenising.
-        eval_dataset_name: data set to evaluate on; none means the test split of dataset_name.
-        weight_column: column of row weights that multiply the loss.
-        max_length: prompt and completion together, in tokens; none cuts nothing.
-        max_dropped_fraction: stop when more rows than this are dropped.
-        max_boundary_mismatch: stop when more rows than this merge a token across the prompt's end.
-        output_dir: folder for checkpoints, metrics and the final model.
-        overwrite_output_dir: start over in a folder that already holds a run.
-        loss_type: name of a loss, or a list of names whose losses are summed; absent means sigmoid
-            for pairs and kto for unpaired rows.
-        loss_weights: weight of each loss of a list; none means 1.
-        beta: strength of the pull towards the reference; tau of ipo.
-        label_smoothing: share of wrong labels that cdpo, robust, exo_pair, aot and aot_unpaired
-            expect.
-        f_divergence_type: reverse_kl, forward_kl, js_divergence or alpha_divergence.
-        f_alpha_divergence_coef: alpha of alpha_divergence.
-        ld_alpha: weight of the log-probs beyond the length of a pair's shorter side; none means 1.
-        discopop_tau: temperature of discopop.
-        simpo_gamma: target margin of simpo.
-        desirable_weight: factor on the losses of desirable rows.
-        undesirable_weight: factor on the losses of undesirable rows.
-        group_size: rows whose losses are computed together where a loss couples rows; none means
-            train_batch_size.
-        ref_update: how the reference moves: none, soft or hard.
-        ref_update_alpha: share of the policy in a soft update.
-        ref_update_every: optimizer steps between updates.
-        ref_model_name_or_path: another model as the first reference; none means the policy at its
-            start.
-        train_sampling_strategy: random (TRL's permutation) or sequential, the order of the data.
-        dataloader_drop_last: leave out an epoch's last rows that do not fill group_size, or a step
-            without one.
-        train_batch_size: rows per optimizer step.
-        max_tokens_per_batch: tokens per forward pass; memory follows it, results do not. Absent
-            means 8192 on CUDA and 1024 on a CPU, where larger passes are not faster.
-        learning_rate: peak rate of AdamW.
-        lr_scheduler_type: name of a transformers schedule.
-        lr_scheduler_kwargs: further arguments of that schedule.
-        warmup_steps: steps of warm-up; below 1 a share of all steps.
-        weight_decay: decoupled decay; biases and norms have none.
-        adam_beta1: decay of AdamW's first moment.
-        adam_beta2: decay of AdamW's second moment.
-        adam_epsilon: AdamW's epsilon.
-        max_steps: optimizer steps; above 0 it wins over num_train_epochs.
-        num_train_epochs: passes over the data, may be a fraction.
-        max_grad_norm: clip the gradient's norm to this; 0 clips nothing.
-        seed: seed of everything random.
-        data_seed: seed of the order of rows; none means seed.
-        bf16: compute in bfloat16; absent means true on CUDA and false on a CPU.
-        tf32: TF32 in float32 products on CUDA; none leaves torch's setting.
-        dtype: dtype of weights and optimizer; float32 alone.
-        gradient_checkpointing: recompute activations in the backward pass.
-        attn_implementation: none picks; sdpa, eager, varlen, flash_attention_2.
-        use_liger_kernel: Liger's norm, rotary and MLP kernels; absent means where CUDA and
-            liger-kernel are present.
-        logging_strategy: no, steps or epoch.
-        logging_steps: steps between lines of metrics; below 1 a share of all steps.
-        logging_first_step: a line after the first step too.
-        eval_strategy: no, steps or epoch; with steps the last one is evaluated too.
-        eval_steps: steps between evaluations, below 1 a share of all steps; none means
-            logging_steps.
-        eval_delay: no evaluation before this many steps, or epochs with eval_strategy epoch.
-        eval_on_start: evaluate before the first step.
-        save_strategy: no, steps, epoch or best; the last step is saved with steps and epoch.
-        save_steps: steps between checkpoints; below 1 a share of all steps.
-        save_total_limit: how many checkpoints are kept; the best one always is.
-        save_only_model: checkpoints without what resuming needs.
-        load_best_model_at_end: the final model is the best of the checkpoints.
-        metric_for_best_model: what best means, such as loss or rewards/margins; none means loss.
-        greater_is_better: whether a larger value is better; none means not for a metric that ends
-            in loss.
-        resume_from_checkpoint: true for the newest in output_dir, or a folder.
-        report_to: none, or one or more of tensorboard, wandb, trackio, beside metrics.jsonl.
-        run_name: name of the run at wandb and trackio.
-        project: project of the run at wandb and trackio; WANDB_PROJECT and TRACKIO_PROJECT win.
-        full_determinism: deterministic CUDA kernels, slower.
-        use_cpu: train on the CPU even when there is a GPU.
-        disable_tqdm: no progress bars.
-    """
+    loss_type: str | list[str] | None = setting(
+        None,
+        None,
+        "name of a loss, or a list of names whose losses are summed; none means sigmoid for pairs "
+        "and kto for unpaired rows",
+        in_eval=True,
+    )
+    loss_weights: list[float] | None = setting(
+        None, None, "weight of each loss of a list; none means 1", in_eval=True
+    )
+    beta: float = setting(
+        0.1,
+        above(0),
+        "strength of the pull towards the reference; tau of ipo",
+        in_eval=True,
+    )
+    label_smoothing: float = setting(
+        0.0,
+        between(0, 1),
+        "share of wrong labels that cdpo, robust, exo_pair, aot and aot_unpaired expect",
+        in_eval=True,
+    )
+    f_divergence_type: str = setting(
+        "reverse_kl", one_of(*DIVERGENCES), "divergence that the loss is made of", in_eval=True
+    )
+    f_alpha_divergence_coef: float = setting(0.5, None, "alpha of alpha_divergence", in_eval=True)
+    ld_alpha: float | None = setting(
+        None,
+        between(0, 1),
+        "weight of the log-probs beyond the length of a pair's shorter side; none means 1",
+        in_eval=True,
+    )
+    discopop_tau: float = setting(0.05, above(0), "temperature of discopop", in_eval=True)
+    simpo_gamma: float = setting(0.5, None, "target margin of simpo", in_eval=True)
+    desirable_weight: float = setting(
+        1.0, at_least(0), "factor on the losses of desirable rows", in_eval=True
+    )
+    undesirable_weight: float = setting(
+        1.0, at_least(0), "factor on the losses of undesirable rows", in_eval=True
+    )
+    group_size: int | None = setting(
+        None,
+        whole(1),
+        "rows whose losses are computed together where a loss couples rows; none means "
+        "train_batch_size",
+        in_eval=True,
+    )
 
-    model_name_or_path: str
-    model_revision: str = "main"
-    disable_dropout: bool = True
-    dataset_name: str | None = None
-    datasets: list[dict[str, Any]] | None = None
-    test_split_size: float | None = None
-    dataset_config: str | None = None
-    dataset_train_split: str = "train"
-    dataset_test_split: str = "test"
-    dataset_format: Literal["hh_rlhf"] | None = None
-    dataset_num_proc: int | None = None
-    eval_dataset_name: str | None = None
-    weight_column: str | None = None
-    max_length: int | None = 1024
-    max_dropped_fraction: float = 1.0
-    max_boundary_mismatch: float | None = None
-    output_dir: str = "trainer_output"
-    overwrite_output_dir: bool = False
-    loss_type: str | list[str] | None = None
-    loss_weights: list[float] | None = None
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    f_divergence_type: str = "reverse_kl"
-    f_alpha_divergence_coef: float = 0.5
-    ld_alpha: float | None = None
-    discopop_tau: float = 0.05
-    simpo_gamma: float = 0.5
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
-    group_size: int | None = None
-    ref_update: Literal["none", "soft", "hard"] = "none"
-    ref_update_alpha: float = 0.6
-    ref_update_every: int = 512
-    ref_model_name_or_path: str | None = None
-    train_sampling_strategy: Literal["random", "sequential"] = "random"
-    dataloader_drop_last: bool = False
-    train_batch_size: int = 8
-    max_tokens_per_batch: int | None = None
-    learning_rate: float = 1e-6
-    lr_scheduler_type: str = "linear"
-    lr_scheduler_kwargs: dict[str, Any] | None = None
-    warmup_steps: float = 0
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    max_steps: int = -1
-    num_train_epochs: float = 3.0
-    max_grad_norm: float = 1.0
-    seed: int = 42
-    data_seed: int | None = None
-    bf16: bool | None = None
-    tf32: bool | None = None
-    dtype: str = "float32"
-    gradient_checkpointing: bool = True
-    attn_implementation: str | None = None
-    use_liger_kernel: bool | None = None
-    logging_strategy: Literal["no", "steps", "epoch"] = "steps"
-    logging_steps: float = 10
-    logging_first_step: bool = False
-    eval_strategy: Literal["no", "steps", "epoch"] = "no"
-    eval_steps: float | None = None
-    eval_delay: float = 0
-    eval_on_start: bool = False
-    save_strategy: Literal["no", "steps", "epoch", "best"] = "steps"
-    save_steps: float = 500
-    save_total_limit: int | None = None
-    save_only_model: bool = False
-    load_best_model_at_end: bool = False
-    metric_for_best_model: str | None = None
-    greater_is_better: bool | None = None
-    resume_from_checkpoint: bool | str | None = None
-    report_to: str | list[str] = "none"
-    run_name: str | None = None
-    project: str = "huggingface"
-    full_determinism: bool = False
-    use_cpu: bool = False
-    disable_tqdm: bool = False
+
+@dataclass(frozen=True)
+class ReferenceSettings:
+    """Reference."""
+
+    ref_update: str = setting(
+        "none",
+        one_of("none", "soft", "hard"),
+        "how the reference moves: not at all, reference <- alpha policy + (1 - alpha) reference, "
+        "or reference <- policy",
+    )
+    ref_update_alpha: float = setting(0.6, between(0, 1), "share of the policy in a soft update")
+    ref_update_every: int = setting(512, whole(1), "optimizer steps between updates")
+    ref_model_name_or_path: str | None = setting(
+        None, None, "another model as the first reference; none means the policy at its start"
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig(
+    SavingSettings,
+    EvaluationSettings,
+    LoggingSettings,
+    ComputeSettings,
+    OptimizerSettings,
+    StepSettings,
+    ReferenceSettings,
+    LossSettings,
+    DataSettings,
+    ModelSettings,
+):
+    """Settings of a run on preferences: `fasttr train` and `fasttr.train`."""
 
     def __post_init__(self) -> None:
-        if (
-            isinstance(self.loss_type, list)
-            and len(self.loss_type) == 1
-            and self.loss_weights is None
-        ):
-            object.__setattr__(self, "loss_type", self.loss_type[0])
-        check(self)
+        names = self.loss_type
+        if isinstance(names, list) and len(names) == 1 and self.loss_weights is None:
+            object.__setattr__(self, "loss_type", names[0])
+        check_ranges(self)
+        rules.check(self)
 
     @property
-    def loss(self) -> Loss | Weighted:
-        """The loss of `loss_type`; that of pairs while it is absent and the rows are not known."""
-        names = ["sigmoid"] if self.loss_type is None else self.loss_type
+    def loss_names(self) -> list[str]:
+        """Names of the loss; that of pairs while it is absent and the rows are not known."""
+        names = "sigmoid" if self.loss_type is None else self.loss_type
+        return [names] if isinstance(names, str) else names
+
+    @property
+    def loss(self) -> Loss:
         settings = {key: getattr(self, key) for key in LOSS_SETTINGS}
         try:
-            return make_loss(
-                [names] if isinstance(names, str) else names, self.loss_weights, **settings
-            )
+            return make_loss(self.loss_names, self.loss_weights, **settings)
         except ValueError as error:
             raise FasttrError(str(error)) from error
 
-    def token_budget(self, device: torch.device) -> int:
-        return self.max_tokens_per_batch or (8192 if device.type == "cuda" else 1024)
-
-    @property
-    def loss_name(self) -> str:
-        return (
-            self.loss_type
-            if isinstance(self.loss_type, str)
-            else " + ".join(self.loss_type or ["sigmoid"])
-        )
-
-    @property
-    def group_rows(self) -> int:
-        """Rows that must share a pack: the group of a loss that couples rows, else one."""
-        return (self.group_size or self.train_batch_size) if self.loss.coupled else 1
-
     @property
     def schedule(self) -> Schedule:
+        """How the reference moves."""
         if self.ref_update == "soft":
             return Soft(self.ref_update_alpha, self.ref_update_every)
-        return Hard(self.ref_update_every) if self.ref_update == "hard" else Fixed()
+        if self.ref_update == "hard":
+            return Hard(self.ref_update_every)
+        return Fixed()
+
+    @property
+    def eval_every(self) -> float:
+        """Steps between evaluations, or their share of all steps."""
+        return self.eval_steps or self.logging_steps
+
+    @property
+    def evaluates(self) -> bool:
+        return self.eval_strategy != "no" or self.eval_on_start
 
     @property
     def best_metric(self) -> str:
@@ -292,20 +204,112 @@ class TrainConfig:
 
     @property
     def more_is_better(self) -> bool:
-        return (
-            not self.best_metric.endswith("loss")
-            if self.greater_is_better is None
-            else self.greater_is_better
+        if self.greater_is_better is None:
+            return not self.best_metric.endswith("loss")
+        return self.greater_is_better
+
+    def objective(self, loss: Loss) -> Objective:
+        return Objective(loss, average_over=self.group_size)
+
+    def data(self, name: str | None = None, split: str = "train", sides: int = 2) -> DataConfig:
+        """How to read and encode a split of a data set, or rows that are already here."""
+        return DataConfig(
+            name=name or "the rows",
+            config=self.dataset_config,
+            split=split,
+            dataset_format=self.dataset_format,
+            max_length=self.max_length,
+            weight_column=self.weight_column,
+            sides=sides,
+            max_dropped_fraction=self.max_dropped_fraction,
+            max_boundary_mismatch=self.max_boundary_mismatch,
+            num_proc=self.dataset_num_proc,
         )
+
+    def model(self, device: torch.device, name: str | None = None) -> ModelConfig:
+        """How to load the policy; or a model `name` that is compared with it."""
+        return ModelConfig(
+            name=name or self.model_name_or_path or "",
+            revision="main" if name else self.model_revision,
+            device=device,
+            bf16=self.computes_in_bf16(device),
+            attn_implementation=self.attn_implementation,
+            gradient_checkpointing=self.gradient_checkpointing and name is None,
+            use_liger_kernel=self.use_liger_kernel,
+            max_length=self.max_length,
+            ld_alpha=self.ld_alpha,
+        )
+
+    def optimizer(self) -> OptimizerConfig:
+        return OptimizerConfig(
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            betas=(self.adam_beta1, self.adam_beta2),
+            eps=self.adam_epsilon,
+            schedule=self.lr_scheduler_type,
+            schedule_kwargs=self.lr_scheduler_kwargs,
+            warmup_steps=self.warmup_steps,
+        )
+
+    def plan(self, trees: TreeSource, loss: Loss, device: torch.device) -> Plan:
+        plan = Plan(
+            trees,
+            train_batch_size=self.train_batch_size,
+            max_tokens_per_batch=self.token_budget(device),
+            num_train_epochs=self.num_train_epochs,
+            max_steps=self.max_steps,
+            seed=self.seed if self.data_seed is None else self.data_seed,
+            shuffle=self.train_sampling_strategy == "random",
+            group_rows=self.group_rows(loss),
+            multiple_of=self._full_batch if self.dataloader_drop_last else 1,
+        )
+        if plan.rows_per_epoch == 0:
+            raise FasttrError(
+                f"dataloader_drop_last: {len(trees)} rows do not fill one batch of "
+                f"{plan.multiple_of}; leave it out"
+            )
+        return plan
+
+    def trackers(self) -> TrackerConfig:
+        return TrackerConfig(self.report_to, self.run_name, self.project)
+
+    def computes_in_bf16(self, device: torch.device) -> bool:
+        return device.type == "cuda" if self.bf16 is None else self.bf16
+
+    def token_budget(self, device: torch.device) -> int:
+        return self.max_tokens_per_batch or (8192 if device.type == "cuda" else 1024)
+
+    def group_rows(self, loss: Loss) -> int:
+        """Rows that must share a pack: the group of a loss that couples rows, else one."""
+        return self._full_batch if loss.coupled else 1
+
+    @property
+    def _full_batch(self) -> int:
+        return self.group_size or self.train_batch_size
+
+    @property
+    def output_folder(self) -> Path:
+        return Path(self.output_dir)
+
+    @classmethod
+    def bound_on_resume(cls) -> list[str]:
+        """Settings that a resumed run must have as it began: they touch what is computed."""
+        return [name for name, one in settings_of(cls).items() if not one.may_change]
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     def differences(self, saved: dict[str, Any]) -> list[str]:
-        """Settings that bind a resumed run and differ from `saved`, as `key: saved -> now`."""
+        """What binds a resumed run and differs from the configuration it was saved with."""
         now = self.as_dict()
+        bound = self.bound_on_resume()
+        if self.evaluates and self.eval_steps is None:
+            bound.append("logging_steps")  # it says when to evaluate
         return [
-            f"{key}: {saved.get(key)!r} -> {now[key]!r}"
-            for key in now
-            if key not in FREE_ON_RESUME and saved.get(key) != now[key]
+            f"{name}: {saved.get(name)!r} -> {now[name]!r}"
+            for name in bound
+            if saved.get(name) != now[name]
         ]
+
+
+TrainConfig.__doc__ = described(TrainConfig)

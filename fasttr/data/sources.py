@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fasttr.errors import FasttrError
+from fasttr.errors import FasttrError, first_line
 
 FILE_KINDS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 MOST_ENTRIES = 100_000  # looking through more, such as a home folder, would seem to hang
@@ -134,7 +134,7 @@ def _kind_of_file(path: Path) -> str:
         with _open(path) as file:
             head = file.read(1)
     except (OSError, EOFError) as error:
-        raise FasttrError(f"{path} cannot be read: {_first_line(error)}") from error
+        raise FasttrError(f"{path} cannot be read: {first_line(error)}") from error
     if not head:
         raise FasttrError(f"{path} is empty: wanted at least one row")
     return kind
@@ -203,7 +203,7 @@ def _explain(
         cause := causes[-1].__cause__ or causes[-1].__context__
     ) is not None and cause not in causes:
         causes.append(cause)  # type: ignore[arg-type]
-    message = _first_line(error)
+    message = first_line(error)
     if "corresponds to no data" in message:
         return FasttrError(f"{name} holds no rows: wanted at least one")
     refused = next(
@@ -237,7 +237,7 @@ def _explain(
             if isinstance(error, datasets.exceptions.DatasetsError) and causes[1:]
             else error
         )
-        return FasttrError(f"{name} cannot be read: {_first_line(cause)}")
+        return FasttrError(f"{name} cannot be read: {first_line(cause)}")
     return FasttrError(
         f"{name!r} is no file or folder here, and as a data set of the hub it could not be read "
         f"({type(error).__name__}: {message}): check the name, the network and the access token"
@@ -280,7 +280,7 @@ def find_broken_line(path: Path) -> str | None:
     except UnicodeDecodeError as error:
         return f"{path}: not UTF-8 text: {error}"
     except (OSError, EOFError) as error:
-        return f"{path} cannot be read: {_first_line(error)}"
+        return f"{path} cannot be read: {first_line(error)}"
     return None
 
 
@@ -308,11 +308,6 @@ def _looks_like_path(name: str) -> bool:
         or suffix in FILE_KINDS
         or "://" in name
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
 
 
 @contextlib.contextmanager

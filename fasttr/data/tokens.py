@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fasttr.errors import FasttrError
+from fasttr.errors import FasttrError, one_line
 
 Messages = list[dict[str, Any]]
 
@@ -237,7 +237,7 @@ def _encode_chats(tokenizer: Any, examples: Sequence[Example]) -> list[np.ndarra
             for messages in example.completions:
                 outputs.append(tokenizer.apply_chat_template(_whole(example, messages), **options))
         except Exception as error:  # a template is a program: it raises whatever it likes
-            told = f"{type(error).__name__}: {_one_line(error)}"
+            told = f"{type(error).__name__}: {one_line(error)}"
             raise RowError(
                 example.row, f"the chat template of {_name(tokenizer)} refuses the messages: {told}"
             ) from error
@@ -305,7 +305,3 @@ def _name(tokenizer: Any) -> str:
     return (
         f"the tokenizer {tokenizer.name_or_path!r}" if tokenizer.name_or_path else "the tokenizer"
     )
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

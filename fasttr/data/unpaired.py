@@ -4,6 +4,8 @@ The mismatched completion estimates the KL term of `kto`. It is fixed once, by T
 order of the data: inside each block of consecutive rows every prompt gets the completion of the row
 before it, the first one that of the last. Sharing the prompt, it costs its own tokens and no
 forward of its own.
+
+Legend: n unpaired rows.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ UNPAIR_BLOCK = 1000  # TRL takes pairs apart in blocks: all chosen of a block, t
 
 
 class Unpaired:
-    """A TreeSource of trees (completion,) or, with `block`, (completion, mismatched completion),
-    each with a label.
+    """A TreeSource of trees (completion,) or (completion, mismatched completion), with labels.
 
     Args:
         source: trees of one completion, with `labels`, or of two (chosen, rejected), which are
             taken apart.
+        labels: (n,) bool of a source with one completion; None for pairs.
         block: rows inside which completions rotate; None adds no mismatched completion.
         max_length: a mismatched completion is cut so that prompt and completion fit.
     """
@@ -34,32 +36,27 @@ class Unpaired:
         block: int | None,
         max_length: int | None,
     ):
-        self.source, n = source, len(source)
+        self.source = source
         if source.completion_lengths.shape[1] == 2:
-            blocks = [
-                np.arange(first, min(first + UNPAIR_BLOCK, n))
-                for first in range(0, n, UNPAIR_BLOCK)
-            ]
-            self._row = np.concatenate([np.concatenate([b, b]) for b in blocks])
-            self._side = np.concatenate([np.repeat([0, 1], len(b)) for b in blocks])
+            self._row, self._side = _taken_apart(len(source))
             self.labels = self._side == 0
+        elif labels is not None:
+            self._row = np.arange(len(source))
+            self._side = np.zeros(len(source), dtype=np.int64)
+            self.labels = labels
         else:
-            if labels is None:
-                raise ValueError("got unpaired rows without labels; wanted a label column")
-            self._row, self._side, self.labels = np.arange(n), np.zeros(n, dtype=np.int64), labels
+            raise ValueError("got unpaired rows without labels; wanted a label column")
+        self.positions = source.positions[self._row]
         self.prompt_lengths = source.prompt_lengths[self._row]
-        own = source.completion_lengths[self._row, self._side]
+        own_lengths = source.completion_lengths[self._row, self._side]
+        lengths = [own_lengths]
         self._partner: np.ndarray | None = None
-        lengths = [own]
         if block is not None:
-            starts = np.arange(len(own)) // block * block
-            ends = np.minimum(starts + block, len(own))
-            before = np.arange(len(own)) - 1
-            self._partner = np.where(before < starts, ends - 1, before)
-            cut = own[self._partner]
-            lengths.append(
-                cut if max_length is None else np.minimum(cut, max_length - self.prompt_lengths)
-            )
+            self._partner = _rotated(len(self._row), block)
+            mismatched = own_lengths[self._partner]
+            if max_length is not None:
+                mismatched = np.minimum(mismatched, max_length - self.prompt_lengths)
+            lengths.append(mismatched)
         self.completion_lengths = np.stack(lengths, axis=1).astype(np.int32)
         self.fingerprint = f"{source.fingerprint}/unpaired/{block}/{max_length}"
 
@@ -70,9 +67,27 @@ class Unpaired:
         tree = self.source[int(self._row[row])]
         completions = [tree.completions[self._side[row]]]
         if self._partner is not None:
-            other = int(self._partner[row])
-            mismatched = self.source[int(self._row[other])].completions[self._side[other]]
-            completions.append(mismatched[: self.completion_lengths[row, 1]])
+            partner = int(self._partner[row])
+            other = self.source[int(self._row[partner])].completions[self._side[partner]]
+            completions.append(other[: self.completion_lengths[row, 1]])
         return Tree(
             int(row), tree.prompt_ids, tuple(completions), tree.weight, bool(self.labels[row])
         )
+
+
+def _taken_apart(pairs: int) -> tuple[np.ndarray, np.ndarray]:
+    """The pair and the side of each unpaired row, in TRL's order."""
+    rows, sides = [], []
+    for first in range(0, pairs, UNPAIR_BLOCK):
+        block = np.arange(first, min(first + UNPAIR_BLOCK, pairs))
+        rows += [block, block]
+        sides += [np.zeros(len(block), dtype=np.int64), np.ones(len(block), dtype=np.int64)]
+    return np.concatenate(rows), np.concatenate(sides)
+
+
+def _rotated(rows: int, block: int) -> np.ndarray:
+    """(rows,) the row before each one; for the first row of a block the block's last."""
+    place = np.arange(rows)
+    start = place // block * block
+    last = np.minimum(start + block, rows) - 1
+    return np.where(place == start, last, place - 1)

@@ -1,20 +1,18 @@
 """`fasttr eval`: any folder on any split, by itself or against a fixed anchor, every number with
 its standard error.
 
-The sums are those of the evaluation inside a run (`fasttr.evaluate`), so that the two agree;
-standard errors come from the rows' own log-probs. An anchor does not move: unlike `eval_rewards/*`
-of a run with a moving reference, values against the same anchor compare between runs and steps.
+The sums are those of the evaluation inside a run, so that the two agree; standard errors come from
+the rows' own log-probs. An anchor does not move: unlike `eval_rewards/*` of a run with a moving
+reference, values against the same anchor compare between runs and steps.
 
-Legend: B rows, M completions a row.
+Legend: B rows, m completions a row.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -25,54 +23,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fasttr.batch import PackedBatch, TreeSource
+from fasttr.config.rows import RowReader, as_loss_reads
 from fasttr.config.train_config import TrainConfig
-from fasttr.data.load import TreeSet
-from fasttr.data.mixture import parse_parts, read_mixture
+from fasttr.environment import device_for
 from fasttr.errors import FasttrError
-from fasttr.losses import Loss, Scored, Weighted
-from fasttr.metrics.sums import Averages, binomial_stderr
+from fasttr.evaluation.split import EvaluationSplit, evaluate
+from fasttr.files import write_json
+from fasttr.losses import BaseLoss, Loss, LossInputs
+from fasttr.metrics.sums import binomial_stderr
 from fasttr.models.load import load_config, load_model, load_tokenizer
-from fasttr.models.packed import PackedModel
-from fasttr.packing.plan import Plan
-from fasttr.reference.moving import ScoreTable
-from fasttr.training import setup as runs
-from fasttr.training.evaluate import evaluate, pack_split
+from fasttr.reference.logp_table import LogpTable, fill_logps
 
-# The settings of a run that have a meaning here; the rest are about training.
-SETTINGS = (
-    "model_name_or_path",
-    "dataset_name",
-    "datasets",
-    "test_split_size",
-    "eval_dataset_name",
-    "seed",
-    "dataset_config",
-    "dataset_test_split",
-    "dataset_format",
-    "dataset_num_proc",
-    "weight_column",
-    "max_length",
-    "max_dropped_fraction",
-    "loss_type",
-    "loss_weights",
-    "beta",
-    "label_smoothing",
-    "f_divergence_type",
-    "f_alpha_divergence_coef",
-    "ld_alpha",
-    "discopop_tau",
-    "simpo_gamma",
-    "desirable_weight",
-    "undesirable_weight",
-    "group_size",
-    "train_batch_size",
-    "max_tokens_per_batch",
-    "bf16",
-    "attn_implementation",
-    "use_liger_kernel",
-    "use_cpu",
-    "disable_tqdm",
-)
+ANCHOR_KEY = "anchor_model_name_or_path"
 
 
 class Measured(NamedTuple):
@@ -88,267 +50,243 @@ class Measured(NamedTuple):
 
     def table(self) -> str:
         head = f"{self.model} on {self.rows} rows of {self.dataset} ({self.split})"
-        head += f", against {self.anchor}" if self.anchor else ""
+        if self.anchor:
+            head += f", against {self.anchor}"
         names = [name for name in self.metrics if not name.endswith("_stderr")]
         width = max(map(len, names))
         lines = [head]
         for name in names:
+            line = f"  {name:{width}}  {self.metrics[name]:12.5g}"
             error = self.metrics.get(f"{name}_stderr")
-            lines.append(
-                f"  {name:{width}}  {self.metrics[name]:12.5g}"
-                + (f" +- {error:.2g}" if error else "")
-            )
+            lines.append(f"{line} +- {error:.2g}" if error else line)
         return "\n".join(lines)
+
+    def write(self, path: str | Path) -> None:
+        """The facts and metrics as one JSON object; NaN becomes null."""
+        facts = self._asdict()
+        finite = {k: v if math.isfinite(v) else None for k, v in self.metrics.items()}
+        try:
+            write_json(Path(path), {**facts, "metrics": finite})
+        except OSError as error:
+            raise FasttrError(f"output_file: cannot write {path}: {error}") from error
+
+
+def measure(config: TrainConfig, anchor: str | None = None) -> Measured:
+    """Log-probs of a split by the model of `config`, and by `anchor` (a folder or hub id).
+
+    Of `config` the settings that say `in_eval` are read. Without an anchor and without a
+    `loss_type` that needs none, there is no loss and there are no rewards: log-probs, and how often
+    the chosen side has the higher one, as a sum and as a mean over tokens. Raises FasttrError as
+    training does, and when the anchor's tokenizer is another one.
+    """
+    device = device_for(config.use_cpu)
+    model = config.model(device)
+    of_anchor = None
+    if anchor is not None:
+        of_anchor = dataclasses.replace(config.model(device, anchor), key=ANCHOR_KEY)
+    _check_models(config, anchor)
+    tokenizer = load_tokenizer(model.name)
+    if anchor is not None:
+        _require_same_tokens(tokenizer, anchor)
+    rows = RowReader(config, tokenizer).any_split(config.loss)
+    config, loss = _loss_of(config, rows, has_anchor=anchor is not None)
+    trees = as_loss_reads(rows, loss, config)
+    split = EvaluationSplit(trees, config.token_budget(device), config.group_rows(loss))
+    anchor_logps = None
+    if of_anchor is not None:  # one model at a time
+        anchor_logps = LogpTable(len(trees), loss.completions)
+        with _Bar(config, "Scoring the anchor", trees) as bar:
+            fill_logps(load_model(of_anchor), bar.passing(split), anchor_logps)
+        if loss.needs_reference:
+            split = dataclasses.replace(split, ref_logps=anchor_logps)
+    policy = load_model(model).requires_grad_(False)
+    logps = LogpTable(len(trees), loss.completions)
+    with _Bar(config, "Evaluating", trees) as bar:
+        found = evaluate(policy, split, config.objective(loss), bar.after(logps))
+    metrics = {name.removeprefix("eval_"): value for name, value in found.items()}
+    if isinstance(loss, _NoLoss):
+        metrics = {k: v for k, v in metrics.items() if "rewards/" not in k and k != "loss"}
+    of_rows = _RowValues(trees, loss, config, logps, anchor_logps).by_metric()
+    return Measured(
+        model=model.name,
+        anchor=anchor,
+        dataset=rows.report.name,
+        split=rows.report.split,
+        rows=len(trees),
+        settings=_said_of(config, loss),
+        metrics=_with_errors(metrics, of_rows),
+    )
 
 
 @dataclass(frozen=True)
-class _Unjudged(Loss):
-    """No loss: log-probs alone are measured, of pairs or of unpaired rows."""
+class _NoLoss(BaseLoss):
+    """Log-probs alone are measured, of pairs or of unpaired rows."""
 
     needs_reference: ClassVar[bool] = False
 
-    def __call__(self, scored: Scored) -> Tensor:
-        return torch.zeros_like(scored.chosen)
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        return torch.zeros_like(inputs.chosen_logp)
 
 
-class _UnjudgedRows(_Unjudged):
+class _NoLossOfUnpaired(_NoLoss):
     completions: ClassVar[int] = 1
     unpaired: ClassVar[bool] = True
 
 
-def measure(config: TrainConfig, anchor: str | None = None) -> Measured:
-    """Score a split by the model of `config`, and by `anchor` (a folder or hub id) where there is
-    one.
-
-    Of `config` the settings in `SETTINGS` are read. Without an anchor and without a `loss_type`
-    that needs none, there
-    is no loss and there are no rewards: log-probs, and how often the chosen side has the higher
-    one, as a sum and as a mean over tokens. Raises FasttrError as training does, and when the
-    anchor's tokenizer is another one.
-    """
-    asked = config.loss_type is not None
-    if asked and config.loss.needs_reference and anchor is None:
+def _check_models(config: TrainConfig, anchor: str | None) -> None:
+    """What needs no data is refused before any is read."""
+    if config.loss_type is not None and config.loss.needs_reference and anchor is None:
         raise FasttrError(
-            f"anchor_model_name_or_path: missing, and loss_type {config.loss_name} compares with "
-            "it; give the folder "
-            "that training started from, or leave loss_type out for log-probs alone"
+            f"{ANCHOR_KEY}: missing, and loss_type {' + '.join(config.loss_names)} compares with "
+            "it; give the folder that training started from, or leave loss_type out for log-probs "
+            "alone"
         )
-    device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
-    bf16 = config.bf16 if config.bf16 is not None else device.type == "cuda"
-    for name in (config.model_name_or_path, *([anchor] if anchor else ())):
-        load_config(name)
-    tokenizer = load_tokenizer(config.model_name_or_path)
+    load_config(str(config.model_name_or_path))
     if anchor is not None:
-        _require_same_tokens(tokenizer, anchor)
-    rows = _read(config, tokenizer)
-    loss: Loss | Weighted | None = None
-    if not asked:
-        unpaired = rows.completion_lengths.shape[1] == 1
-        config = dataclasses.replace(
-            config, loss_type="apo_zero_unpaired" if unpaired else "sigmoid"
-        )
-        if anchor is None:
-            loss = _UnjudgedRows() if unpaired else _Unjudged()
-    trees = runs.as_loss_reads(rows, config)
-    loss = config.loss if loss is None else loss
-    options: dict[str, Any] = {
-        "device": device,
-        "bf16": bf16,
-        "attn_implementation": config.attn_implementation,
-        "max_length": config.max_length,
-        "use_liger_kernel": bool(config.use_liger_kernel),
-        "ld_alpha": config.ld_alpha,
-    }
-    plan = Plan(
-        trees,
-        config.train_batch_size,
-        1.0,
-        -1,
-        config.seed,
-        config.token_budget(device),
-        group_rows=config.group_rows,
-    )
-    policy_scores, anchor_scores = (ScoreTable(len(trees), loss.completions) for _ in range(2))
-    run = runs.Run(
-        config=config,
-        device=device,
-        bf16=bf16,
-        tokenizer=tokenizer,
-        loss=loss,
-        train_trees=trees,
-        eval_trees=trees,
-        plan=plan,
-        policy=None,
-        reference=None,
-        optimizer=None,
-        scheduler=None,
-        scores=policy_scores,  # type: ignore[arg-type]
-        eval_scores=anchor_scores if anchor is not None and loss.needs_reference else None,
-        anchor=None,
-        averages=Averages(device),
-        total_loss=torch.zeros(()),
-    )
-    if anchor is not None:  # one model at a time
-        _score(run, load_model(anchor, **options), anchor_scores)
-    run.policy = load_model(config.model_name_or_path, **options).requires_grad_(False)
-    metrics = evaluate(run, _progress(run, "Evaluating"), keep=policy_scores)
-    if isinstance(loss, _Unjudged):
-        metrics = {
-            name: value
-            for name, value in metrics.items()
-            if "rewards/" not in name and name != "eval_loss"
-        }
-    of_rows = _row_values(
-        run, policy_scores.values, anchor_scores.values if anchor is not None else None
-    )
-    return Measured(
-        config.model_name_or_path,
-        anchor,
-        rows.report.name,
-        rows.report.split,
-        len(trees),
-        {} if isinstance(loss, _Unjudged) else {"loss_type": config.loss_type, "beta": config.beta},
-        _with_errors(
-            {name.removeprefix("eval_"): value for name, value in metrics.items()}, of_rows
-        ),
-    )
-
-
-def _read(config: TrainConfig, tokenizer: Any) -> TreeSet:
-    """The split that a run with these settings evaluates on; of a file the only one it has."""
-    name, split = config.eval_dataset_name or config.dataset_name, config.dataset_test_split
-    if config.datasets and config.eval_dataset_name is None:
-        parts = parse_parts(config.datasets)
-        mixture = read_mixture(parts, test_split_size=config.test_split_size, seed=config.seed)
-        return runs.load_rows(
-            config, tokenizer, None, split if len(mixture) > 1 else "train", mixture
-        )
-    return runs.load_rows(
-        config, tokenizer, name, "train" if Path(str(name)).is_file() else split, None
-    )
-
-
-def write_json(measured: Measured, path: str | Path) -> None:
-    """The facts and metrics as one JSON object, written aside and renamed; NaN becomes null."""
-    facts = measured._asdict()
-    facts["metrics"] = {
-        name: value if math.isfinite(value) else None for name, value in measured.metrics.items()
-    }
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise FasttrError(f"output_file: cannot write {path}: {error}") from error
-
-
-def _progress(run: runs.Run, what: str) -> Iterator[PackedBatch]:
-    with tqdm(
-        total=len(run.train_trees),
-        desc=what,
-        unit="row",
-        leave=False,
-        disable=run.config.disable_tqdm or None,
-    ) as bar:
-        for batch in pack_split(run):
-            yield batch
-            bar.update(len(batch.rows))
-
-
-def _score(run: runs.Run, model: PackedModel, table: ScoreTable) -> None:
-    for batch in _progress(run, "Scoring the anchor"):
-        table.put(batch.rows, model.score(batch))
+        load_config(anchor, key=ANCHOR_KEY)
 
 
 def _require_same_tokens(tokenizer: Any, anchor: str) -> None:
-    other = load_tokenizer(anchor)
-    if other.get_vocab() != tokenizer.get_vocab():
+    if load_tokenizer(anchor, key=ANCHOR_KEY).get_vocab() != tokenizer.get_vocab():
         raise FasttrError(
-            f"anchor_model_name_or_path: {anchor} has another vocabulary, so its log-probs are of "
-            "other tokens; wanted "
-            "a model with the same tokenizer"
+            f"{ANCHOR_KEY}: {anchor} has another vocabulary, so its log-probs are of other tokens; "
+            "wanted a model with the same tokenizer"
         )
 
 
-def _row_values(
-    run: runs.Run, logp_BM: np.ndarray, anchor_BM: np.ndarray | None
-) -> dict[str, np.ndarray]:
-    """A number for every row (or every row of a class) behind each mean whose standard error is
-    known.
+def _loss_of(
+    config: TrainConfig, rows: TreeSource, *, has_anchor: bool
+) -> tuple[TrainConfig, Loss]:
+    if config.loss_type is not None:
+        return config, config.loss
+    is_unpaired = rows.completion_lengths.shape[1] == 1
+    name = "apo_zero_unpaired" if is_unpaired else "sigmoid"
+    config = dataclasses.replace(config, loss_type=name)
+    if has_anchor:
+        return config, config.loss
+    return config, _NoLossOfUnpaired() if is_unpaired else _NoLoss()
 
-    Rewards are those of `fasttr.metrics`: of log-ratios, or without a reference of mean log-probs
-    of a token.
+
+def _said_of(config: TrainConfig, loss: Loss) -> dict[str, Any]:
+    if isinstance(loss, _NoLoss):
+        return {}
+    return {"loss_type": config.loss_type, "beta": config.beta}
+
+
+class _Bar:
+    """A progress bar over rows."""
+
+    def __init__(self, config: TrainConfig, what: str, trees: TreeSource):
+        hidden = config.disable_tqdm or None
+        self._bar = tqdm(total=len(trees), desc=what, unit="row", leave=False, disable=hidden)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def passing(self, split: EvaluationSplit) -> Any:
+        for batch in split.packs():
+            yield batch
+            self._bar.update(len(batch.rows))
+
+    def after(self, table: LogpTable) -> Callable[[PackedBatch, Tensor], None]:
+        """Keep the log-probs of a pack and move on."""
+
+        def keep(batch: PackedBatch, logp: Tensor) -> None:
+            table.put(batch.rows, logp)
+            self._bar.update(len(batch.rows))
+
+        return keep
+
+
+class _RowValues:
+    """A number for every row (or every row of a class) behind each mean with a standard error.
+
+    Rewards are those of `fasttr.metrics.sums`: of log-ratios, or without a reference of mean
+    log-probs of a token.
     """
-    trees: TreeSource = run.train_trees
-    length_BM = trees.completion_lengths[:, : logp_BM.shape[1]]
 
-    def sides(x_BM: np.ndarray) -> dict[str, np.ndarray]:
-        if run.loss.unpaired:
-            label_B = trees.labels  # type: ignore[attr-defined]
-            return {"chosen": x_BM[label_B, 0], "rejected": x_BM[~label_B, 0]}
-        return {name: x_BM[:, i] for i, name in enumerate(("chosen", "rejected")[: x_BM.shape[1]])}
+    def __init__(
+        self,
+        trees: TreeSource,
+        loss: Loss,
+        config: TrainConfig,
+        logps: LogpTable,
+        anchor_logps: LogpTable | None,
+    ):
+        self.trees = trees
+        self.loss = loss
+        self.objective = config.objective(loss)
+        self.logp_Bm = logps.values
+        self.anchor_Bm = None if anchor_logps is None else anchor_logps.values
 
-    mean_BM = logp_BM / length_BM
-    ratio_BM = None if anchor_BM is None else logp_BM - anchor_BM
-    reward_BM = run.loss.beta * (
-        ratio_BM if ratio_BM is not None and run.loss.needs_reference else mean_BM
-    )
-    values = {f"logps/{name}": x for name, x in sides(logp_BM).items()}
-    values |= (
-        {f"logratios/{name}": x for name, x in sides(ratio_BM).items()}
-        if ratio_BM is not None
-        else {}
-    )
-    values |= {f"rewards/{name}": x for name, x in sides(reward_BM).items()}
-    if not run.loss.unpaired and logp_BM.shape[1] == 2:
-        values["logps/margins"] = logp_BM[:, 0] - logp_BM[:, 1]
-        values["logps/accuracies"] = logp_BM[:, 0] > logp_BM[:, 1]
-        values["logps/accuracies_per_token"] = mean_BM[:, 0] > mean_BM[:, 1]
-        values["rewards/margins"] = reward_BM[:, 0] - reward_BM[:, 1]
-        values["rewards/accuracies"] = reward_BM[:, 0] > reward_BM[:, 1]
-    if not run.loss.coupled and not isinstance(run.loss, _Unjudged):
-        values["loss"] = _row_losses(run, logp_BM, anchor_BM)
-    return {name: x for name, x in values.items() if len(x)}
+    def by_metric(self) -> dict[str, np.ndarray]:
+        mean_Bm = self.logp_Bm / self.trees.completion_lengths[:, : self.logp_Bm.shape[1]]
+        reward_Bm = self.loss.beta * mean_Bm
+        values = self._of_sides("logps", self.logp_Bm)
+        if self.anchor_Bm is not None:
+            logratio_Bm = self.logp_Bm - self.anchor_Bm
+            values |= self._of_sides("logratios", logratio_Bm)
+            if self.loss.needs_reference:
+                reward_Bm = self.loss.beta * logratio_Bm
+        values |= self._of_sides("rewards", reward_Bm)
+        if not self.loss.unpaired and self.logp_Bm.shape[1] == 2:
+            values["logps/margins"] = self.logp_Bm[:, 0] - self.logp_Bm[:, 1]
+            values["logps/accuracies"] = self.logp_Bm[:, 0] > self.logp_Bm[:, 1]
+            values["logps/accuracies_per_token"] = mean_Bm[:, 0] > mean_Bm[:, 1]
+            values["rewards/margins"] = reward_Bm[:, 0] - reward_Bm[:, 1]
+            values["rewards/accuracies"] = reward_Bm[:, 0] > reward_Bm[:, 1]
+        if not self.loss.coupled and not isinstance(self.loss, _NoLoss):
+            values["loss"] = self._losses()
+        return {name: rows for name, rows in values.items() if len(rows)}
 
+    def _of_sides(self, name: str, values_Bm: np.ndarray) -> dict[str, np.ndarray]:
+        if self.loss.unpaired:
+            label_B = self.trees.labels  # type: ignore[attr-defined]
+            sides = {"chosen": values_Bm[label_B, 0], "rejected": values_Bm[~label_B, 0]}
+        else:
+            columns = zip(("chosen", "rejected"), values_Bm.T, strict=False)
+            sides = dict(columns)
+        return {f"{name}/{side}": values for side, values in sides.items()}
 
-def _row_losses(run: runs.Run, logp_BM: np.ndarray, anchor_BM: np.ndarray | None) -> np.ndarray:
-    trees, rows = run.train_trees, np.arange(len(run.train_trees))
-    means = run.chosen_tokens_means(trees, rows)
-    m = logp_BM.shape[1]
-    trees_B: Sequence[Any] = [trees[row] for row in rows.tolist()]
-    scored = Scored(
-        torch.from_numpy(logp_BM).reshape(-1),
-        None if anchor_BM is None else torch.from_numpy(anchor_BM).reshape(-1),
-        torch.from_numpy(trees.completion_lengths[:, :m].astype(np.int64)).reshape(-1),
-        m,
-        torch.tensor([tree.label for tree in trees_B]),
-        torch.tensor([means[row] for row in rows.tolist()]),
-    )
-    return (torch.tensor([tree.weight for tree in trees_B]) * run.loss(scored)).numpy()
+    def _losses(self) -> np.ndarray:
+        rows = np.arange(len(self.trees))
+        trees = [self.trees[row] for row in rows.tolist()]
+        step = self.objective.of_rows(self.trees, rows)
+        means = step.chosen_tokens_means or dict.fromkeys(rows.tolist(), 1.0)
+        m = self.logp_Bm.shape[1]
+        counts_Bm = self.trees.completion_lengths[:, :m].astype(np.int64)
+        inputs = LossInputs(
+            logp=torch.from_numpy(self.logp_Bm).reshape(-1),
+            ref_logp=None if self.anchor_Bm is None else torch.from_numpy(self.anchor_Bm).view(-1),
+            token_counts=torch.from_numpy(counts_Bm).reshape(-1),
+            completions=m,
+            labels=torch.tensor([tree.label for tree in trees]),
+            chosen_tokens_mean=torch.tensor([means[row] for row in rows.tolist()]),
+        )
+        weights_B = torch.tensor([tree.weight for tree in trees])
+        return (weights_B * self.loss(inputs)).numpy()
 
 
 def _with_errors(metrics: dict[str, float], of_rows: dict[str, np.ndarray]) -> dict[str, float]:
     """Each metric followed by its standard error, then those that `evaluate` does not report."""
+    unreported = [
+        name for name in of_rows if name not in metrics and not name.startswith("rewards/")
+    ]
     out: dict[str, float] = {}
-    for name in [
-        *metrics,
-        *(name for name in of_rows if name not in metrics and not name.startswith("rewards/")),
-    ]:
+    for name in [*metrics, *unreported]:
         if name.endswith("_stderr"):
             continue
         values = of_rows.get(name)
-        out[name] = (
-            metrics[name] if name in metrics else float(np.mean(of_rows[name], dtype=np.float64))
-        )
-        if values is None:
-            continue
-        if values.dtype == bool:
+        if name in metrics:
+            out[name] = metrics[name]
+        else:
+            out[name] = float(np.mean(of_rows[name], dtype=np.float64))
+        if values is not None and values.dtype == bool:
             out[f"{name}_stderr"] = binomial_stderr(out[name], len(values))
-        elif len(values) > 1:
-            out[f"{name}_stderr"] = float(np.std(values.astype(np.float64), ddof=1)) / math.sqrt(
-                len(values)
-            )
+        elif values is not None and len(values) > 1:
+            spread = float(np.std(values.astype(np.float64), ddof=1))
+            out[f"{name}_stderr"] = spread / math.sqrt(len(values))
     return out

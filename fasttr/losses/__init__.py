@@ -1,10 +1,11 @@
 """Preference losses: a dozen lines each, on vectors of summed log-probs, with torch alone.
 
-    from fasttr.losses import Scored, Sigmoid
-    # (B,); completions: chosen, rejected, chosen, ...
-    loss = Sigmoid(beta=0.1)(Scored(logp, ref_logp, tokens))
+    from fasttr.losses import LossInputs, Sigmoid
+    inputs = LossInputs(logp, ref_logp, token_counts)   # completions: chosen, rejected, chosen, ...
+    loss = Sigmoid(beta=0.1)(inputs)                    # (B,)
 
-`make_loss` builds one from the names and settings of a configuration.
+`make_loss` builds one from the names and settings of a configuration. Any function of `LossInputs`
+is a loss; `as_loss` says for it what it does not say itself.
 """
 
 from __future__ import annotations
@@ -13,8 +14,17 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from fasttr.losses.base import Loss, Scored, Weighted, group_loss
+from fasttr.losses.base import (
+    BaseLoss,
+    CustomLoss,
+    Loss,
+    LossInputs,
+    Scored,
+    WeightedSum,
+    as_loss,
+)
 from fasttr.losses.coupled import Aot, AotUnpaired, ApoZeroUnpaired, Kto, KtoPaired, kl_estimate
+from fasttr.losses.objective import LossFn, Objective, StepObjective, group_loss
 from fasttr.losses.pairs import (
     DIVERGENCES,
     ApoDown,
@@ -37,7 +47,7 @@ from fasttr.losses.pairs import (
     SppoHard,
 )
 
-LOSSES: dict[str, type[Loss]] = {
+LOSSES: dict[str, type[BaseLoss]] = {
     "sigmoid": Sigmoid,
     "sigmoid_norm": SigmoidNorm,
     "hinge": Hinge,
@@ -65,9 +75,16 @@ LOSSES: dict[str, type[Loss]] = {
 __all__ = [
     "DIVERGENCES",
     "LOSSES",
+    "BaseLoss",
+    "CustomLoss",
     "Loss",
+    "LossFn",
+    "LossInputs",
+    "Objective",
     "Scored",
-    "Weighted",
+    "StepObjective",
+    "WeightedSum",
+    "as_loss",
     "group_loss",
     "kl_estimate",
     "make_loss",
@@ -77,13 +94,27 @@ __all__ = [
 
 def make_loss(
     names: Sequence[str], weights: Sequence[float] | None = None, **settings: Any
-) -> Loss | Weighted:
+) -> Loss:
     """The loss of `loss_type` names and the settings of a configuration that it reads.
 
     Raises ValueError (got, wanted) on an unknown name, on weights that do not match, on unpaired
     losses in a list, and on a setting that none of the named losses reads although it differs from
     its default.
     """
+    classes = _classes(names)
+    if weights is not None and len(weights) != len(names):
+        raise ValueError(
+            f"loss_weights: got {len(weights)} for {len(names)} losses; wanted one for each"
+        )
+    _check_label_smoothing(names, classes, settings.get("label_smoothing", 0.0))
+    _check_divergence(names, classes, settings.get("f_divergence_type", "reverse_kl"))
+    losses = tuple(_built(cls, settings) for cls in classes)
+    if len(losses) == 1 and weights is None:
+        return losses[0]
+    return WeightedSum(losses, tuple(weights) if weights is not None else (1.0,) * len(losses))
+
+
+def _classes(names: Sequence[str]) -> list[type[BaseLoss]]:
     for name in names:
         if name not in LOSSES:
             raise ValueError(f"loss_type: got {name!r}; wanted one of {', '.join(LOSSES)}")
@@ -96,49 +127,41 @@ def make_loss(
         raise ValueError(
             f"loss_type: got {list(names)}; an unpaired loss stands alone: wanted one name"
         )
-    if weights is not None and len(weights) != len(names):
-        raise ValueError(
-            f"loss_weights: got {len(weights)} for {len(names)} losses; wanted one for each"
-        )
-    _check_settings(names, classes, settings)
-    built = tuple(
-        cls(**{f.name: settings[f.name] for f in dataclasses.fields(cls) if f.name in settings})
-        for cls in classes
-    )
-    if len(built) == 1 and weights is None:
-        return built[0]
-    return Weighted(built, tuple(weights) if weights is not None else (1.0,) * len(built))
+    return classes
 
 
-def _check_settings(
-    names: Sequence[str], classes: list[type[Loss]], settings: dict[str, Any]
+def _built(cls: type[BaseLoss], settings: dict[str, Any]) -> BaseLoss:
+    names = [field.name for field in dataclasses.fields(cls)]
+    return cls(**{name: settings[name] for name in names if name in settings})
+
+
+def _check_label_smoothing(
+    names: Sequence[str], classes: list[type[BaseLoss]], value: float
 ) -> None:
-    read = {f.name for cls in classes for f in dataclasses.fields(cls)}
-    e = settings.get("label_smoothing", 0.0)
-    if e and "label_smoothing" not in read:
+    read = {field.name for cls in classes for field in dataclasses.fields(cls)}
+    if value and "label_smoothing" not in read:
         raise ValueError(
-            f"label_smoothing: got {e}, which {', '.join(names)} ignores (as in TRL 1.16); for "
-            "conservative DPO use "
-            "loss_type cdpo"
+            f"label_smoothing: got {value}, which {', '.join(names)} ignores (as in TRL 1.16); for "
+            "conservative DPO use loss_type cdpo"
         )
-    if (
-        not 0 <= e <= 1
-        or ("robust" in names and e >= 0.5)
-        or ("exo_pair" in names and not 0 < e < 1)
-    ):
-        wanted = {"robust": "from 0 to below 0.5", "exo_pair": "above 0 and below 1"}
-        text = next((wanted[name] for name in names if name in wanted), "from 0 to 1")
+    wanted = None
+    if "robust" in names and not 0 <= value < 0.5:
+        wanted = "from 0 to below 0.5"
+    elif "exo_pair" in names and not 0 < value < 1:
+        wanted = "above 0 and below 1"
+    elif not 0 <= value <= 1:
+        wanted = "from 0 to 1"
+    if wanted is not None:
         raise ValueError(
-            f"label_smoothing: got {e} with {', '.join(names)}; wanted a number {text}"
+            f"label_smoothing: got {value} with {', '.join(names)}; wanted a number {wanted}"
         )
-    kind = settings.get("f_divergence_type", "reverse_kl")
+
+
+def _check_divergence(names: Sequence[str], classes: list[type[BaseLoss]], kind: str) -> None:
     if kind not in DIVERGENCES:
         raise ValueError(f"f_divergence_type: got {kind!r}; wanted one of {', '.join(DIVERGENCES)}")
-    fixed = [
-        name
-        for name, cls in zip(names, classes, strict=True)
-        if not issubclass(cls, DivergenceLoss)
-    ]
+    named = zip(names, classes, strict=True)
+    fixed = [name for name, cls in named if not issubclass(cls, DivergenceLoss)]
     if kind != "reverse_kl" and any(name != "sft" for name in fixed):
         raise ValueError(
             f"f_divergence_type: got {kind} with {', '.join(fixed)}, which is defined for "

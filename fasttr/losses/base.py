@@ -1,20 +1,19 @@
-"""What a loss reads, and how a loss over rows becomes the function that the fused head calls.
+"""What a loss reads and what it is: one number per row, from vectors of summed log-probs.
 
-Legend: n completions, B rows, m completions a row, G groups of rows.
+Legend: B rows, m completions of a row, n = m B completions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 
-class Scored(NamedTuple):
-    """Rows with the scores of their m completions, row after row.
+class LossInputs(NamedTuple):
+    """Rows with the log-probs of their m completions, row after row.
 
     A pair is (chosen, rejected); an unpaired row has its own completion first, then, for `kto`, a
     mismatched one.
@@ -22,32 +21,55 @@ class Scored(NamedTuple):
 
     logp: Tensor  # (n,) policy, summed over completion tokens, nats
     ref_logp: Tensor | None  # (n,) reference; None for a loss without one
-    tokens: Tensor  # (n,) completion token counts
-    per_row: int = 2  # m
+    token_counts: Tensor  # (n,) completion tokens
+    completions: int = 2  # m
     labels: Tensor | None = None  # (B,) bool, of unpaired rows: desirable or not
-    chosen_tokens_mean: Tensor | float = (
-        1.0  # (B,) mean of chosen tokens where sft averages; read by `Sft` alone
-    )
+    chosen_tokens_mean: Tensor | float = 1.0  # (B,) where `sft` averages over tokens
+    whole_logp: Tensor | None = None  # (n,) `logp` as it is without ld_alpha; None: the same
+    per_completion: Mapping[str, Tensor] = {}  # name -> (n,) numbers that came with the rows
 
     @property
-    def chosen(self) -> Tensor:  # (B,) c
-        return self.logp[:: self.per_row]
+    def chosen_logp(self) -> Tensor:  # (B,)
+        return self.logp[:: self.completions]
 
     @property
-    def rejected(self) -> Tensor:  # (B,) r
-        return self.logp[1 :: self.per_row]
+    def rejected_logp(self) -> Tensor:  # (B,)
+        return self.logp[1 :: self.completions]
 
     @property
-    def ref_margin(self) -> Tensor:  # (B,) c0 - r0
-        ref = self._reference
-        return ref[:: self.per_row] - ref[1 :: self.per_row]
+    def whole_chosen_logp(self) -> Tensor:  # (B,)
+        whole_logp = self.logp if self.whole_logp is None else self.whole_logp
+        return whole_logp[:: self.completions]
 
     @property
     def logratio(self) -> Tensor:  # (n,)
-        return self.logp - self._reference
+        return self.logp - self.reference
 
     @property
-    def _reference(self) -> Tensor:
+    def chosen_logratio(self) -> Tensor:  # (B,)
+        return self.logratio[:: self.completions]
+
+    @property
+    def rejected_logratio(self) -> Tensor:
+        """(B,); of an unpaired row that of its mismatched completion."""
+        return self.logratio[1 :: self.completions]
+
+    @property
+    def ref_margin(self) -> Tensor:
+        """(B,) chosen minus rejected under the reference."""
+        return self.reference[:: self.completions] - self.reference[1 :: self.completions]
+
+    @property
+    def chosen_tokens(self) -> Tensor:  # (B,)
+        return self.token_counts[:: self.completions]
+
+    @property
+    def rejected_tokens(self) -> Tensor:  # (B,)
+        return self.token_counts[1 :: self.completions]
+
+    @property
+    def reference(self) -> Tensor:
+        """(n,) the reference's log-probs. ValueError where the loss was given none."""
         if self.ref_logp is None:
             raise ValueError(
                 "got no ref_logp; wanted the reference's log-probs, since this loss compares with "
@@ -55,41 +77,65 @@ class Scored(NamedTuple):
             )
         return self.ref_logp
 
-    @property
-    def u(self) -> Tensor:  # (B,) c - c0
-        return self.logratio[:: self.per_row]
+
+Scored = LossInputs  # its former name, for one release
+
+
+class Loss(Protocol):
+    """Anything that makes one number per row of `LossInputs`, and says what it reads."""
 
     @property
-    def v(self) -> Tensor:  # (B,) r - r0; of an unpaired row the mismatched completion's
-        return self.logratio[1 :: self.per_row]
+    def beta(self) -> float:
+        """Logged rewards are beta times the log-ratio."""
+        ...
 
     @property
-    def n_c(self) -> Tensor:  # (B,)
-        return self.tokens[:: self.per_row]
+    def needs_reference(self) -> bool: ...
 
     @property
-    def n_r(self) -> Tensor:  # (B,)
-        return self.tokens[1 :: self.per_row]
+    def completions(self) -> int:
+        """How many completions of a row it reads."""
+        ...
+
+    @property
+    def unpaired(self) -> bool:
+        """Rows have a label instead of a rejected side."""
+        ...
+
+    @property
+    def coupled(self) -> bool:
+        """A row's loss depends on the other rows of its group."""
+        ...
+
+    @property
+    def averages_tokens(self) -> bool:
+        """It reads `chosen_tokens_mean`."""
+        ...
+
+    def __call__(self, inputs: LossInputs) -> Tensor: ...  # (B,)
 
 
 @dataclass(frozen=True)
-class Loss:
-    """One number per row. Subclasses are frozen dataclasses with the equation in their
-    docstring."""
+class BaseLoss:
+    """What losses of pairs with a reference have in common.
+
+    Subclasses are frozen dataclasses of their settings, with the equation in their docstring.
+    """
 
     beta: float = 0.1
     needs_reference: ClassVar[bool] = True
-    completions: ClassVar[int] = 2  # how many completions of a row it reads
-    unpaired: ClassVar[bool] = False  # rows have a label instead of a rejected side
-    coupled: ClassVar[bool] = False  # a row's loss depends on the other rows of its group
+    completions: ClassVar[int] = 2
+    unpaired: ClassVar[bool] = False
+    coupled: ClassVar[bool] = False
+    averages_tokens: ClassVar[bool] = False
 
-    def __call__(self, scored: Scored) -> Tensor:
+    def __call__(self, inputs: LossInputs) -> Tensor:
         raise TypeError(f"{type(self).__name__} is a base of losses; wanted one of them")
 
 
-class Weighted(NamedTuple):
-    """Several losses on the same pairs: the sum of weight x loss (a list in `loss_type`, with
-    `loss_weights`)."""
+@dataclass(frozen=True)
+class WeightedSum:
+    """Several losses on the same pairs: the sum of weight x loss."""
 
     losses: tuple[Loss, ...]
     weights: tuple[float, ...]
@@ -114,54 +160,39 @@ class Weighted(NamedTuple):
     def coupled(self) -> bool:
         return any(loss.coupled for loss in self.losses)
 
-    def __call__(self, scored: Scored) -> Tensor:
-        total = self.weights[0] * self.losses[0](scored)
+    @property
+    def averages_tokens(self) -> bool:
+        return any(loss.averages_tokens for loss in self.losses)
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        total = self.weights[0] * self.losses[0](inputs)
         for weight, loss in zip(self.weights[1:], self.losses[1:], strict=True):
-            total = total + weight * loss(scored)
+            total = total + weight * loss(inputs)
         return total
 
 
-def group_loss(
-    loss: Loss | Weighted,
-    tokens: Tensor,  # (n,)
-    weights: Tensor,  # (B,)
-    *,
-    cu_rows: list[int]
-    | None = None,  # (G+1,) row offsets of the groups; None: every row is a group
-    labels: Tensor | None = None,  # (B,) bool
-    chosen_tokens_mean: Tensor | float = 1.0,  # (B,)
-) -> Callable[[Tensor, Tensor | None, slice], Tensor]:
-    """`loss` in the form that `fasttr_kernels.linear_preference_loss` calls: (logp, ref_logp,
-    groups) -> the weighted sum of the losses of those groups. A coupled loss sees one group at a
-    time, any other all of them at once."""
-    m = loss.completions
+@dataclass(frozen=True)
+class CustomLoss:
+    """Any function of `LossInputs` as a `Loss`: of pairs, with a reference, unless it says else."""
 
-    def rows_loss(logp: Tensor, ref_logp: Tensor | None, rows: slice) -> Tensor:
-        mean = (
-            chosen_tokens_mean[rows]
-            if isinstance(chosen_tokens_mean, Tensor)
-            else chosen_tokens_mean
-        )
-        scored = Scored(
-            logp,
-            ref_logp,
-            tokens[rows.start * m : rows.stop * m],
-            m,
-            None if labels is None else labels[rows],
-            mean,
-        )
-        return (weights[rows] * loss(scored)).sum()
+    function: Callable[[LossInputs], Tensor]
+    beta: float = 0.1
+    needs_reference: bool = True
+    completions: int = 2
+    unpaired: bool = False
+    coupled: bool = False
+    averages_tokens: bool = False
 
-    def loss_fn(logp: Tensor, ref_logp: Tensor | None, groups: slice) -> Tensor:
-        cu = cu_rows if cu_rows is not None else range(groups.stop + 1)
-        first = cu[groups.start]
-        if not loss.coupled:
-            return rows_loss(logp, ref_logp, slice(first, cu[groups.stop]))
-        parts = []
-        for g in range(groups.start, groups.stop):
-            here = slice((cu[g] - first) * m, (cu[g + 1] - first) * m)
-            ref = None if ref_logp is None else ref_logp[here]
-            parts.append(rows_loss(logp[here], ref, slice(cu[g], cu[g + 1])))
-        return torch.stack(parts).sum()
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        return self.function(inputs)
 
-    return loss_fn
+
+TRAITS = ("beta", "needs_reference", "completions", "unpaired", "coupled", "averages_tokens")
+
+
+def as_loss(candidate: Callable[[LossInputs], Tensor], beta: float = 0.1) -> Loss:
+    """`candidate` itself where it says all that a `Loss` says, else completed by defaults."""
+    said = {name: getattr(candidate, name) for name in TRAITS if hasattr(candidate, name)}
+    if len(said) == len(TRAITS):
+        return candidate  # type: ignore[return-value]
+    return CustomLoss(candidate, **{"beta": beta, **said})

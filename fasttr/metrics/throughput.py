@@ -1,12 +1,16 @@
-"""Speed as a reader can check it: tokens and rows per second of training time, and model FLOP
-utilisation."""
+"""Speed as a reader can check it: tokens and rows per second of training, and model FLOP use.
+
+Legend: T packed tokens, R predicting rows, D hidden size, V vocabulary.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,64 +20,102 @@ from fasttr.batch import PackedBatch
 PEAK_BF16 = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 
-class Speed:
-    """Counts what training steps did since the last line of metrics; pauses (evaluation, saving) do
-    not count."""
+class FlopCount(NamedTuple):
+    """Operations of a forward and a backward, without recomputation: 6 a weight and token."""
+
+    per_token: int  # layers
+    per_predicting_row: int  # head
+    per_attended_pair: int  # a query with a key
+
+    @classmethod
+    def of(cls, model: Any) -> FlopCount:
+        config = model.config
+        embedding = model.get_input_embeddings().weight
+        head = model.get_output_embeddings().weight
+        outside = embedding.numel() if head is embedding else embedding.numel() + head.numel()
+        layers = sum(parameter.numel() for parameter in model.parameters()) - outside
+        head_dim = getattr(config, "head_dim", None)
+        if head_dim is None:
+            head_dim = config.hidden_size // config.num_attention_heads
+        # Scores and their sum over values are two products of head_dim, each 2 operations forward
+        # and 4 backward.
+        attention = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim
+        return cls(6 * layers, 6 * head.numel(), attention)
+
+    def of_pack(self, batch: PackedBatch) -> int:
+        queries, keys = batch.attention.lengths()
+        # The last of q queries sees k keys, the one before it k - 1, and so on.
+        attended = sum(q * k - q * (q - 1) // 2 for q, k in zip(queries, keys, strict=True))
+        return (
+            self.per_token * len(batch.input_ids)
+            + self.per_predicting_row * batch.target.numel()
+            + self.per_attended_pair * attended
+        )
+
+
+class Throughput:
+    """Counts what training steps did, and how long, since the last line of metrics."""
 
     def __init__(self, model: Any, device: torch.device):
-        config = model.config
-        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-        outside = embedding.numel() + (0 if head is embedding else head.numel())
-        self._per_token = 6 * (sum(p.numel() for p in model.parameters()) - outside)
-        self._per_scored = 6 * head.numel()
-        head_dim = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
-        self._per_attended = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim
+        self._flop_count = FlopCount.of(model)
         self._device = device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        self._peak = next((peak for key, peak in PEAK_BF16.items() if key in name), None)
-        self._tokens = self._rows = self._flops = 0
-        self._allocated = 0
-        self._since = time.perf_counter()
+        self._clear()
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """What runs within is a training step; nothing else takes time."""
+        if self._device.type == "cuda":
+            # The host runs ahead of the device: the device's own clock says how long it worked.
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began.record()
+            yield
+            ended.record()
+            self._events.append((began, ended))
+        else:
+            since = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - since
 
     def add(self, batch: PackedBatch, rows: int) -> None:
-        """One pack went forward and backward. Recomputation never counts."""
-        tokens = sum(batch.attention.q_lengths)
-        attended = sum(
-            q * k - q * (q - 1) // 2
-            for q, k in zip(batch.attention.q_lengths, batch.attention.k_lengths, strict=True)
-        )
-        self._tokens += tokens
+        """One pack went forward and backward."""
+        self._tokens += sum(batch.attention.lengths()[0])
         self._allocated += batch.input_ids.numel()
         self._rows += rows
-        self._flops += (
-            self._per_token * tokens
-            + self._per_scored * batch.target.numel()
-            + self._per_attended * attended
-        )
-
-    def pause(self) -> float:
-        return time.perf_counter()
-
-    def resume(self, paused_at: float) -> None:
-        self._since += time.perf_counter() - paused_at
+        self._flops += self._flop_count.of_pack(batch)
 
     def read(self) -> dict[str, float]:
-        """Figures since the last call, under `perf/` and `memory/`. The caller has synchronised the
-        device."""
-        seconds = max(time.perf_counter() - self._since, 1e-9)
+        """Figures since the last call, under `perf/` and `memory/`; waits for the device."""
+        seconds = max(self._seconds + self._device_seconds(), 1e-9)
         out = {
             "perf/tokens_per_second": self._tokens / seconds,
             "perf/pairs_per_second": self._rows / seconds,
-            "perf/padding_fraction": 1 - self._tokens / self._allocated if self._allocated else 0.0,
+            "perf/padding_fraction": 1 - self._tokens / max(self._allocated, 1),
             "memory/peak_gib": peak_bytes(self._device) / 2**30,
         }
-        if self._peak is not None:
-            out["perf/mfu"] = self._flops / seconds / self._peak
-        self._tokens = self._rows = self._flops = self._allocated = 0
-        self._since = time.perf_counter()
+        peak = peak_flops(self._device)
+        if peak is not None:
+            out["perf/mfu"] = self._flops / seconds / peak
+        self._clear()
         return out
+
+    def _device_seconds(self) -> float:
+        if not self._events:
+            return 0.0
+        self._events[-1][1].synchronize()
+        return sum(began.elapsed_time(ended) for began, ended in self._events) / 1e3
+
+    def _clear(self) -> None:
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._tokens = self._allocated = self._rows = self._flops = 0
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bfloat16 peak of a device, FLOP/s, where its data sheet is known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_BF16.items() if key in name), None)
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from tqdm import tqdm
-
-from fasttr.errors import FasttrError
+from fasttr.console import say
+from fasttr.errors import FasttrError, one_line
 
 PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 INSTALL = {"tensorboard": "'fasttr[train]'", "wandb": "wandb", "trackio": "trackio"}
@@ -47,48 +47,47 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
+@dataclass(frozen=True)
+class TrackerConfig:
+    """Which trackers take the numbers of a run, and under what name."""
+
+    report_to: str | Sequence[str] = "none"  # a name, a list of names, or none
+    run_name: str | None = None  # at wandb and trackio; None lets them choose
+    # Theirs too; the environment variables WANDB_PROJECT and TRACKIO_PROJECT win.
+    project: str = "huggingface"
+
+
 class Trackers:
     """All trackers of a run.
 
     Args:
-        report_to: a name, a list of names, or none.
+        config: which ones.
         output_dir: folder of the run; TensorBoard and wandb write into it.
         keep_until: the step a run resumes from; TensorBoard drops later values.
-        run_name: name of the run at wandb and trackio; none lets them choose.
-        project: their project; the environment variables WANDB_PROJECT and TRACKIO_PROJECT win.
-        config: settings that are shown with the run.
+        settings: shown with the run.
     """
 
     def __init__(
         self,
-        report_to: str | Sequence[str],
+        config: TrackerConfig,
         output_dir: Path,
         *,
         keep_until: int | None = None,
-        run_name: str | None = None,
-        project: str = "huggingface",
-        config: dict[str, Any] | None = None,
+        settings: dict[str, Any] | None = None,
     ):
         self._open: dict[str, Tracker] = {}
-        for name in tracker_names(report_to):
+        for name in tracker_names(config.report_to):
             package = _import(name)
             try:
                 if name == "tensorboard":
-                    purge = None if keep_until is None else keep_until + 1
-                    self._open[name] = _TensorBoard(
-                        package.SummaryWriter(str(output_dir / "runs"), purge_step=purge)
-                    )
+                    self._open[name] = _tensorboard(package, output_dir, keep_until)
                 else:
-                    self._open[name] = _Online(
-                        name, package, output_dir, run_name, project, config or {}
-                    )
-            except (
-                Exception
-            ) as error:  # no account, no network, a full disk: each package raises its own kinds
+                    self._open[name] = _Online(name, package, output_dir, config, settings or {})
+            except Exception as error:  # no account, no network: each package raises its own kinds
                 self.close()
-                told = " ".join(str(error).split())[:300] or type(error).__name__
                 raise FasttrError(
-                    f"report_to: {name} could not start: {told}; mend that or leave it out"
+                    f"report_to: {name} could not start: {one_line(error)}; mend that or leave it "
+                    "out"
                 ) from error
 
     def log(self, step: int, values: dict[str, Any]) -> None:
@@ -105,16 +104,21 @@ class Trackers:
         self._each(lambda tracker: tracker.close())
         self._open.clear()
 
-    def _each(self, act: Any) -> None:
+    def _each(self, act: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self._open.items()):
             try:
                 act(tracker)
             except Exception as error:  # whatever it is, it is no reason to lose the run
                 del self._open[name]
-                told = " ".join(str(error).split())[:300] or type(error).__name__
-                tqdm.write(
-                    f"WARNING: report_to: {name} failed and is left out from here on ({told})"
+                say(
+                    f"WARNING: report_to: {name} failed and is left out from here on "
+                    f"({one_line(error)})"
                 )
+
+
+def _tensorboard(package: Any, output_dir: Path, keep_until: int | None) -> Tracker:
+    purge_step = None if keep_until is None else keep_until + 1
+    return _TensorBoard(package.SummaryWriter(str(output_dir / "runs"), purge_step=purge_step))
 
 
 class _TensorBoard:
@@ -137,19 +141,19 @@ class _Online:
         self,
         name: str,
         package: Any,
-        folder: Path,
-        run_name: str | None,
-        project: str,
-        config: dict[str, Any],
+        output_dir: Path,
+        config: TrackerConfig,
+        settings: dict[str, Any],
     ):
         self._package = package
-        project = os.environ.get(f"{name.upper()}_PROJECT") or project
+        project = os.environ.get(f"{name.upper()}_PROJECT") or config.project
+        known = {"project": project, "name": config.run_name, "config": settings}
         if name == "wandb":
-            package.init(project=project, name=run_name, config=config, dir=str(folder))
+            package.init(**known, dir=str(output_dir))
             package.define_metric("train/global_step")
             package.define_metric("*", step_metric="train/global_step", step_sync=True)
         else:
-            package.init(project=project, name=run_name, config=config, resume="allow")
+            package.init(**known, resume="allow")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._package.log({**values, "train/global_step": step})

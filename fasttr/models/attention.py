@@ -1,248 +1,26 @@
 """Attention over packed trees, plugged into transformers through its AttentionInterface.
 
 The layout comes with every call as the keyword `fasttr_layout`; nothing is inferred from position
-ids. Back ends: `varlen` (torch.nn.attention.varlen, CUDA, half precision), `flash` (flash-attn,
-CUDA) and `segments` (scaled dot
-product attention, one segment at a time: any device, any dtype, soft-capped scores).
+ids. Back ends: `varlen` (the FlashAttention inside torch, CUDA, half precision), `flash`
+(flash-attn, CUDA) and `segments` (any device, one segment at a time).
 
-Legend: T packed rows, S gathered key rows, H heads, Dh head width, w sliding window in tokens,
-itself included.
+Legend: T packed rows, H heads, Hkv key heads, Dh and Dv head widths.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from functools import lru_cache
+import importlib.util
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
+from torch import Tensor, nn
 
-from fasttr.batch import AttentionLayout, RowGather
+from fasttr.batch import AttentionLayout
 from fasttr.errors import FasttrError
+from fasttr.models.attend import attend
+from fasttr.models.backend import Scores
 
-BACKENDS = ("varlen", "flash", "segments")
-
-
-class _GatherRows(torch.autograd.Function):
-    """x[index] along dimension 0 whose backward sums readers in a fixed order: `index_select` adds
-    atomically."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sources: Tensor, gather: RowGather) -> Tensor:
-        ctx.gather, ctx.rows = gather, x.shape[0]
-        return x.index_select(0, sources)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        grad_x = grad.new_zeros(ctx.rows, *grad.shape[1:])
-        for level, (source, output) in enumerate(ctx.gather.levels):
-            # Sources are unique within a level: one writer each.
-            if level == 0:
-                grad_x.index_copy_(0, source, grad.index_select(0, output))
-            else:
-                grad_x.index_copy_(
-                    0, source, grad_x.index_select(0, source) + grad.index_select(0, output)
-                )
-        return grad_x, None, None
-
-
-def gather_rows(x: Tensor, gather: RowGather) -> Tensor:
-    """Rows `gather.sources` of x (T, ...) with a deterministic backward; x itself when the gather
-    is the identity."""
-    return x if gather.sources is None else _GatherRows.apply(x, gather.sources, gather)
-
-
-def packed_attention(
-    module: torch.nn.Module,
-    query: Tensor,  # (1, H, T, Dh)
-    key: Tensor,  # (1, Hkv, T, Dh)
-    value: Tensor,  # (1, Hkv, T, Dh)
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    fasttr_layout: AttentionLayout | None = None,
-    fasttr_backend: str = "segments",
-    **other: Any,
-) -> tuple[Tensor, None]:
-    """The function transformers calls for every attention layer; returns ((1, T, H, Dh), None)."""
-    if fasttr_layout is None:
-        raise FasttrError(
-            "attention: got no packed layout; wanted `fasttr_layout` in the call of the base model"
-        )
-    if attention_mask is not None:
-        raise FasttrError(
-            "attention: got a mask; wanted none, since the layout says what each row sees"
-        )
-    if dropout > 0:
-        raise FasttrError(
-            f"attention: got dropout {dropout}; wanted 0: policy and reference are scored without "
-            "it"
-        )
-    if other.get("s_aux") is not None:
-        raise FasttrError(
-            "attention: got attention sinks (s_aux), which are not built; use a model without them"
-        )
-    if not getattr(module, "is_causal", True):
-        raise FasttrError(
-            "attention: got a layer that is not causal; wanted a causal language model"
-        )
-    if sliding_window is None:
-        _refuse_lost_window(module, max(fasttr_layout.k_lengths))
-    if torch.is_autocast_enabled(query.device.type):
-        # Rotary embeddings and norms with fp32 weights promote q and k; v comes in the compute
-        # dtype.
-        compute = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(compute), key.to(compute), value.to(compute)
-    q = query[0].transpose(0, 1)
-    k = gather_rows(key[0].transpose(0, 1), fasttr_layout.keys)
-    v = gather_rows(value[0].transpose(0, 1), fasttr_layout.keys)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attend = _choose(fasttr_backend, q, softcap)
-    return attend(q, k, v, fasttr_layout, scale, sliding_window, softcap)[None], None
-
-
-def _choose(backend: str, q: Tensor, softcap: float | None) -> Callable[..., Tensor]:
-    """What each back end cannot do falls to the segments, which are exact for everything: fp32 and
-    soft caps."""
-    half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-    if backend == "flash" and half:
-        return _flash
-    if backend == "varlen" and half and softcap is None:
-        return _varlen
-    return _segments
-
-
-def _refuse_lost_window(module: torch.nn.Module, longest: int) -> None:
-    """Some architectures keep their window in the mask alone, which a packed layout never sees."""
-    config: Any = getattr(module, "config", None)
-    window = getattr(config, "sliding_window", None)
-    if not window or longest <= window:
-        return
-    kinds = getattr(config, "layer_types", None)
-    layer = getattr(module, "layer_idx", None)
-    if kinds is None or (layer is not None and kinds[layer] == "sliding_attention"):
-        raise FasttrError(
-            f"attention: layer {layer} of {config.model_type} is configured for a window of "
-            f"{window} but passes none, "
-            f"and a sequence has {longest} tokens; lower max_length to {window} or use another "
-            "architecture"
-        )
-
-
-def _varlen(
-    q, k, v, layout: AttentionLayout, scale: float, window: int | None, softcap: None
-) -> Any:
-    from torch.nn.attention.varlen import varlen_attn
-
-    grouped: dict[str, Any] = {}
-    if q.shape[1] != k.shape[1]:
-        if _varlen_takes_grouped_heads():
-            grouped = {"enable_gqa": True}
-        else:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    left = -1 if window is None else window - 1
-    return varlen_attn(
-        q.contiguous(),
-        k.contiguous(),
-        v.contiguous(),
-        layout.cu_q,
-        layout.cu_k,
-        max(layout.q_lengths),
-        max(layout.k_lengths),
-        scale=scale,
-        window_size=(left, 0),
-        **grouped,
-    )
-
-
-@lru_cache(maxsize=1)
-def _varlen_takes_grouped_heads() -> bool:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-
-def _flash(
-    q, k, v, layout: AttentionLayout, scale: float, window: int | None, softcap: float | None
-) -> Tensor:
-    from flash_attn import flash_attn_varlen_func
-
-    left = -1 if window is None else window - 1
-    return flash_attn_varlen_func(
-        q.contiguous(),
-        k.contiguous(),
-        v.contiguous(),
-        layout.cu_q,
-        layout.cu_k,
-        max(layout.q_lengths),
-        max(layout.k_lengths),
-        softmax_scale=scale,
-        causal=True,
-        window_size=(left, 0),
-        softcap=softcap or 0.0,
-    )
-
-
-def _segments(
-    q, k, v, layout: AttentionLayout, scale: float, window: int | None, softcap: float | None
-) -> Tensor:
-    # split, not slices: the backward of a slice writes a full-size zero tensor for every segment.
-    qs = q.transpose(0, 1).split(layout.q_lengths, dim=1)
-    ks = k.transpose(0, 1).split(layout.k_lengths, dim=1)
-    vs = v.transpose(0, 1).split(layout.k_lengths, dim=1)
-    if softcap is None:
-        outs = [_sdpa_segment(*one, scale, window) for one in zip(qs, ks, vs, strict=True)]
-    else:
-        outs = [
-            _softcap_segment(*one, scale, window, softcap) for one in zip(qs, ks, vs, strict=True)
-        ]
-    return torch.cat(outs, dim=1).transpose(0, 1)
-
-
-def _sdpa_segment(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-    lq, lk = q.shape[1], k.shape[1]
-    grouped = q.shape[0] != k.shape[0]
-    q, k, v = q[None], k[None], v[None]
-    if window is not None and lk > window:
-        mask = _visible(lq, lk, window, q.device)
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped
-        )[0]
-    if lq == lk:
-        return F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
-        )[0]
-    if q.is_cuda:
-        mask = causal_lower_right(lq, lk)
-    else:
-        mask = _visible(lq, lk, None, q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)[
-        0
-    ]
-
-
-def _softcap_segment(q, k, v, scale: float, window: int | None, softcap: float) -> Tensor:
-    repeat = q.shape[0] // k.shape[0]
-    k, v = k.repeat_interleave(repeat, dim=0), v.repeat_interleave(repeat, dim=0)
-    scores = torch.tanh(q @ k.transpose(1, 2) * (scale / softcap)) * softcap
-    scores = scores.masked_fill(~_visible(q.shape[1], k.shape[1], window, q.device), float("-inf"))
-    return (
-        torch.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-        @ v
-    )
-
-
-def _visible(lq: int, lk: int, window: int | None, device: torch.device) -> Tensor:
-    """(lq, lk) bool: key j is seen by query i when j <= i + lk - lq and, with a window, j > i + lk
-    - lq - window."""
-    distance = torch.arange(lk - lq, lk, device=device)[:, None] - torch.arange(lk, device=device)
-    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+NAME = "fasttr_packed"  # in transformers' AttentionInterface
 
 
 def register() -> str:
@@ -253,5 +31,96 @@ def register() -> str:
     """
     from transformers import AttentionInterface
 
-    AttentionInterface.register("fasttr_packed", packed_attention)
-    return "fasttr_packed"
+    AttentionInterface.register(NAME, packed_attention)
+    return NAME
+
+
+def backend_for(asked: str | None, device: torch.device, bf16: bool) -> str:
+    """`varlen`, `flash` or `segments` for an `attn_implementation`; what is missing stops."""
+    if asked is None:
+        return "varlen" if device.type == "cuda" and bf16 else "segments"
+    if asked in ("sdpa", "eager", "segments"):
+        return "segments"
+    if asked not in ("varlen", "flash_attention_2"):
+        raise FasttrError(
+            f"attn_implementation: got {asked!r}; wanted one of sdpa, eager, varlen, "
+            "flash_attention_2, or none"
+        )
+    if device.type != "cuda" or not bf16:
+        raise FasttrError(
+            f"attn_implementation: got {asked} on {device.type} with bf16 {str(bf16).lower()}; "
+            "wanted a CUDA device with bf16 true; leave attn_implementation out to run everywhere"
+        )
+    if asked == "varlen":
+        return "varlen"
+    if importlib.util.find_spec("flash_attn") is None:
+        raise FasttrError(
+            "attn_implementation: flash_attention_2 needs the package flash-attn; run pip install "
+            "'fasttr[flash]', or leave attn_implementation out to use torch's own varlen attention"
+        )
+    return "flash"
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,  # (1, H, T, Dh)
+    key: Tensor,  # (1, Hkv, T, Dh)
+    value: Tensor,  # (1, Hkv, T, Dv)
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,  # (H,) attention sinks
+    fasttr_layout: AttentionLayout | None = None,
+    fasttr_backend: str = "segments",
+    **other: Any,
+) -> tuple[Tensor, None]:
+    """The function transformers calls for every attention layer; returns ((1, T, H, Dv), None)."""
+    layout = _checked_layout(module, fasttr_layout, attention_mask, dropout)
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotary embeddings and norms with fp32 weights promote q and k; v comes in bf16.
+        compute = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(compute), key.to(compute), value.to(compute)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    scores = Scores(float(scale), sliding_window or 0, softcap or 0.0)
+    backend = _able(fasttr_backend, q, v, scores)
+    return attend(q, k, v, layout, scores, backend, s_aux)[None], None
+
+
+def _checked_layout(
+    module: nn.Module,
+    layout: AttentionLayout | None,
+    attention_mask: Tensor | None,
+    dropout: float,
+) -> AttentionLayout:
+    """The layout, when the layer asks for nothing that a layout cannot say."""
+    if layout is None:
+        raise FasttrError(
+            "attention: got no packed layout; wanted `fasttr_layout` in the call of the base model"
+        )
+    if attention_mask is not None:
+        raise FasttrError(
+            "attention: got a mask; wanted none, since the layout says what each row sees"
+        )
+    if dropout > 0:
+        raise FasttrError(
+            f"attention: got dropout {dropout}; wanted 0: policy and reference are compared "
+            "without it"
+        )
+    if not getattr(module, "is_causal", True):
+        raise FasttrError(
+            "attention: got a layer that is not causal; wanted a causal language model"
+        )
+    return layout
+
+
+def _able(backend: str, q: Tensor, v: Tensor, scores: Scores) -> str:
+    """What FlashAttention cannot do falls to the segments, which are exact for everything."""
+    is_half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    widths = q.shape[2], v.shape[2]
+    fits = widths[0] % 8 == 0 and widths[1] <= widths[0] <= 256
+    if not is_half or not fits or (scores.softcap and backend == "varlen"):
+        return "segments"
+    return backend

@@ -1,16 +1,15 @@
-"""Where log-probs are made: hidden states of a pack through transformers' own model, then the fused
-head.
+"""Where log-probs are made: hidden states of a pack through transformers' own model, then the
+fused head.
 
 The loss is computed inside this module's forward, so that data-parallel hooks see it. Policy and
-reference go through
-the same op with the same packs: where they are equal, the log-ratio is exactly 0.
+reference go through the same op with the same packs: where they are equal, the log-ratio is exactly
+0.
 
-Legend: T packed tokens, R scored rows, N completions, D hidden size, V vocabulary.
+Legend: T packed tokens, R predicting rows, N completions, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +17,8 @@ from fasttr_kernels import PreferenceLoss, linear_preference_loss
 from torch import Tensor, nn
 
 from fasttr.batch import PackedBatch
-from fasttr.models.attention import gather_rows
-
-LossFn = Callable[[Tensor, Tensor | None, slice], Tensor]
+from fasttr.losses import LossFn
+from fasttr.models.gather import gather_rows
 
 
 class HeadSpec(NamedTuple):
@@ -30,8 +28,13 @@ class HeadSpec(NamedTuple):
     softcap: float | None = None
 
 
+class HeadWeight(NamedTuple):
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+
+
 class PackedModel(nn.Module):
-    """A causal language model that scores packed trees.
+    """A causal language model that gives log-probs of packed trees.
 
     Args:
         model: a transformers causal LM whose attention is `fasttr_packed`.
@@ -48,14 +51,14 @@ class PackedModel(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        head: HeadSpec,
-        attention_backend: str,
-        bf16: bool,
+        head: HeadSpec | None = None,
+        attention_backend: str = "segments",
+        bf16: bool = False,
         ld_alpha: float | None = None,
     ):
         super().__init__()
         self.model = model
-        self.head = head
+        self.head = head or HeadSpec()
         self.attention_backend = attention_backend
         self.bf16 = bf16
         self.ld_alpha = ld_alpha
@@ -64,15 +67,27 @@ class PackedModel(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def head_weight(self) -> HeadWeight:
+        """The one place where the output weight is read."""
+        output = self.model.get_output_embeddings()
+        return HeadWeight(output.weight, output.bias)
+
+    def attention_inputs(self, batch: PackedBatch) -> dict[str, Any]:
+        """What a call of the base model, or of the whole model, is given for a pack."""
+        return {
+            "input_ids": batch.input_ids[None],
+            "position_ids": batch.position_ids[None],
+            "use_cache": False,
+            "fasttr_layout": batch.attention,
+            "fasttr_backend": self.attention_backend,
+        }
+
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """Final hidden states of a pack, (T, D)."""
-        return self.model.base_model(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
-            use_cache=False,
-            fasttr_layout=batch.attention,
-            fasttr_backend=self.attention_backend,
-        ).last_hidden_state[0]
+        return self.model.base_model(**self.attention_inputs(batch)).last_hidden_state[0]
 
     def forward(
         self,
@@ -82,50 +97,56 @@ class PackedModel(nn.Module):
         normalizer: float = 1.0,
         stats: bool = False,
     ) -> PreferenceLoss:
-        """Score a pack that is on this module's device; with `loss_fn` also its share of the step's
-        loss."""
-        output = self.model.get_output_embeddings()
+        """Log-probs of a pack on this module's device; with `loss_fn` its share of the loss too."""
         cu_completions, cu_groups = batch.cu_completions, batch.cu_groups
         if self.ld_alpha is not None:
-            # Head and tail of a completion are scored as two, and put together before anybody sees
-            # them.
-            cu_completions, cu_groups = batch.cu_heads, 2 * batch.cu_groups
-            loss_fn = (
-                None
-                if loss_fn is None
-                else self._from_heads(loss_fn, ref_logp, batch.cu_groups.tolist())
-            )
+            # Both parts of a completion are summed apart, and joined before anybody sees them.
+            cu_completions, cu_groups = batch.cu_ld_parts, 2 * batch.cu_groups
+            if loss_fn is not None:
+                loss_fn = self._of_joined_parts(loss_fn, ref_logp, batch.cu_groups.tolist())
             ref_logp = None
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            hidden_RD = gather_rows(self.hidden_states(batch), batch.scored)
+        head = self.head_weight()
+        with self.autocast():
+            hidden_RD = gather_rows(self.hidden_states(batch), batch.predicting)
             out = linear_preference_loss(
                 hidden_RD,
-                output.weight,
+                head.weight,
                 batch.target,
                 cu_completions,
                 cu_groups,
                 loss_fn,
                 ref_logp=ref_logp,
                 normalizer=normalizer,
-                bias=output.bias,
+                bias=head.bias,
                 logit_scale=self.head.logit_scale,
                 softcap=self.head.softcap,
                 stats=stats,
             )
-        return out if self.ld_alpha is None else out._replace(logp=self._joined(out.logp))
-
-    def _joined(self, logp_2N: Tensor) -> Tensor:
-        assert self.ld_alpha is not None
-        return logp_2N[0::2] + self.ld_alpha * logp_2N[1::2]
-
-    def _from_heads(self, loss_fn: LossFn, ref_logp: Tensor | None, cu_groups: list[int]) -> LossFn:
-        def joined(logp: Tensor, _: Tensor | None, groups: slice) -> Tensor:
-            here = slice(cu_groups[groups.start], cu_groups[groups.stop])
-            return loss_fn(self._joined(logp), None if ref_logp is None else ref_logp[here], groups)
-
-        return joined
+        if self.ld_alpha is None:
+            return out
+        return out._replace(logp=self._joined(out.logp, self.ld_alpha))
 
     @torch.no_grad()
-    def score(self, batch: PackedBatch) -> Tensor:
+    def logps(self, batch: PackedBatch) -> Tensor:
         """Summed log-probs of the completions of a pack, (N,) fp32 nats, without gradients."""
         return self(batch.to(self.device)).logp
+
+    def _of_joined_parts(
+        self, loss_fn: LossFn, ref_logp: Tensor | None, cu_groups: list[int]
+    ) -> LossFn:
+        """`loss_fn` as a function of the log-probs of parts; `ref_logp` is of whole completions."""
+
+        assert self.ld_alpha is not None
+        alpha = self.ld_alpha
+
+        def of_parts(logp_2N: Tensor, _: Tensor | None, groups: slice) -> Tensor:
+            completions = slice(cu_groups[groups.start], cu_groups[groups.stop])
+            ref = None if ref_logp is None else ref_logp[completions]
+            joined = self._joined(logp_2N, alpha)
+            return loss_fn(joined, ref, groups, whole_logp=self._joined(logp_2N, 1.0))
+
+        return of_parts
+
+    @staticmethod
+    def _joined(logp_2N: Tensor, share_of_rest: float) -> Tensor:
+        return logp_2N[0::2] + share_of_rest * logp_2N[1::2]

@@ -1,17 +1,18 @@
-"""Trees to packs: which trees share a pack, and where every token, key and scored row lies in it.
+"""Trees to packs: where every token, key and predicting row lies in a pack.
 
 Layout of a tree: [prompt | c1 | c2 | ...], once. The queries stay in that order, cut into the
 segments (prompt + c1), (c2), ...; the keys are gathered so that segment i sees (prompt + ci).
 Causal, aligned at the end: exact for any attention kernel that takes separate query and key
 offsets.
 
-Legend: T packed tokens, S gathered key rows, R scored rows, N completions, B trees, G groups of
-trees.
+Legend: T packed tokens, S gathered key rows, R predicting rows, N completions, B trees, G groups,
+P parts (every prompt and every completion).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,126 +21,164 @@ from fasttr.batch import AttentionLayout, PackedBatch, RowGather, Tree
 
 
 def first_fit_decreasing(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Partition items into bins whose sizes sum to at most `budget`; an item over the budget gets a
-    bin of its own.
+    """Partition items into bins whose sizes sum to at most `budget`.
 
-    Deterministic: ties keep their order, items within a bin and bins themselves are ordered by
-    first position.
+    An item over the budget gets a bin of its own. Deterministic: ties keep their order, items
+    within a bin and bins themselves are ordered by first position.
     """
     bins: list[list[int]] = []
     room: list[int] = []
     for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        for b, free in enumerate(room):
-            if sizes[item] <= free:
-                bins[b].append(item)
-                room[b] -= sizes[item]
-                break
-        else:
+        fitting = next((b for b, free in enumerate(room) if sizes[item] <= free), None)
+        if fitting is None:
             bins.append([item])
             room.append(budget - sizes[item])
-    return sorted(sorted(b) for b in bins)
+        else:
+            bins[fitting].append(item)
+            room[fitting] -= sizes[item]
+    return sorted(sorted(members) for members in bins)
 
 
 def pack(trees: Sequence[Tree], group_sizes: Sequence[int] | None = None) -> PackedBatch:
     """Lay `trees` out in one packed row; completions keep their order.
 
     `group_sizes`: how many consecutive trees are a group, which a loss must see whole; by default
-    each is its own.
+    each tree is its own.
     """
     if not trees:
         raise ValueError("pack: got no trees; wanted at least one")
-    per_tree = np.array([len(tree.completions) for tree in trees])
-    parts = [part for tree in trees for part in (tree.prompt_ids, *tree.completions)]
-    part_lengths = np.array([len(part) for part in parts])
-    ids_T = np.concatenate(parts).astype(np.int64)
-    part_starts = np.concatenate(([0], np.cumsum(part_lengths)[:-1]))
-
-    # Position of each tree's prompt among the parts, and of each completion.
-    prompt_part_B = np.concatenate(([0], np.cumsum(1 + per_tree)[:-1]))
-    is_prompt = np.zeros(len(parts), dtype=bool)
-    is_prompt[prompt_part_B] = True
-    ordinal_N = np.concatenate([np.arange(m) for m in per_tree])
-    prompt_len_N = np.repeat(part_lengths[prompt_part_B], per_tree)
-    prompt_start_N = np.repeat(part_starts[prompt_part_B], per_tree)
-    length_N = part_lengths[~is_prompt]
-    start_N = part_starts[~is_prompt]
-
-    base = np.zeros(len(parts), dtype=np.int64)
-    base[~is_prompt] = prompt_len_N
-    positions_T = _ramp(part_lengths) + np.repeat(base, part_lengths)
-
-    q_lengths = np.where(ordinal_N == 0, prompt_len_N + length_N, length_N)
-    k_lengths = prompt_len_N + length_N
-    j_S = _ramp(k_lengths)
-    in_prompt_S = j_S < np.repeat(prompt_len_N, k_lengths)
-    key_S = np.where(
-        in_prompt_S,
-        np.repeat(prompt_start_N, k_lengths) + j_S,
-        np.repeat(start_N - prompt_len_N, k_lengths) + j_S,
-    )
-    keys = _gather(key_S, np.where(in_prompt_S, np.repeat(ordinal_N, k_lengths), 0), len(ids_T))
-
-    # The first token of a completion is predicted by the prompt's last row; without a prompt
-    # nothing predicts it.
-    has_prompt_N = (prompt_len_N > 0).astype(np.int64)
-    rows_N = length_N - 1 + has_prompt_N
-    j_R = _ramp(rows_N) + np.repeat(1 - has_prompt_N, rows_N)
-    target_R = np.repeat(start_N, rows_N) + j_R
-    from_prompt_R = j_R == 0
-    scored_R = np.where(
-        from_prompt_R, np.repeat(prompt_start_N + prompt_len_N - 1, rows_N), target_R - 1
-    )
-    scored = _gather(scored_R, np.where(from_prompt_R, np.repeat(ordinal_N, rows_N), 0), len(ids_T))
-
-    cu_rows = _offsets(np.array(group_sizes if group_sizes is not None else [1] * len(trees)))
-    if int(cu_rows[-1]) != len(trees):
+    sizes = np.array(group_sizes if group_sizes is not None else [1] * len(trees))
+    if int(sizes.sum()) != len(trees):
         raise ValueError(
-            f"pack: got groups of {int(cu_rows[-1])} trees in all; wanted {len(trees)}"
+            f"pack: got groups of {int(sizes.sum())} trees in all; wanted {len(trees)}"
         )
-    shortest_N = np.repeat(np.minimum.reduceat(length_N, np.cumsum(per_tree) - per_tree), per_tree)
-    heads_N = shortest_N - 1 + has_prompt_N
+    parts = _parts_of(trees)
+    predicting, target_T, lengths_N = _predicting_rows(parts)
+    cu_rows = _offsets(sizes)
     return PackedBatch(
-        input_ids=torch.from_numpy(ids_T),
-        position_ids=torch.from_numpy(positions_T),
-        attention=AttentionLayout(
-            cu_q=_offsets(q_lengths).to(torch.int32),
-            cu_k=_offsets(k_lengths).to(torch.int32),
-            q_lengths=tuple(q_lengths.tolist()),
-            k_lengths=tuple(k_lengths.tolist()),
-            keys=keys,
-        ),
-        scored=scored,
-        target=torch.from_numpy(ids_T[target_R]),
-        cu_completions=_offsets(rows_N),
-        cu_groups=_offsets(per_tree)[cu_rows],
+        input_ids=torch.from_numpy(parts.ids_T),
+        position_ids=torch.from_numpy(_positions(parts)),
+        attention=_attention_layout(parts),
+        predicting=predicting,
+        target=torch.from_numpy(parts.ids_T[target_T]),
+        cu_completions=_offsets(lengths_N),
+        cu_groups=_offsets(parts.completions_B)[cu_rows],
         cu_rows=tuple(cu_rows.tolist()),
-        cu_heads=_offsets(np.stack([heads_N, rows_N - heads_N], axis=1).reshape(-1)),
-        token_counts=torch.from_numpy(length_N.astype(np.int64)),
+        cu_ld_parts=_offsets(_ld_parts(parts, lengths_N)),
+        token_counts=torch.from_numpy(parts.length_N),
         weights=torch.tensor([tree.weight for tree in trees], dtype=torch.float32),
         labels=torch.tensor([tree.label for tree in trees], dtype=torch.bool),
+        per_completion=_per_completion(trees),
         rows=tuple(tree.row for tree in trees),
-        num_tokens=int(k_lengths.sum()),
+        num_tokens=int((parts.prompt_length_N + parts.length_N).sum()),
     )
+
+
+class _Parts(NamedTuple):
+    """Prompts and completions in the order in which they lie in the pack, all int64."""
+
+    ids_T: np.ndarray
+    length_P: np.ndarray
+    is_prompt_P: np.ndarray  # bool
+    completions_B: np.ndarray  # completions of each tree
+    ordinal_N: np.ndarray  # place of a completion in its tree, from 0
+    length_N: np.ndarray
+    start_N: np.ndarray  # its first token's place in the pack
+    prompt_length_N: np.ndarray
+    prompt_start_N: np.ndarray
+
+
+def _parts_of(trees: Sequence[Tree]) -> _Parts:
+    pieces = [ids for tree in trees for ids in (tree.prompt_ids, *tree.completions)]
+    length_P = np.array([len(ids) for ids in pieces], dtype=np.int64)
+    start_P = np.cumsum(length_P) - length_P
+    completions_B = np.array([len(tree.completions) for tree in trees])
+    prompt_place_B = np.cumsum(1 + completions_B) - (1 + completions_B)
+    is_prompt_P = np.zeros(len(pieces), dtype=bool)
+    is_prompt_P[prompt_place_B] = True
+    return _Parts(
+        ids_T=np.concatenate(pieces).astype(np.int64),
+        length_P=length_P,
+        is_prompt_P=is_prompt_P,
+        completions_B=completions_B,
+        ordinal_N=_ramp(completions_B),
+        length_N=length_P[~is_prompt_P],
+        start_N=start_P[~is_prompt_P],
+        prompt_length_N=np.repeat(length_P[prompt_place_B], completions_B),
+        prompt_start_N=np.repeat(start_P[prompt_place_B], completions_B),
+    )
+
+
+def _positions(parts: _Parts) -> np.ndarray:
+    """(T,) position ids: those of every completion continue from the prompt's length."""
+    first_P = np.zeros(len(parts.length_P), dtype=np.int64)
+    first_P[~parts.is_prompt_P] = parts.prompt_length_N
+    return _ramp(parts.length_P) + np.repeat(first_P, parts.length_P)
+
+
+def _attention_layout(parts: _Parts) -> AttentionLayout:
+    """Segment i asks with completion i (the first with the prompt too) and sees (prompt + ci)."""
+    has_prompt_N = parts.ordinal_N == 0
+    q_lengths = parts.length_N + np.where(has_prompt_N, parts.prompt_length_N, 0)
+    k_lengths = parts.length_N + parts.prompt_length_N
+    place_S = _ramp(k_lengths)
+    in_prompt_S = place_S < np.repeat(parts.prompt_length_N, k_lengths)
+    from_prompt_S = np.repeat(parts.prompt_start_N, k_lengths) + place_S
+    from_own_S = np.repeat(parts.start_N - parts.prompt_length_N, k_lengths) + place_S
+    on_host = torch.stack([_offsets(q_lengths), _offsets(k_lengths)]).to(torch.int32)
+    return AttentionLayout(
+        cu_q=on_host[0],
+        cu_k=on_host[1],
+        on_host=on_host,
+        keys=_gather(np.where(in_prompt_S, from_prompt_S, from_own_S), len(parts.ids_T)),
+    )
+
+
+def _predicting_rows(parts: _Parts) -> tuple[RowGather, np.ndarray, np.ndarray]:
+    """The rows that predict completion tokens, the places of those tokens, and how many each has.
+
+    The first token of a completion is predicted by the prompt's last row; without a prompt nothing
+    predicts it.
+    """
+    has_prompt_N = (parts.prompt_length_N > 0).astype(np.int64)
+    lengths_N = parts.length_N - 1 + has_prompt_N
+    place_R = _ramp(lengths_N) + np.repeat(1 - has_prompt_N, lengths_N)
+    target_R = np.repeat(parts.start_N, lengths_N) + place_R
+    is_first_R = place_R == 0
+    end_of_prompt_R = np.repeat(parts.prompt_start_N + parts.prompt_length_N - 1, lengths_N)
+    source_R = np.where(is_first_R, end_of_prompt_R, target_R - 1)
+    return _gather(source_R, len(parts.ids_T)), target_R, lengths_N
+
+
+def _ld_parts(parts: _Parts, lengths_N: np.ndarray) -> np.ndarray:
+    """(2N,) predicting rows of each completion up to its tree's shortest length, and beyond."""
+    first_N = np.cumsum(parts.completions_B) - parts.completions_B
+    shortest_N = np.repeat(np.minimum.reduceat(parts.length_N, first_N), parts.completions_B)
+    unpredicted_N = parts.length_N - lengths_N
+    upto_N = shortest_N - unpredicted_N
+    return np.stack([upto_N, lengths_N - upto_N], axis=1).reshape(-1)
+
+
+def _per_completion(trees: Sequence[Tree]) -> dict[str, torch.Tensor]:
+    columns = {}
+    for name in trees[0].per_completion:
+        values = np.concatenate([np.asarray(tree.per_completion[name]) for tree in trees])
+        columns[name] = torch.from_numpy(values.astype(np.float32))
+    return columns
 
 
 def _ramp(lengths: np.ndarray) -> np.ndarray:
     """0, 1, ..., n - 1 for each n in `lengths`, concatenated."""
     ends = np.cumsum(lengths)
-    return np.arange(ends[-1] if len(ends) else 0, dtype=np.int64) - np.repeat(
-        ends - lengths, lengths
-    )
+    total = ends[-1] if len(ends) else 0
+    return np.arange(total, dtype=np.int64) - np.repeat(ends - lengths, lengths)
 
 
 def _offsets(lengths: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int64))
 
 
-def _gather(index: np.ndarray, reader: np.ndarray, source_rows: int) -> RowGather:
-    """A gather whose output row j is the `reader[j]`-th reader of source row `sources[j]`."""
-    if len(index) == source_rows and np.array_equal(index, np.arange(source_rows)):
-        return RowGather(None, ())
-    levels = []
-    for level in range(int(reader.max(initial=-1)) + 1):
-        outputs = np.flatnonzero(reader == level)
-        levels.append((torch.from_numpy(index[outputs]), torch.from_numpy(outputs)))
-    return RowGather(torch.from_numpy(index), tuple(levels))
+def _gather(sources: np.ndarray, source_rows: int) -> RowGather:
+    counts = np.bincount(sources, minlength=source_rows)
+    vectors = sources, np.concatenate(([0], np.cumsum(counts))), np.argsort(sources, kind="stable")
+    return RowGather(*(torch.from_numpy(x.astype(np.int32)) for x in vectors))

@@ -8,66 +8,68 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from fasttr.batch import Tree
-from fasttr.models.load import load_model, load_tokenizer
+from fasttr.models.load import ModelConfig, load_model, load_tokenizer
 from fasttr.models.packed import PackedModel
 from fasttr.packing.layout import first_fit_decreasing, pack
 from fasttr.rollouts.sampler import Sampling, draw, encode_prompts
 from fasttr.toy.task import gold_reward
 
+LONGEST = 40  # tokens of a sample
+TOKENS_AT_ONCE = 4096
+
+
+class Mean(NamedTuple):
+    """The mean of one number a sample, with its standard error."""
+
+    value: float
+    stderr: float
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Mean:
+        return cls(float(values.mean()), float(values.std(ddof=1)) / len(values) ** 0.5)
+
 
 class Judged(NamedTuple):
-    """Means over one sample a prompt, with their standard errors."""
+    """What one sample a prompt says of a policy."""
 
-    gold: float  # gold reward
-    gold_stderr: float
-    # Estimate of KL(policy || initial), nats a completion: mean log-ratio of the policy's samples.
-    kl: float
-    kl_stderr: float
-    length: float  # characters
+    gold: Mean  # gold reward
+    kl: Mean  # KL(policy || initial), nats a completion: the samples' mean log-ratio
+    length: float  # mean characters
     completions: tuple[str, ...]
-
-
-def sample(
-    model: PackedModel, tokenizer: Any, prompts: Sequence[str], seed: int, max_new_tokens: int = 40
-):
-    """One completion a prompt at temperature 1 through transformers' generate: (prompt ids,
-    completion ids) pairs."""
-    ids = encode_prompts(tokenizer, prompts)
-    drawn = draw(model, tokenizer, ids, Sampling(max_new_tokens, temperature=1.0, seed=seed))
-    return [(prompt, sample.ids) for prompt, (sample,) in zip(ids, drawn, strict=True)]
 
 
 def judge(policy: str | Path, initial: str | Path, prompts: Sequence[str], seed: int) -> Judged:
     """Draw one completion a prompt from the model in folder `policy` and judge them."""
-    cpu = torch.device("cpu")
     tokenizer = load_tokenizer(str(policy))
-    model = load_model(str(policy), device=cpu)
+    model = load_model(ModelConfig(str(policy)))
     drawn = sample(model, tokenizer, prompts, seed)
-    texts = tuple(tokenizer.decode(completion, skip_special_tokens=True) for _, completion in drawn)
-    gold = np.array(
-        [gold_reward(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-    )
-    trees = [Tree(i, prompt, (completion,)) for i, (prompt, completion) in enumerate(drawn)]
-    anchor = load_model(str(initial), device=cpu)
-    ratio = _logps(model, trees) - _logps(anchor, trees)
-    root = len(prompts) ** 0.5
+    trees = [Tree(row, prompt, (ids,)) for row, (prompt, ids) in enumerate(drawn)]
+    texts = tuple(tokenizer.decode(ids, skip_special_tokens=True) for _, ids in drawn)
+    gold = [gold_reward(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    anchor = load_model(ModelConfig(str(initial)))
     return Judged(
-        float(gold.mean()),
-        float(gold.std(ddof=1)) / root,
-        float(ratio.mean()),
-        float(ratio.std(ddof=1)) / root,
-        float(np.mean([len(text) for text in texts])),
-        texts,
+        gold=Mean.of(np.array(gold)),
+        kl=Mean.of(logps(model, trees) - logps(anchor, trees)),
+        length=float(np.mean([len(text) for text in texts])),
+        completions=texts,
     )
 
 
-def _logps(model: PackedModel, trees: Sequence[Tree], budget: int = 4096) -> np.ndarray:
-    logp = np.empty(len(trees))
-    for members in first_fit_decreasing(
-        [len(t.prompt_ids) + len(t.completions[0]) for t in trees], budget
-    ):
-        logp[members] = model.score(pack([trees[i] for i in members])).numpy()
-    return logp
+def sample(
+    model: PackedModel, tokenizer: Any, prompts: Sequence[str], seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(prompt ids, completion ids) of one completion a prompt at temperature 1."""
+    ids = encode_prompts(tokenizer, prompts)
+    drawn = draw(model, tokenizer, ids, Sampling(LONGEST, temperature=1.0, seed=seed))
+    return [(prompt, one.ids) for prompt, (one,) in zip(ids, drawn, strict=True)]
+
+
+def logps(model: PackedModel, trees: Sequence[Tree]) -> np.ndarray:
+    """Summed log-probs of trees with one completion, nats."""
+    sizes = [len(tree.prompt_ids) + len(tree.completions[0]) for tree in trees]
+    found = np.empty(len(trees))
+    for members in first_fit_decreasing(sizes, TOKENS_AT_ONCE):
+        found[members] = model.logps(pack([trees[i] for i in members])).numpy()
+    return found

@@ -1,5 +1,4 @@
-"""When a run logs, evaluates and saves: pure functions of the configuration, the plan and the
-step."""
+"""When a run logs, evaluates and saves: pure functions of configuration, plan and step."""
 
 from __future__ import annotations
 
@@ -11,41 +10,64 @@ from fasttr.packing.plan import Plan
 
 
 @dataclass(frozen=True)
-class Cadence:
-    """Answers for the state after `step` optimizer steps. A number of steps below 1 is a share of
-    all of them."""
+class Interval:
+    """Every so many steps, every epoch, or never."""
 
-    config: TrainConfig
+    strategy: str  # steps, epoch; anything else is never
+    every: float  # steps; below 1 a share of all of them
+
+    def is_due(self, step: int, plan: Plan) -> bool:
+        """After `step` optimizer steps."""
+        if self.strategy == "epoch":
+            return step % plan.steps_per_epoch == 0
+        if self.strategy != "steps":
+            return False
+        share = self.every < 1
+        every = math.ceil(self.every * plan.total_steps) if share else int(self.every)
+        return step % every == 0
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Answers for the state after `step` optimizer steps."""
+
     plan: Plan
+    logging: Interval
+    evaluation: Interval
+    saving: Interval
+    logs_first_step: bool
+    eval_delay: float  # steps, or epochs
+
+    @classmethod
+    def of(cls, config: TrainConfig, plan: Plan) -> Intervals:
+        return cls(
+            plan,
+            logging=Interval(config.logging_strategy, config.logging_steps),
+            evaluation=Interval(config.eval_strategy, config.eval_every),
+            saving=Interval(config.save_strategy, config.save_steps),
+            logs_first_step=config.logging_first_step,
+            eval_delay=config.eval_delay,
+        )
 
     def logs(self, step: int) -> bool:
-        c = self.config
-        if c.logging_strategy == "no":
-            return step == 1 and c.logging_first_step
-        last = step == self.plan.total_steps
-        return (
-            last
-            or (step == 1 and c.logging_first_step)
-            or self._due(step, c.logging_strategy, c.logging_steps)
-        )
+        if step == 1 and self.logs_first_step:
+            return True
+        is_last = self._is_last(step) and self.logging.strategy != "no"
+        return is_last or self.logging.is_due(step, self.plan)
 
     def evaluates(self, step: int) -> bool:
-        c = self.config
-        begun = step / self.plan.steps_per_epoch if c.eval_strategy == "epoch" else step
-        last = step == self.plan.total_steps and c.eval_strategy == "steps"  # as TRL
-        return begun >= c.eval_delay and (
-            last or self._due(step, c.eval_strategy, c.eval_steps or c.logging_steps)
-        )
+        by_epoch = self.evaluation.strategy == "epoch"
+        done = step / self.plan.steps_per_epoch if by_epoch else step
+        if done < self.eval_delay:
+            return False
+        # TRL also evaluates at the last step when eval_strategy is steps.
+        is_last = self._is_last(step) and self.evaluation.strategy == "steps"
+        return is_last or self.evaluation.is_due(step, self.plan)
 
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is due, whatever an evaluation says."""
-        c = self.config
-        last = step == self.plan.total_steps and c.save_strategy in ("steps", "epoch")
-        return last or self._due(step, c.save_strategy, c.save_steps)
+        is_last = self._is_last(step) and self.saving.strategy in ("steps", "epoch")
+        return is_last or self.saving.is_due(step, self.plan)
 
-    def _due(self, step: int, strategy: str, every: float) -> bool:
-        if strategy == "steps":
-            return (
-                step % (math.ceil(every * self.plan.total_steps) if every < 1 else int(every)) == 0
-            )
-        return strategy == "epoch" and step % self.plan.steps_per_epoch == 0
+    def _is_last(self, step: int) -> bool:
+        return step == self.plan.total_steps

@@ -6,24 +6,33 @@ move the reference. At a step where several fall together: evaluate, move, save.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from tqdm import tqdm
 
-from fasttr.checkpoint import folder as checkpoint
+from fasttr import files
+from fasttr.config import rules
 from fasttr.config.train_config import TrainConfig
+from fasttr.console import say
 from fasttr.errors import FasttrError
-from fasttr.metrics.sums import SUMS, MetricsLog, means, named, pack_sums
-from fasttr.metrics.throughput import Speed
-from fasttr.training.evaluate import evaluate
-from fasttr.training.run import Run, say
-from fasttr.training.setup import start
-from fasttr.training.stopping import FiniteGuard, Interrupted, StopRequest
-from fasttr.training.window import score_anchor, score_window
+from fasttr.evaluation.split import evaluate
+from fasttr.metrics.log import MetricsLog
+from fasttr.metrics.sums import as_metrics
+from fasttr.metrics.throughput import Throughput
+from fasttr.models.given import give_back
+from fasttr.training import checkpoints
+from fasttr.training.announce import announce_evaluation, announce_step
+from fasttr.training.callbacks import Callback, Callbacks
+from fasttr.training.intervals import Intervals
+from fasttr.training.run import Run
+from fasttr.training.setup import Given, setup
+from fasttr.training.step import StepMetrics, train_step
+from fasttr.training.stopping import FiniteGuard, Interrupted, StopSignal, check_weights
+from fasttr.training.window import SweepStopped, score_anchor, score_split_late, score_window
 
 
 class TrainResult(NamedTuple):
@@ -31,213 +40,260 @@ class TrainResult(NamedTuple):
 
     output_dir: Path
     steps: int
-    metrics: dict[str, float]  # of the last line of metrics.jsonl
+    metrics: dict[str, float]  # of the last line of training steps, and the totals
+    model: Any  # the transformers model that was trained
+    tokenizer: Any
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(
+    config: TrainConfig,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+    loss: Any = None,
+    callbacks: Sequence[Callback] = (),
+) -> TrainResult:
     """Train a model on preferences as `config` says; the command `fasttr train` calls this.
 
-    Writes checkpoints, metrics.jsonl and the final model into `config.output_dir`. Raises
-    FasttrError, one line, for mistakes in configuration, data or model; raises Interrupted (a
-    SystemExit) after SIGTERM or Ctrl-C, once saved.
+    Writes checkpoints, metrics.jsonl and the final model into `config.output_dir`.
+
+    Args:
+        model: a loaded transformers model, trained in place, instead of `model_name_or_path`.
+        tokenizer: its tokenizer; by default that of the model's own folder or hub id.
+        train_dataset, eval_dataset: a `datasets.Dataset`, a list of dicts with the columns of a
+            preference set, or a TreeSource, instead of `dataset_name` and its test split.
+        loss: a `fasttr.losses.Loss`, or any function of `LossInputs` that returns a number for each
+            row, instead of `loss_type`.
+        callbacks: see `fasttr.Callback`.
+
+    Raises FasttrError, one line, for mistakes in configuration, data or model; Interrupted (a
+    SystemExit) after SIGTERM or Ctrl-C, once the run is saved.
     """
-    with StopRequest() as stop:
-        run = start(config)
-        try:
-            run.output_dir.mkdir(parents=True, exist_ok=True)
-            checkpoint.remove_torn(run.output_dir)
-            (run.output_dir / "train_config.json").write_text(
-                json.dumps(config.as_dict(), indent=1) + "\n"
-            )
-        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-            raise FasttrError(f"output_dir: cannot write {config.output_dir!r}: {error}") from error
+    rules.check_sources(
+        config,
+        has_model=model is not None,
+        has_data=train_dataset is not None,
+        has_eval_data=eval_dataset is not None,
+    )
+    given = Given(model, tokenizer, train_dataset, eval_dataset, loss)
+    with StopSignal() as stop, _alone_in(config):
+        run = setup(config, given)
+        if checkpoints.is_finished(run):
+            say(f"nothing to do: {run.output_dir} holds this run's end, step {run.step}")
+            give_back(run.policy)
+            return TrainResult(run.output_dir, run.step, {}, run.policy.model, run.tokenizer)
+        checkpoints.own_output_dir(run)
         log = MetricsLog(
             run.output_dir,
-            config.report_to,
-            keep_until=run.step if run.resumed else None,
-            run_name=config.run_name,
-            project=config.project,
-            config=config.as_dict(),
+            config.trackers(),
+            keep_until=run.step if run.is_resumed else None,
+            settings=run.config.as_dict(),
         )
         try:
-            return _loop(run, log, stop)
+            return _Loop(run, log, stop, Callbacks(callbacks)).all_steps()
         finally:
             log.close()
+            give_back(run.policy)
 
 
-def _loop(run: Run, log: MetricsLog, stop: StopRequest) -> TrainResult:
-    config, plan = run.config, run.plan
-    guard, speed, began = FiniteGuard(), Speed(run.policy.model, run.device), time.perf_counter()
-    first_step, line = run.step, dict[str, float]()
-    bar = tqdm(
-        total=plan.total_steps,
-        initial=run.step,
-        desc="Training",
-        unit="step",
-        disable=config.disable_tqdm or None,
-    )
+class _Loop:
+    """The parts of a loop that live as long as it runs, and what happens once in a while."""
 
-    if run.step == 0:
-        score_anchor(run)
-    for window in plan.windows(config.schedule.every, start=run.step):
-        if run.loss.needs_reference and not run.window_scored:
-            paused = speed.pause()
-            score_window(run, window, lambda: _stop_if_asked(run, stop, guard))
-            speed.resume(paused)
-        if run.step == 0 and config.eval_on_start:
-            log.write(0, evaluate(run))
-        for step in window[run.step - window.start :]:
-            gradient_norm, rate = _step(run, step, guard, speed)
-            run.step = step + 1
-            bar.update()
+    def __init__(self, run: Run, log: MetricsLog, stop: StopSignal, callbacks: Callbacks):
+        self.run = run
+        self.log = log
+        self.stop = stop
+        self.callbacks = callbacks
+        self.intervals = Intervals.of(run.config, run.plan)
+        self.guard = FiniteGuard(run.output_dir)
+        self.throughput = Throughput(run.policy.model, run.device)
+        self.last_line: dict[str, float] = {}
+        self.began_at = time.perf_counter()
+        self.began_step = run.step
 
-            # once in a while: log, evaluate, move the reference, save
-            if run.cadence.logs(run.step):
-                line = _log_line(run, gradient_norm, rate, speed, window)
-                guard.verify(run.output_dir)
-                log.write(run.step, line)
-                say(_summary(run, line))
-            paused = speed.pause()
-            saves = run.cadence.saves(run.step)
-            if run.cadence.evaluates(run.step):
-                evaluation = evaluate(run)
-                log.write(run.step, evaluation)
-                say(_evaluation_summary(run, evaluation))
-                saves |= run.note_best(evaluation)
-            if (
-                config.schedule.every is not None
-                and run.step == window.start + config.schedule.every
-            ):
-                run.reference.move()
-                run.window_scored = False
-                log.write(
-                    run.step, {"event": "reference_update", "ref/updates": run.reference.updates}
-                )
-            if saves:
-                guard.verify(run.output_dir)
-                run.save(only_model=config.save_only_model)
-            _stop_if_asked(run, stop, guard)
-            speed.resume(paused)
-    bar.close()
-    guard.verify(run.output_dir)
-    if config.load_best_model_at_end and run.best_checkpoint is not None:
-        checkpoint.copy_final(run.best_checkpoint, run.output_dir)
-        say(f"the final model is {run.best_checkpoint.name}, the best by {config.best_metric}")
-    else:
-        checkpoint.save_final(run.output_dir, run.policy, run.tokenizer)
-    seconds = time.perf_counter() - began
-    rows = sum(len(plan.rows(step)) for step in range(first_step, run.step))
-    total = {
-        "train_loss": float(run.total_loss) / max(run.step, 1),
-        "train_runtime": seconds,
-        "train_pairs_per_second": rows / seconds,
-    }
-    log.write(run.step, total)
-    say(
-        f"done: {run.step} steps in {seconds:.1f} s ({rows / seconds:.2f} rows/s, scoring and "
-        "saving included)"
-    )
-    say(f"model and metrics in {run.output_dir}")
-    return TrainResult(run.output_dir, run.step, line | total)
-
-
-def _step(run: Run, step: int, guard: FiniteGuard, speed: Speed) -> tuple[torch.Tensor, float]:
-    """One optimizer step; returns the gradient's norm before clipping (on the device) and the rate
-    it used."""
-    config, loss = run.config, run.loss
-    rows = run.plan.rows(step)
-    chosen_tokens = run.chosen_tokens_means(run.train_trees, rows)
-    sums = torch.zeros(len(SUMS), device=run.device)
-    for host_batch in run.plan.packs(step):
-        batch = host_batch.to(run.device)
-        ref_logp = (
-            run.scores.get(batch.rows).to(run.device, non_blocking=True)
-            if loss.needs_reference
-            else None
+    def all_steps(self) -> TrainResult:
+        run, plan, schedule = self.run, self.run.plan, self.run.config.schedule
+        self.callbacks.on_train_begin(run)
+        if run.step == 0:
+            score_anchor(run)
+        bar = tqdm(
+            total=plan.total_steps,
+            initial=run.step,
+            desc="Training",
+            unit="step",
+            disable=run.config.disable_tqdm or None,
         )
-        out = run.policy(
-            batch, run.loss_fn(batch, chosen_tokens), ref_logp, normalizer=len(rows), stats=True
+        with bar:
+            for window in plan.windows(schedule.every, start=run.step):
+                self.score(window)  # the only place where the reference's weights are used
+
+                for step in window[run.step - window.start :]:
+                    with self.throughput.step():
+                        metrics = train_step(run, step, self.throughput)
+                    run.step = step + 1
+                    self.take_note(step, metrics)
+                    bar.update()
+
+                    # once in a while: a line of metrics
+                    if self.intervals.logs(run.step):
+                        self.write_line(metrics, window)
+
+                    # once in a while: evaluate, against the reference of this window
+                    is_saved = self.intervals.saves(run.step)
+                    if self.intervals.evaluates(run.step) or "evaluate" in run.requests:
+                        is_saved |= self.evaluate(is_saved)
+
+                    # the window is over: the reference moves
+                    if schedule.every is not None and run.step == window.start + schedule.every:
+                        self.move()
+
+                    # once in a while: save
+                    if is_saved or "save" in run.requests:
+                        self.save()
+
+                    if self.stop.signum is not None:
+                        self.save_and_leave(self.stop.signum)
+                    if "stop" in run.requests:
+                        return self.finish()
+        return self.finish()
+
+    def score(self, window: range) -> None:
+        """The reference's log-probs of the window's rows, unless a checkpoint brought them."""
+        run = self.run
+        begins = window.start == 0 and run.config.eval_on_start
+        evaluates = begins or any(self.intervals.evaluates(step + 1) for step in window)
+        evaluates |= self.callbacks.may_evaluate
+        if run.loss.needs_reference:
+            try:
+                if not run.window_scored:
+                    score_window(run, window, evaluates=evaluates, stop=self.stop)
+                elif evaluates:
+                    score_split_late(run)
+            except SweepStopped:
+                assert self.stop.signum is not None
+                self.save_and_leave(self.stop.signum)
+            self.callbacks.on_window(run, window)
+        if run.step == 0 and run.config.eval_on_start:
+            self.evaluate(is_saved=False)
+
+    def take_note(self, step: int, metrics: StepMetrics) -> None:
+        """Read the flag of the step before, and keep this one's numbers on the device."""
+        run = self.run
+        self.guard.verify()
+        self.guard.note(run.step, run.trees.positions[run.plan.rows(step)], metrics.is_broken)
+        run.averages.add(metrics.step_means)
+        run.total_loss += metrics.step_means[0]
+        self.callbacks.on_step(run, metrics)
+
+    def write_line(self, metrics: StepMetrics, window: range) -> None:
+        run = self.run
+        line = as_metrics(run.averages.read(), run.loss)
+        line["grad_norm"] = float(metrics.gradient_norm)
+        line["learning_rate"] = metrics.learning_rate
+        line["num_tokens"] = run.num_tokens
+        line["epoch"] = run.step / run.plan.steps_per_epoch
+        if run.loss.needs_reference:
+            line["ref/updates"] = run.reference.updates
+            line["ref/age_steps"] = run.step - 1 - window.start
+        line |= self.throughput.read()
+        self.guard.verify()
+        self.log.write(run.step, line)
+        announce_step(run, line)
+        self.last_line = line
+
+    def evaluate(self, is_saved: bool) -> bool:
+        """Evaluate; whether that calls for a checkpoint."""
+        run = self.run
+        run.requests.discard("evaluate")
+        if run.split is None:
+            raise FasttrError(
+                "evaluate: a callback asks for it and there are no rows; give eval_strategy and "
+                "rows to evaluate on"
+            )
+        if run.loss.needs_reference and run.split.lacks_reference():
+            raise FasttrError(
+                "evaluate: a callback asks for it in a window that was scored without the "
+                "evaluation rows; set may_evaluate = True on the callback"
+            )
+        line = evaluate(run.policy, run.split, run.objective)
+        self.log.write(run.step, line)
+        announce_evaluation(run, line)
+        self.callbacks.on_evaluate(run, line)
+        if run.best is None or not (is_saved or run.best.saves_itself):
+            return False
+        return run.best.note(line, run.step) and run.best.saves_itself
+
+    def move(self) -> None:
+        run = self.run
+        run.reference.move()
+        run.window_scored = False
+        self.log.write(
+            run.step, {"event": "reference_update", "ref/updates": run.reference.updates}
         )
-        out.loss.backward()
-        sums += pack_sums(out, ref_logp, batch, loss)
-        speed.add(host_batch, len(host_batch.rows))
-        run.num_tokens += host_batch.num_tokens
+        self.callbacks.on_move(run)
 
-    parameters = [p for p in run.policy.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if config.max_grad_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
-    not_finite = (~torch.isfinite(norm) | ~torch.isfinite(sums[0])).to(torch.float32)
-    run.optimizer.found_inf = not_finite  # type: ignore[attr-defined]  # the fused kernel then changes nothing
-    rate = run.scheduler.get_last_lr()[0]
-    run.optimizer.step()
-    run.scheduler.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    def save(self) -> None:
+        self.guard.verify()
+        self.run.requests.discard("save")
+        if self.run.config.save_only_model:
+            checkpoints.save_model_alone(self.run, self.callbacks)
+        else:
+            checkpoints.save(self.run, self.callbacks)
 
-    guard.verify(run.output_dir)
-    guard.raise_flag(step + 1, rows, not_finite)
-    run.averages.add(means(sums))
-    run.total_loss += sums[0]
-    return norm, rate
-
-
-def _log_line(
-    run: Run, norm: torch.Tensor, rate: float, speed: Speed, window: range
-) -> dict[str, float]:
-    line = named(run.averages.read(), run.loss)
-    line |= {
-        "grad_norm": float(norm),
-        "learning_rate": rate,
-        "num_tokens": run.num_tokens,
-        "epoch": run.step / run.plan.steps_per_epoch,
-    }
-    if run.loss.needs_reference:
-        line |= {"ref/updates": run.reference.updates, "ref/age_steps": run.step - 1 - window.start}
-    return line | speed.read()
-
-
-def _stop_if_asked(run: Run, stop: StopRequest, guard: FiniteGuard) -> None:
-    if stop.signum is None:
-        return
-    guard.verify(run.output_dir)
-    if run.step > 0:
-        saved = run.save()
+    def save_and_leave(self, signum: int) -> None:
+        run = self.run
+        self.guard.verify()
+        saved = ""
+        if run.step > 0:
+            saved = f"; saved {checkpoints.save(run, self.callbacks)}"
         say(
-            f"stopped by a signal at step {run.step}; saved {saved}; go on with "
+            f"stopped by a signal at step {run.step}{saved}; go on with "
             "--resume_from_checkpoint true"
         )
-    else:
-        say("stopped by a signal before the first step; go on with --resume_from_checkpoint true")
-    raise Interrupted(stop.signum)
+        raise Interrupted(signum)
+
+    def finish(self) -> TrainResult:
+        run = self.run
+        self.guard.verify()
+        check_weights(run.policy.model, run.output_dir)
+        checkpoints.save_final(run)
+        self.callbacks.on_train_end(run)
+        totals = self._totals()
+        self.log.write(run.step, totals)
+        say(
+            f"done: {run.step} steps in {totals['train_runtime']:.1f} s "
+            f"({totals['train_pairs_per_second']:.2f} rows/s, scoring and saving included)"
+        )
+        say(f"model and metrics in {run.output_dir}")
+        metrics = self.last_line | totals
+        return TrainResult(run.output_dir, run.step, metrics, run.policy.model, run.tokenizer)
+
+    def _totals(self) -> dict[str, float]:
+        run = self.run
+        seconds = time.perf_counter() - self.began_at
+        rows = sum(len(run.plan.rows(step)) for step in range(self.began_step, run.step))
+        return {
+            "train_loss": float(run.total_loss) / max(run.step, 1),
+            "train_runtime": seconds,
+            "train_pairs_per_second": rows / seconds,
+        }
 
 
-def _summary(run: Run, line: dict[str, Any]) -> str:
-    parts = [f"step {run.step}/{run.plan.total_steps}", f"loss {line['loss']:.4f}"]
-    for key, label, form in (
-        ("rewards/margins", "margin", "+.4f"),
-        ("rewards/accuracies", "accuracy", ".3f"),
-        ("kl", "kl", ".3f"),
-        ("ref/updates", "updates", "d"),
-    ):
-        if key in line:
-            parts.append(f"{label} {line[key]:{form}}")
-    parts += [
-        f"grad {line['grad_norm']:.3g}",
-        f"lr {line['learning_rate']:.2e}",
-        f"{line['perf/pairs_per_second']:.1f} rows/s",
-    ]
-    return "  ".join(parts)
-
-
-def _evaluation_summary(run: Run, line: dict[str, Any]) -> str:
-    text = f"evaluation at step {run.step}: loss {line['eval_loss']:.4f}"
-    if "eval_rewards/accuracies" in line:
-        accuracy, error = (line[f"eval_rewards/accuracies{end}"] for end in ("", "_stderr"))
-        text += f"  accuracy {accuracy:.3f} +- {error:.3f}"
-    for key, label in (
-        ("eval_rewards/margins", "margin"),
-        ("eval_anchor/rewards/margins", "against the initial policy"),
-    ):
-        if key in line:
-            text += f"  {label} {line[key]:+.4f}"
-    return text
+@contextlib.contextmanager
+def _alone_in(config: TrainConfig) -> Iterator[None]:
+    """No other run writes into the output folder while this one does."""
+    try:
+        lock = files.FolderLock(config.output_folder)
+    except BlockingIOError as error:
+        raise FasttrError(
+            f"output_dir: another run is writing into {config.output_dir}; wait for it, or take "
+            "another folder"
+        ) from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise FasttrError(f"output_dir: cannot write {config.output_dir!r}: {error}") from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,5 +1,4 @@
-"""Scoring a window: the reference's log-probs of every row that the window trains on, before it
-trains.
+"""Scoring a window: the reference's log-probs of every row that the window trains on, beforehand.
 
 A first sweep (all of them, when the reference is fixed) may be long: it is saved now and then and
 taken up again.
@@ -8,117 +7,165 @@ taken up again.
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from fasttr.batch import PackedBatch
-from fasttr.reference.moving import score_packs
-from fasttr.training.evaluate import pack_split
-from fasttr.training.run import Run, say, weights_digest
-from fasttr.training.stopping import Interrupted
+from fasttr.checkpoint.state import weights_digest
+from fasttr.config.train_config import TrainConfig
+from fasttr.console import say
+from fasttr.errors import FasttrError, one_line
+from fasttr.evaluation.split import EvaluationSplit
+from fasttr.files import written_aside
+from fasttr.models.packed import PackedModel
+from fasttr.reference.logp_table import LogpTable, fill_logps
+from fasttr.training.run import Run
+from fasttr.training.stopping import StopSignal
 
-PARTIAL = "reference_scores.partial.safetensors"
+PARTIAL_FILE = "reference_scores.partial.safetensors"
 PARTIAL_SECONDS = 30.0
+LONG_SWEEP = 16  # steps from which a sweep has a bar
 
 
-def score_window(run: Run, window: range, stop_if_asked: Callable[[], None]) -> None:
-    """Fill the tables with the reference's log-probs of the window's rows, and of the evaluation
-    split if it is due."""
-    run.scores.clear()
-    partial = _Partial(run) if window.start == 0 else None
-    scorer = run.reference.scorer()
+class SweepStopped(Exception):
+    """A signal came while a window was scored; what is known so far is on disk."""
+
+
+def score_window(run: Run, window: range, *, evaluates: bool, stop: StopSignal) -> None:
+    """Fill the tables with the reference's log-probs of the window's rows.
+
+    `evaluates`: an evaluation falls into the window, so the evaluation split is scored too. Raises
+    SweepStopped after a signal, once the weights of the policy are back in their place.
+    """
+    run.window_logps.clear()
     steps = range(run.step, window.stop)
-    long = len(steps) >= 16
-    bar = tqdm(
-        total=len(steps),
-        desc="Scoring the reference",
-        unit="step",
-        leave=False,
-        disable=(run.config.disable_tqdm or None) if long else True,
-    )
-
-    def packs() -> Iterator[PackedBatch]:
-        for step in steps:
-            if run.scores.missing(run.plan.rows(step)):
-                yield from run.plan.packs(step)
-            bar.update()
-
-    def after(_: PackedBatch) -> None:
-        if partial is not None:
-            partial.save_now_and_then()
-        stop_if_asked()
-
-    try:
-        score_packs(scorer, packs(), run.scores, after)
-    except Interrupted:
-        if partial is not None:
-            partial.save()
-        raise
-    finally:
-        bar.close()
-    if run.eval_scores is not None and _evaluation_falls_into(run, window):
-        run.eval_scores.clear()
-        if scorer is run.policy and run.step == 0 and run.anchor is not None:
-            run.eval_scores.values[:] = run.anchor.values
-        else:
-            score_packs(scorer, pack_split(run), run.eval_scores)
+    with run.reference.model() as reference:
+        partial = _Partial.of(run, reference) if window.start == 0 else None
+        _sweep(run, reference, steps, partial, stop)
+        if run.split is not None and evaluates:
+            _score_split(run, run.split, reference)
     run.reference.window_scored()
     run.window_scored = True
     if partial is not None:
         partial.path.unlink(missing_ok=True)
 
 
-class _Partial:
-    """The scores of an unfinished first sweep on disk, taken up when the same run starts again."""
+def score_anchor(run: Run) -> None:
+    """Score the evaluation split by the policy as it is now: the initial one, before any step."""
+    if run.split is not None and run.split.anchor_logps is not None:
+        fill_logps(run.policy, run.split.packs(), run.split.anchor_logps)
 
-    def __init__(self, run: Run):
-        self.run, self.path, self.saved = run, run.output_dir / PARTIAL, time.perf_counter()
-        config = run.config
-        order = [
-            config.seed,
-            config.data_seed,
-            config.train_batch_size,
-            run.plan.max_tokens_per_batch,
-            run.bf16,
-        ]
-        self.key = json.dumps(
-            [run.train_trees.fingerprint, weights_digest(run.reference.scorer()), order]
+
+def score_split_late(run: Run) -> None:
+    """Score the evaluation split of a window that was scored without it, when that can be done.
+
+    Only a soft reference still has, inside a window, the weights that it began with.
+    """
+    if run.split is None or not run.split.lacks_reference():
+        return
+    if run.reference.weights is None:
+        raise FasttrError(
+            f"an evaluation falls into the window of step {run.step + 1}, which was scored without "
+            "it, and the reference's weights of its start are gone; resume with the intervals that "
+            "the run began with, or from a checkpoint where a window begins"
         )
-        if run.config.resume_from_checkpoint and self.path.is_file():
-            from safetensors import safe_open
+    with run.reference.model() as reference:
+        _score_split(run, run.split, reference)
 
+
+def _sweep(
+    run: Run, reference: PackedModel, steps: range, partial: _Partial | None, stop: StopSignal
+) -> None:
+    is_hidden = run.config.disable_tqdm or len(steps) < LONG_SWEEP
+    bar = tqdm(
+        total=len(steps),
+        desc="Scoring the reference",
+        unit="step",
+        leave=False,
+        disable=is_hidden or None,
+    )
+
+    def packs() -> Iterator[PackedBatch]:
+        for step in steps:
+            if run.window_logps.lacks(run.plan.rows(step)):
+                yield from run.plan.packs(step)
+            bar.update()
+
+    def after_pack() -> None:
+        if partial is not None:
+            partial.save_now_and_then()
+        if stop.signum is not None:
+            if partial is not None:
+                partial.save()
+            raise SweepStopped
+
+    with bar:
+        fill_logps(reference, packs(), run.window_logps, after_pack)
+
+
+def _score_split(run: Run, split: EvaluationSplit, reference: PackedModel) -> None:
+    if split.ref_logps is None:
+        return
+    split.ref_logps.clear()
+    if run.step == 0 and split.anchor_logps is not None and run.reference.is_the_policy:
+        split.ref_logps.values[:] = split.anchor_logps.values
+    else:
+        fill_logps(reference, split.packs(), split.ref_logps)
+
+
+class _Partial:
+    """The log-probs of an unfinished first sweep, on disk until the same run starts again."""
+
+    def __init__(self, path: Path, table: LogpTable, key: str):
+        self.path, self.table, self.key = path, table, key
+        self.saved_at = time.perf_counter()
+
+    @classmethod
+    def of(cls, run: Run, reference: PackedModel) -> _Partial:
+        partial = cls(run.output_dir / PARTIAL_FILE, run.window_logps, _key(run, reference))
+        if run.config.resume_from_checkpoint and partial.path.is_file():
+            partial.take_up()
+        return partial
+
+    def take_up(self) -> None:
+        try:
             with safe_open(self.path, "pt") as file:
-                if (file.metadata() or {}).get("key") == self.key:
-                    rows = file.get_tensor("rows").numpy()
-                    run.scores.values[rows] = file.get_tensor("logp").numpy()
-                    say(f"taking up the reference's scores of {len(rows)} rows from {self.path}")
+                if (file.metadata() or {}).get("key") != self.key:
+                    return
+                rows, logp = file.get_tensor("rows").numpy(), file.get_tensor("logp").numpy()
+        except (SafetensorError, OSError) as error:
+            say(f"{self.path} cannot be read and is left out: {one_line(error)}")
+            return
+        self.table.values[rows] = logp
+        say(f"taking up the reference's log-probs of {len(rows)} rows from {self.path}")
 
     def save_now_and_then(self) -> None:
-        if time.perf_counter() - self.saved > PARTIAL_SECONDS:
+        if time.perf_counter() - self.saved_at > PARTIAL_SECONDS:
             self.save()
 
     def save(self) -> None:
-        from safetensors.torch import save_file
-
-        rows = torch.from_numpy(self.run.scores.rows())
-        aside = self.path.with_suffix(".tmp")
-        logp = torch.from_numpy(self.run.scores.values[rows.numpy()])
-        save_file({"rows": rows, "logp": logp}, aside, metadata={"key": self.key})
-        os.replace(aside, self.path)
-        self.saved = time.perf_counter()
-
-
-def score_anchor(run: Run) -> None:
-    """Score the evaluation split by the policy as it is now: the initial one, when called before
-    the first step."""
-    if run.anchor is not None:
-        score_packs(run.policy, pack_split(run), run.anchor)
+        rows = torch.from_numpy(self.table.known_rows())
+        logp = torch.from_numpy(self.table.values[rows.numpy()])
+        try:
+            with written_aside(self.path) as aside:
+                save_file({"rows": rows, "logp": logp}, aside, metadata={"key": self.key})
+        except (OSError, SafetensorError) as error:
+            raise FasttrError(f"cannot write {self.path}: {one_line(error)}") from error
+        self.saved_at = time.perf_counter()
 
 
-def _evaluation_falls_into(run: Run, window: range) -> bool:
-    at_start = window.start == 0 and run.config.eval_on_start
-    return at_start or any(run.cadence.evaluates(step + 1) for step in window)
+def _key(run: Run, reference: PackedModel) -> str:
+    """Everything that a log-prob depends on, and that binds a resumed run."""
+    bound = {
+        name: value
+        for name, value in run.config.as_dict().items()
+        if name in TrainConfig.bound_on_resume()
+    }
+    identity = [run.trees.fingerprint, weights_digest(reference), run.policy.bf16, bound]
+    return json.dumps(identity, sort_keys=True, default=str)

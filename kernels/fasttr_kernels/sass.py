@@ -15,6 +15,8 @@ SHARED_SM = {80: 167936, 90: 233472, 100: 233472}
 REGISTERS_SM = 65536
 WARPS_SM = 64
 BLOCKS_SM = 32
+# Of an element.
+BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 
 
 class Case(NamedTuple):
@@ -41,6 +43,11 @@ class Built(NamedTuple):
     store: int
     blocks: int  # of one multiprocessor, by registers, shared memory and warps
     instructions: float | None  # of the main loop, an element; None unless disassembled
+
+
+def joined(*words: str) -> str:
+    """The name of a case."""
+    return " ".join(word for word in words if word)
 
 
 def build(case: Case, arch: int, disassemble: bool = True) -> Built:

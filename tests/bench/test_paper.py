@@ -15,13 +15,13 @@ from bench.paper import curves, overoptimization, stats, toy_mdp
 from bench.paper.curves import Run
 from bench.paper.mdp import Rnn, Tabular, Tree, align, draw_pairs, fit, rows_of, seed_losses
 from fasttr import batch
-from fasttr.cli import parse_train
+from fasttr.cli.train import parse_train
+from fasttr.data.in_memory import ListTrees
 from fasttr.data.unpaired import Unpaired
 from fasttr.losses import make_loss
-from fasttr.reference.moving import Fixed, Hard, Soft
+from fasttr.reference.schedule import Fixed, Hard, Soft
 from fasttr.training.loop import train
 from tests.runs import lines
-from tests.tiny import ListSource
 
 TREE = Tree()
 RECIPES = sorted((Path(__file__).parents[2] / "fasttr" / "recipes").glob("*.yaml"))
@@ -63,10 +63,7 @@ def test_soft_reference_is_its_closed_form_inside_the_toy():
                 {name: p.detach().double().clone() for name, p in policy.named_parameters()}
             )
             found.append(
-                {
-                    name: p.detach().double().clone()
-                    for name, p in reference.model.named_parameters()
-                }
+                {name: weight.double().clone() for name, weight in reference.weights.items()}
             )
 
     align(initial, pairs, make_loss(["sigmoid"], beta=0.5), Soft(alpha, every), 21, 3e-3, watch)
@@ -110,7 +107,7 @@ def test_unpaired_rows_are_those_of_the_trainer():
     pairs = [[1, 2], [3, 4], [7, 5]]
     rows = rows_of(TREE, torch.tensor([pairs]), make_loss(["kto"]))
     prompt = np.zeros(1, dtype=np.int32)
-    trees = ListSource(
+    trees = ListTrees(
         [batch.Tree(i, prompt, tuple(np.array([leaf]) for leaf in p)) for i, p in enumerate(pairs)]
     )
     unpaired = Unpaired(trees, labels=None, block=6, max_length=None)

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fasttr import TrainConfig
 from fasttr.cli import main
 from fasttr.errors import FasttrError
-from fasttr.evaluation.standalone import SETTINGS, measure
-from fasttr.models.load import load_model, load_tokenizer
-from fasttr.rollouts.sampler import Sampling, draw, encode_prompts, read_prompts, sample_file
+from fasttr.evaluation.standalone import measure
+from fasttr.models.load import ModelConfig, load_model, load_tokenizer
+from fasttr.rollouts.prompt_file import PromptFile, read_prompts, sample_file
+from fasttr.rollouts.sampler import Sampling, draw, encode_prompts
 from tests.cli.test_commands import one_line
 from tests.conftest import write_pairs
 from tests.runs import evaluations, run
@@ -191,7 +192,6 @@ def test_the_command_prints_a_table_and_writes_json(workspace, tmp_path, capsys)
         capsys, ["eval", *common, "--anchor_model_name_or_path", "/nowhere"]
     )
     assert "dataset_name: missing" in one_line(capsys, ["eval", *common[:2]])
-    assert set(SETTINGS) <= set(TrainConfig.__dataclass_fields__)
 
 
 def test_a_training_file_is_read_for_what_it_says_of_data_and_loss(workspace, tmp_path, capsys):
@@ -270,7 +270,7 @@ def test_samples_are_written_for_every_prompt(workspace, tmp_path, capsys):
 def test_greedy_samples_are_those_of_each_prompt_alone(workspace):
     """Padding a batch changes nothing, and the model attends as before afterwards."""
     folder = str(workspace / "model")
-    tokenizer, model = load_tokenizer(folder), load_model(folder, device=torch.device("cpu"))
+    tokenizer, model = load_tokenizer(folder), load_model(ModelConfig(folder))
     before = model.model.config._attn_implementation
     ids = encode_prompts(tokenizer, ["alpha?", "beta gamma delta epsilon zeta?", "eta theta?"])
     together = draw(model, tokenizer, ids, Sampling(12, temperature=0))
@@ -289,21 +289,13 @@ def test_samples_follow_the_seed(workspace, tmp_path):
     texts = []
     for seed, name in ((1, "a"), (1, "b"), (2, "c")):
         torch.manual_seed(7)
-        sample_file(
-            str(workspace / "model"),
-            tmp_path / "prompts.txt",
-            tmp_path / name,
-            sampling=Sampling(8, seed=seed),
-            use_cpu=True,
-            disable_tqdm=True,
-        )
+        files = PromptFile(tmp_path / "prompts.txt", tmp_path / name, disable_tqdm=True)
+        sample_file(ModelConfig(str(workspace / "model")), files, Sampling(8, seed=seed))
         texts.append((tmp_path / name).read_text())
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_what_was_drawn_before_a_stop_is_kept_aside(workspace, tmp_path, monkeypatch):
-    import fasttr.rollouts.sampler as generate
-
+def test_what_was_drawn_before_a_stop_is_kept_aside(workspace, tmp_path):
     (tmp_path / "prompts.txt").write_text("alpha\nbeta\ngamma\n")
     (tmp_path / "out.jsonl").write_text("earlier\n")
     calls = []
@@ -314,17 +306,11 @@ def test_what_was_drawn_before_a_stop_is_kept_aside(workspace, tmp_path, monkeyp
             raise KeyboardInterrupt
         return draw(*args)
 
-    monkeypatch.setattr(generate, "draw", stopped)
+    files = PromptFile(
+        tmp_path / "prompts.txt", tmp_path / "out.jsonl", batch_size=1, disable_tqdm=True
+    )
     with pytest.raises(KeyboardInterrupt):
-        sample_file(
-            str(workspace / "model"),
-            tmp_path / "prompts.txt",
-            tmp_path / "out.jsonl",
-            sampling=Sampling(4),
-            batch_size=1,
-            use_cpu=True,
-            disable_tqdm=True,
-        )
+        sample_file(ModelConfig(str(workspace / "model")), files, Sampling(4), draw_batch=stopped)
     assert (tmp_path / "out.jsonl").read_text() == "earlier\n"
     assert len((tmp_path / "out.jsonl.partial").read_text().splitlines()) == 2
 

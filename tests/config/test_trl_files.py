@@ -13,7 +13,8 @@ import pytest
 import torch
 import yaml
 
-from fasttr.cli import main, parse_train
+from fasttr.cli import main
+from fasttr.cli.train import parse_train
 from fasttr.config.train_config import TrainConfig
 from fasttr.config.trl_table import TABLE
 from fasttr.errors import FasttrError

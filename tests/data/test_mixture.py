@@ -9,7 +9,7 @@ import pytest
 from trl import DatasetMixtureConfig, get_dataset
 
 from fasttr import TrainConfig
-from fasttr.cli import parse_train
+from fasttr.cli.train import parse_train
 from fasttr.data.mixture import kept_rows, parse_parts, read_mixture
 from fasttr.errors import FasttrError
 from tests.conftest import write_pairs
@@ -215,7 +215,6 @@ def test_trls_yaml_of_a_mixture_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"dataset_name": None}, "dataset_name: missing"),
         ({"test_split_size": 0.1}, "it splits a mixture"),
         ({"datasets": [{"path": "a"}], "test_split_size": 1.5}, "test_split_size: got 1.5"),
         ({"datasets": [{"path": "a"}], "test_split_size": 0}, "test_split_size: got 0"),

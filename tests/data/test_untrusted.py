@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fasttr.errors import FasttrError
-from fasttr.models.load import load_model, load_tokenizer
+from fasttr.models.load import ModelConfig, load_model, load_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -32,11 +32,11 @@ def change(path: Path, **values) -> None:
 
 
 def test_pickled_weights_are_not_read(folder):
-    model = load_model(str(folder), device=CPU).model
+    model = load_model(ModelConfig(str(folder))).model
     (folder / "model.safetensors").unlink()
-    assert "no safetensors" in refused(load_model, str(folder), device=CPU)
+    assert "no safetensors" in refused(load_model, ModelConfig(str(folder)))
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
-    assert "no safetensors" in refused(load_model, str(folder), device=CPU)
+    assert "no safetensors" in refused(load_model, ModelConfig(str(folder)))
 
 
 def test_code_beside_the_weights_is_not_run_nor_asked_about(folder, tmp_path, monkeypatch):
@@ -46,7 +46,7 @@ def test_code_beside_the_weights_is_not_run_nor_asked_about(folder, tmp_path, mo
     change(
         folder / "config.json", auto_map={"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}
     )
-    load_model(str(folder), device=CPU)
+    load_model(ModelConfig(str(folder)))
     change(
         folder / "tokenizer_config.json",
         tokenizer_class="Own",
@@ -62,7 +62,7 @@ def test_code_beside_the_weights_is_not_run_nor_asked_about(folder, tmp_path, mo
 )
 def test_a_broken_model_file_is_one_line(folder, name, content):
     (folder / name).write_bytes(content)
-    assert "model_name_or_path" in refused(load_model, str(folder), device=CPU)
+    assert "model_name_or_path" in refused(load_model, ModelConfig(str(folder)))
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
@@ -76,7 +76,7 @@ def test_a_broken_tokenizer_file_is_one_line(folder, name, content):
 
 def test_weights_that_do_not_fit_the_config_are_one_line(folder):
     change(folder / "config.json", hidden_size=64)
-    assert "model_name_or_path" in refused(load_model, str(folder), device=CPU)
+    assert "model_name_or_path" in refused(load_model, ModelConfig(str(folder)))
 
 
 def test_weights_that_are_missing_are_not_drawn_at_random(folder):
@@ -84,5 +84,5 @@ def test_weights_that_are_missing_are_not_drawn_at_random(folder):
     del tensors["model.norm.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert "lacks 1 weights (model.norm.weight first)" in refused(
-        load_model, str(folder), device=CPU
+        load_model, ModelConfig(str(folder))
     )

@@ -6,24 +6,24 @@ import pytest
 import torch
 from fasttr_kernels import linear_preference_loss
 
-from fasttr.losses import LOSSES, IpoSum, Scored, Sft, Sigmoid, group_loss, make_loss
+from fasttr.losses import LOSSES, IpoSum, LossInputs, Sft, Sigmoid, group_loss, make_loss
 
 
-def scored(logp, ref=None, tokens=None, **more):
+def inputs(logp, ref=None, tokens=None, **more):
     logp = torch.tensor(logp, dtype=torch.float64)
     tokens = torch.ones(len(logp), dtype=torch.int64) if tokens is None else torch.tensor(tokens)
-    return Scored(
+    return LossInputs(
         logp, None if ref is None else torch.tensor(ref, dtype=torch.float64), tokens, **more
     )
 
 
 def test_known_values_by_hand():
-    one = scored([-1.0, -4.0], [-2.0, -3.0], [2, 4])  # u = 1, v = -1
+    one = inputs([-1.0, -4.0], [-2.0, -3.0], [2, 4])  # u = 1, v = -1
     assert LOSSES["sigmoid"](beta=0.5)(one).item() == pytest.approx(math.log(1 + math.exp(-1.0)))
     assert LOSSES["ipo_sum"](beta=0.5)(one).item() == pytest.approx((2 - 1) ** 2)
     assert LOSSES["ipo"](beta=0.5)(one).item() == pytest.approx((0.5 + 0.25 - 1) ** 2)
     assert Sft()(
-        scored([-6.0], tokens=[3], per_row=1, chosen_tokens_mean=3.0)
+        inputs([-6.0], tokens=[3], completions=1, chosen_tokens_mean=3.0)
     ).item() == pytest.approx(2.0)
 
 
@@ -31,14 +31,14 @@ def test_an_update_of_the_reference_moves_the_target_margin_of_ipo_by_half_over_
     """At policy = reference IPO pulls the margin up by 1/(2 beta), wherever the pair stands."""
     for margin in (0.0, 3.0):
         logp = torch.tensor([margin, 0.0], dtype=torch.float64, requires_grad=True)
-        loss = IpoSum(beta=0.25)(Scored(logp, logp.detach(), torch.ones(2)))
+        loss = IpoSum(beta=0.25)(LossInputs(logp, logp.detach(), torch.ones(2)))
         loss.sum().backward()
         assert logp.grad.tolist() == pytest.approx([-2 / (2 * 0.25), 2 / (2 * 0.25)])
 
 
 def test_a_loss_with_a_reference_refuses_to_go_without():
     with pytest.raises(ValueError, match="got no ref_logp"):
-        Sigmoid()(scored([-1.0, -2.0]))
+        Sigmoid()(inputs([-1.0, -2.0]))
 
 
 def test_settings_that_a_loss_would_ignore_are_refused():

@@ -8,7 +8,7 @@ import pytest
 
 from fasttr import TrainConfig
 from fasttr.errors import FasttrError
-from fasttr.metrics.trackers import Trackers, require_trackers, tracker_names
+from fasttr.metrics.trackers import TrackerConfig, Trackers, require_trackers, tracker_names
 from tests.runs import run, settings, steps
 
 
@@ -81,13 +81,13 @@ def test_a_run_reports_every_number_to_all_trackers(workspace, tmp_path, fake):
 def test_the_environment_names_the_project(tmp_path, fake, monkeypatch):
     wandb = fake("wandb")
     monkeypatch.setenv("WANDB_PROJECT", "theirs")
-    Trackers("wandb", tmp_path).close()
+    Trackers(TrackerConfig("wandb"), tmp_path).close()
     assert wandb.of("init")[0][1]["project"] == "theirs"
 
 
 def test_a_tracker_that_fails_is_left_out_and_told_once(tmp_path, fake, capsys):
     wandb, trackio = fake("wandb", failing=("log", "finish")), fake("trackio")
-    trackers = Trackers(["wandb", "trackio"], tmp_path)
+    trackers = Trackers(TrackerConfig(["wandb", "trackio"]), tmp_path)
     for step in range(3):
         trackers.log(step, {"loss": 1.0})
     trackers.close()
@@ -102,7 +102,7 @@ def test_a_tracker_that_fails_is_left_out_and_told_once(tmp_path, fake, capsys):
 def test_a_tracker_that_cannot_start_is_one_line(tmp_path, fake):
     fake("wandb", failing=("init",))
     with pytest.raises(FasttrError, match="wandb could not start: init is unwell"):
-        Trackers("wandb", tmp_path)
+        Trackers(TrackerConfig("wandb"), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

@@ -6,8 +6,7 @@ import torch
 
 from fasttr.batch import Tree
 from fasttr.errors import FasttrError
-from fasttr.models.attention import packed_attention
-from fasttr.models.load import ARCHITECTURES
+from fasttr.models.checks import ARCHITECTURES
 from fasttr.packing.layout import pack
 from tests.tiny import (
     WINDOW,
@@ -82,17 +81,6 @@ def test_the_window_matters(arch):
     assert (windowed - wide).abs().max() > 1e-3
 
 
-def test_a_window_that_never_arrives_is_refused():
-    """Architectures that keep their window in the mask alone would be silently wrong."""
-    layer = packed_tiny("mistral").model.model.layers[0].self_attn
-    query = torch.randn(1, 4, WINDOW + 1, 8)
-    key = torch.randn(1, 2, WINDOW + 1, 8)
-    layout = pack(random_trees([(3, WINDOW - 2)])).attention
-    packed_attention(layer, query, key, key, None, sliding_window=WINDOW, fasttr_layout=layout)
-    with pytest.raises(FasttrError, match="configured for a window of 5"):
-        packed_attention(layer, query, key, key, None, fasttr_layout=layout)
-
-
 def test_the_base_model_is_refused_without_a_layout():
     model = packed_tiny()
     with pytest.raises(FasttrError, match="no packed layout"):
@@ -109,7 +97,7 @@ def test_no_grad_scoring_is_bitwise_the_training_forward():
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
         batch = pack(trees)
-        scored = model.score(batch)
+        scored = model.logps(batch)
         trained = model(batch, lambda logp, ref, groups: logp.sum(), stats=True)
         trained.loss.backward()
         assert torch.equal(scored, trained.logp)
@@ -124,7 +112,7 @@ def test_bf16_compute_stays_near_fp32_and_keeps_the_step_0_zero(arch):
     low = packed_tiny(arch)
     low.bf16 = True
     batch = pack(trees)
-    want, scored = exact.score(batch), low.score(batch)
+    want, scored = exact.logps(batch), low.logps(batch)
     out = low(batch, lambda logp, ref, groups: logp.sum())
     out.loss.backward()
     assert torch.equal(scored, out.logp)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fasttr.errors import FasttrError
-from fasttr.models import scratch
+from fasttr.models import scratch, scratch_tokenizer
 
 TEXT = "Human: what is a good prior?\n\nAssistant: one that can be argued with.\n" * 40
 UNICODE = "Héllo  wörld\n\n\t日本語 🎉 \u0000 \u200d don't <x> 12345\r\n e\u0301"
@@ -135,7 +135,7 @@ def test_every_kind_of_file_gives_all_its_texts(kind, tmp_path):
         pq.write_table(pa.Table.from_pylist(rows), path := tmp_path / "a.parquet")
     else:
         (path := tmp_path / ("a.jsonl" if kind == "jsonl" else "a.json")).write_text(lines)
-    assert {text.strip() for text in scratch.read_texts(path)} == wanted
+    assert {text.strip() for text in scratch_tokenizer.read_texts(path)} == wanted
 
 
 def test_trl_takes_a_dpo_step_on_plain_and_on_conversational_rows(llama, tmp_path):
@@ -181,13 +181,13 @@ def test_trl_takes_a_dpo_step_on_plain_and_on_conversational_rows(llama, tmp_pat
 
 
 BAD = {
-    "unknown arch": ({"arch": "lama"}, "did you mean llama"),
+    "unknown arch": ({"arch": "lama"}, r"did you mean 'llama'"),
     "heads": ({"hidden_size": 33}, "33 is not divisible by num_heads 2"),
     "kv heads": ({"num_heads": 4, "num_kv_heads": 3}, "not divisible by num_kv_heads"),
     "no kv heads": ({"arch": "gpt_neox", "num_kv_heads": 1}, "leave it out"),
     "odd head": ({"hidden_size": 30}, "multiple of 2"),
     "no window": ({"sliding_window": 8}, "has none"),
-    "negative": ({"num_layers": 0}, "num_layers is 0; wanted 1 or more"),
+    "negative": ({"num_layers": 0}, "num_layers: got 0; wanted a whole number from 1"),
     "vocabulary": ({"vocab_size": 259}, "wanted 260 or more"),
     "missing file": ({"tokenizer_data": "no/such/file.txt"}, "does not exist"),
     "folder": ({"tokenizer_data": "."}, "is a folder"),

@@ -4,15 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from fasttr.models.attention import gather_rows
+from fasttr.data.in_memory import ListTrees
+from fasttr.models.gather import gather_rows
 from fasttr.packing.layout import first_fit_decreasing, pack
 from fasttr.packing.plan import Plan
-from tests.tiny import ListSource, random_trees
+from tests.tiny import random_trees
 
 
 def source(n=23, seed=0):
     rng = np.random.default_rng(seed)
-    return ListSource(random_trees([tuple(rng.integers(1, 20, 3)) for _ in range(n)]))
+    return ListTrees(random_trees([tuple(rng.integers(1, 20, 3)) for _ in range(n)]))
 
 
 def test_bins_hold_every_item_once_within_the_budget():
@@ -26,7 +27,9 @@ def test_bins_hold_every_item_once_within_the_budget():
 
 def test_the_order_is_a_permutation_seeded_by_seed_plus_epoch():
     """What TRL's sampler draws, so that a step holds the same rows."""
-    plan = Plan(source(), 4, 2.0, -1, seed=7, max_tokens_per_batch=100)
+    plan = Plan(
+        source(), train_batch_size=4, num_train_epochs=2.0, seed=7, max_tokens_per_batch=100
+    )
     assert (plan.steps_per_epoch, plan.total_steps) == (6, 12)
     for epoch in range(2):
         rows = np.concatenate([plan.rows(epoch * 6 + k) for k in range(6)])
@@ -36,14 +39,14 @@ def test_the_order_is_a_permutation_seeded_by_seed_plus_epoch():
 
 
 def test_windows_cover_the_steps_once_and_resume_inside_one():
-    plan = Plan(source(), 4, 2.0, 10, seed=0, max_tokens_per_batch=100)
+    plan = Plan(source(), train_batch_size=4, max_steps=10, max_tokens_per_batch=100)
     assert list(plan.windows(4)) == [range(0, 4), range(4, 8), range(8, 10)]
     assert list(plan.windows(4, start=5)) == [range(4, 8), range(8, 10)]
     assert list(plan.windows(None, start=3)) == [range(0, 10)]
 
 
 def test_packs_of_a_step_hold_its_rows_and_nothing_else():
-    plan = Plan(source(), 8, 1.0, -1, seed=0, max_tokens_per_batch=60)
+    plan = Plan(source(), train_batch_size=8, max_tokens_per_batch=60)
     for step in range(plan.total_steps):
         packs = plan.packs(step)
         assert sorted(r for b in packs for r in b.rows) == sorted(plan.rows(step).tolist())
@@ -57,12 +60,11 @@ def test_layout_of_a_pack_by_hand():
     batch = pack(trees)
     assert batch.input_ids.tolist() == [*p, *c1, *c2, *d]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 2, 0, 1]
-    assert batch.attention.q_lengths == (5, 1, 2)
-    assert batch.attention.k_lengths == (5, 3, 2)
+    assert batch.attention.lengths() == ([5, 1, 2], [5, 3, 2])
     assert batch.attention.keys.sources.tolist() == [0, 1, 2, 3, 4, 0, 1, 5, 6, 7]
     # The prompt's last row predicts the first token of both completions; without a prompt nothing
     # does.
-    assert batch.scored.sources.tolist() == [1, 2, 3, 1, 6]
+    assert batch.predicting.sources.tolist() == [1, 2, 3, 1, 6]
     assert batch.target.tolist() == [*c1, *c2, d[1]]
     assert batch.cu_completions.tolist() == [0, 3, 4, 5]
     assert batch.cu_groups.tolist() == [0, 2, 3]
@@ -71,16 +73,23 @@ def test_layout_of_a_pack_by_hand():
 
 
 def test_the_gather_is_the_identity_without_shared_prompts():
-    assert pack(random_trees([(2, 3), (4, 1)])).attention.keys.sources is None
+    assert pack(random_trees([(2, 3), (4, 1)])).attention.keys.sources.tolist() == list(range(10))
 
 
-@pytest.mark.parametrize("which", ["keys", "scored"])
+def test_readers_of_a_gather_by_hand():
+    keys = pack(random_trees([(2, 1, 1)])).attention.keys
+    assert keys.sources.tolist() == [0, 1, 2, 0, 1, 3]
+    assert keys.offsets.tolist() == [0, 2, 4, 5, 6]
+    assert keys.readers.tolist() == [0, 3, 1, 4, 2, 5]
+
+
+@pytest.mark.parametrize("which", ["keys", "predicting"])
 def test_the_backward_of_a_gather_is_the_sum_over_readers(which):
     batch = pack(random_trees([(3, 2, 4, 1), (1, 2), (5, 1, 1)]))
-    gather = getattr(batch, which) if which == "scored" else batch.attention.keys
+    gather = {"keys": batch.attention.keys, "predicting": batch.predicting}[which]
     x = torch.randn(len(batch.input_ids), 2, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(len(gather.sources), 2, 3, dtype=torch.float64)
     (got,) = torch.autograd.grad((gather_rows(x, gather) * weight).sum(), x)
     (want,) = torch.autograd.grad((x[gather.sources] * weight).sum(), x)
     torch.testing.assert_close(got, want)
-    assert len(gather.levels) == 3
+    assert gather.offsets.diff().max() == 3

@@ -11,8 +11,8 @@ import torch
 from fasttr.data.load import DataConfig, load_trees
 from fasttr.data.unpaired import Unpaired
 from fasttr.losses import LOSSES, group_loss
-from fasttr.models.load import load_model, load_tokenizer
-from fasttr.optim.adamw import adamw, schedule
+from fasttr.models.load import ModelConfig, load_model, load_tokenizer
+from fasttr.optim.adamw import OptimizerConfig
 from fasttr.packing.plan import Plan, pack_rows
 from tests.runs import LOG2, evaluations, lines, run, same_weights, steps, weights
 from tests.tiny import gradients, packed_tiny
@@ -107,7 +107,7 @@ def test_pack_size_and_order_do_not_change_the_gradient(workspace, loss_type):
             trees, labels=None, block=4 if loss.completions == 2 else None, max_length=1024
         )
     group = 4 if loss.coupled else 1
-    model = load_model(str(workspace / "model"), device=torch.device("cpu"))
+    model = load_model(ModelConfig(str(workspace / "model")))
     rows = np.arange(20, 28)  # both labels, when the pairs are taken apart
     noise = torch.randn(48, loss.completions, generator=torch.Generator().manual_seed(0))
     rows = rows if loss.unpaired else rows - 20
@@ -118,7 +118,7 @@ def test_pack_size_and_order_do_not_change_the_gradient(workspace, loss_type):
         total = 0.0
         packs = pack_rows(trees, order, budget, group)
         for batch in packs:
-            ref = model.score(batch) + noise[list(batch.rows)].flatten()
+            ref = model.logps(batch) + noise[list(batch.rows)].flatten()
             fn = group_loss(
                 loss,
                 batch.token_counts,
@@ -236,18 +236,15 @@ def test_the_window_cache_equals_a_live_second_model(workspace, tmp_path, ref_up
     loss = LOSSES["sigmoid"]()
     tokenizer = load_tokenizer(str(workspace / "model"))
     trees = load_trees(tokenizer, DataConfig(str(workspace / "train.jsonl"), max_length=64))
-    policy, live = (
-        load_model(str(workspace / "model"), device=torch.device("cpu")) for _ in range(2)
-    )
-    plan = Plan(trees, 4, 3.0, total, 42, 8192)
-    optimizer = adamw(
-        policy.model, learning_rate=3e-3, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8
-    )
-    rates = schedule(optimizer, "linear", warmup_steps=0, total_steps=total, kwargs=None)
+    policy, live = (load_model(ModelConfig(str(workspace / "model"))) for _ in range(2))
+    plan = Plan(trees, train_batch_size=4, max_steps=total, max_tokens_per_batch=8192)
+    config = OptimizerConfig(learning_rate=3e-3)
+    optimizer = config.optimizer(policy.model)
+    rates = config.scheduler(optimizer, total)
     for step in range(total):
         for batch in plan.packs(step):
             fn = group_loss(loss, batch.token_counts, batch.weights)
-            policy(batch, fn, live.score(batch), normalizer=len(plan.rows(step))).loss.backward()
+            policy(batch, fn, live.logps(batch), normalizer=len(plan.rows(step))).loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         rates.step()
@@ -312,9 +309,7 @@ def test_sft_reads_the_chosen_side_alone_and_lowers_its_loss(workspace, tmp_path
 def test_tied_head_and_embedding_train_as_one(tmp_path):
     model = packed_tiny("qwen3").model
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    groups = adamw(
-        model, learning_rate=1.0, weight_decay=0.1, betas=(0.9, 0.9), eps=1e-8
-    ).param_groups
+    groups = OptimizerConfig(weight_decay=0.1).optimizer(model).param_groups
     assert sum(p.numel() for g in groups for p in g["params"]) == sum(
         p.numel() for p in model.parameters()
     )

@@ -9,7 +9,7 @@ from fasttr.cli import main
 from fasttr.config.train_config import TrainConfig
 from fasttr.errors import FasttrError
 from fasttr.packing.plan import Plan
-from fasttr.training.intervals import Cadence
+from fasttr.training.intervals import Intervals
 from tests.runs import evaluations, same_weights, settings
 
 
@@ -20,9 +20,10 @@ class Rows:
         return 11
 
 
-def cadence(**changes) -> Cadence:
+def intervals(**changes) -> Intervals:
     config = TrainConfig(model_name_or_path="m", dataset_name="d", train_batch_size=2, **changes)
-    return Cadence(config, Plan(Rows(), 2, 2.0, -1, 0, 100))  # 6 steps an epoch, 12 in all
+    plan = Plan(Rows(), train_batch_size=2, num_train_epochs=2.0, max_tokens_per_batch=100)
+    return Intervals.of(config, plan)  # 6 steps an epoch, 12 in all
 
 
 def when(asked) -> list[int]:
@@ -30,24 +31,24 @@ def when(asked) -> list[int]:
 
 
 def test_steps_and_shares_and_epochs_are_when_they_say():
-    assert when(cadence(logging_steps=5).logs) == [5, 10, 12]
-    assert when(cadence(logging_steps=5, logging_first_step=True).logs) == [1, 5, 10, 12]
-    assert when(cadence(logging_strategy="epoch").logs) == [6, 12]
-    assert when(cadence(logging_strategy="no").logs) == []
-    assert when(cadence(logging_steps=0.25).logs) == [3, 6, 9, 12]
-    assert when(cadence(save_steps=0.4).saves) == [5, 10, 12]  # ceil(4.8), as TRL
-    assert when(cadence(save_strategy="epoch").saves) == [6, 12]
-    assert when(cadence(save_strategy="no").saves) == []
-    assert when(cadence(eval_strategy="steps", logging_steps=4).evaluates) == [4, 8, 12]
-    assert when(cadence(eval_strategy="steps", logging_steps=5).evaluates) == [5, 10, 12]
-    assert when(cadence(eval_strategy="steps", eval_steps=4, eval_delay=5).evaluates) == [8, 12]
-    assert when(cadence(eval_strategy="epoch", eval_delay=1.5).evaluates) == [12]
+    assert when(intervals(logging_steps=5).logs) == [5, 10, 12]
+    assert when(intervals(logging_steps=5, logging_first_step=True).logs) == [1, 5, 10, 12]
+    assert when(intervals(logging_strategy="epoch").logs) == [6, 12]
+    assert when(intervals(logging_strategy="no").logs) == []
+    assert when(intervals(logging_steps=0.25).logs) == [3, 6, 9, 12]
+    assert when(intervals(save_steps=0.4).saves) == [5, 10, 12]  # ceil(4.8), as TRL
+    assert when(intervals(save_strategy="epoch").saves) == [6, 12]
+    assert when(intervals(save_strategy="no").saves) == []
+    assert when(intervals(eval_strategy="steps", logging_steps=4).evaluates) == [4, 8, 12]
+    assert when(intervals(eval_strategy="steps", logging_steps=5).evaluates) == [5, 10, 12]
+    assert when(intervals(eval_strategy="steps", eval_steps=4, eval_delay=5).evaluates) == [8, 12]
+    assert when(intervals(eval_strategy="epoch", eval_delay=1.5).evaluates) == [12]
 
 
 def test_the_last_rows_are_dropped_when_they_do_not_fill_a_batch():
-    plan = Plan(
-        Rows(), 4, 1.0, -1, 0, 100, shuffle=False, multiple_of=2
-    )  # 11 rows: 10 of them in batches of 2
+    # 11 rows: 10 of them in batches of 2.
+    in_pairs = {"train_batch_size": 4, "max_tokens_per_batch": 100}
+    plan = Plan(Rows(), **in_pairs, shuffle=False, multiple_of=2)
     assert plan.steps_per_epoch == 3
     assert [plan.rows(step).tolist() for step in range(4)] == [
         [0, 1, 2, 3],
@@ -55,7 +56,7 @@ def test_the_last_rows_are_dropped_when_they_do_not_fill_a_batch():
         [8, 9],
         [0, 1, 2, 3],
     ]
-    assert Plan(Rows(), 4, 1.0, -1, 0, 100, multiple_of=4).steps_per_epoch == 2
+    assert Plan(Rows(), **in_pairs, multiple_of=4).steps_per_epoch == 2
     kept = np.concatenate([plan.rows(step) for step in range(plan.total_steps)])
     assert len(set(kept.tolist())) == 10
 

@@ -9,7 +9,7 @@ import pytest
 
 from fasttr.checkpoint.folder import list_checkpoints
 from fasttr.errors import FasttrError
-from fasttr.training.window import PARTIAL
+from fasttr.training.window import PARTIAL_FILE
 from tests.killed import signalled_run
 from tests.runs import lines, run, same_weights, settings, timeless, weights
 
@@ -109,11 +109,11 @@ def test_a_first_sweep_that_was_killed_is_taken_up(workspace, tmp_path, whole, c
     status, text = signalled(workspace, folder, "none", "score", 14, signal.SIGKILL)
     assert status == -signal.SIGKILL, text
     assert not list_checkpoints(folder)
-    assert (folder / PARTIAL).is_file()
+    assert (folder / PARTIAL_FILE).is_file()
     run(workspace, folder, **changes(workspace, "none", resume_from_checkpoint=True))
-    assert "taking up the reference's scores of" in capsys.readouterr().out
+    assert "taking up the reference's log-probs of" in capsys.readouterr().out
     assert_same_run(folder, whole["none"])
-    assert not (folder / PARTIAL).exists()
+    assert not (folder / PARTIAL_FILE).exists()
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -161,18 +161,25 @@ def test_another_configuration_is_refused_and_named(workspace, tmp_path, whole):
         )
 
 
-@pytest.mark.parametrize(
-    "missing", ["fasttr/optimizer.safetensors", "model.safetensors", "fasttr/state.json"]
-)
-def test_an_incomplete_checkpoint_is_refused(workspace, tmp_path, whole, missing):
+@pytest.mark.parametrize("cut", ["fasttr/optimizer.safetensors", "model.safetensors"])
+def test_an_incomplete_checkpoint_is_refused(workspace, tmp_path, whole, cut):
     shutil.copytree(whole["soft"], tmp_path / "run")
-    path = tmp_path / "run" / "checkpoint-8" / missing
-    if missing.endswith("json"):
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(FasttrError, match=r"incomplete|no fasttr/state\.json"):
+    path = tmp_path / "run" / "checkpoint-8" / cut
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(FasttrError, match=f"checkpoint-8 is incomplete: {cut}"):
         run(workspace, tmp_path / "run", **changes(workspace, "soft", resume_from_checkpoint=True))
+
+
+def test_a_checkpoint_without_a_state_is_passed_over(workspace, tmp_path, whole, capsys):
+    shutil.copytree(whole["soft"], tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-8" / "fasttr" / "state.json").unlink()
+    (tmp_path / "run" / "checkpoint-9").write_text("no folder")
+    run(workspace, tmp_path / "run", **changes(workspace, "soft", resume_from_checkpoint=True))
+    said = capsys.readouterr().out
+    assert "checkpoint-8: it holds no fasttr/state.json" in said
+    assert "resumed from" in said
+    assert "checkpoint-6 at step 6" in said
+    assert_same_run(tmp_path / "run", whole["soft"])
 
 
 @pytest.mark.parametrize("fails", ["safetensors.torch.save_file", "os.fsync"])

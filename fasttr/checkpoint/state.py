@@ -1,0 +1,233 @@
+"""What a run needs, beside the policy's weights, to go on exactly where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fasttr.errors import FasttrError, one_line
+from fasttr.metrics.sums import Averages
+from fasttr.reference.logp_table import LogpTable
+from fasttr.reference.moving import MovingReference
+
+FORMAT = 1
+STATE_DIR = "fasttr"
+_FACTS = "state.json"
+_TENSOR_FILES = ("state", "optimizer", "reference")
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+class RunState(NamedTuple):
+    """Everything beside the policy's weights."""
+
+    facts: dict[str, Any]  # JSON: counters, configuration, fingerprints
+    tensors: dict[str, Tensor]  # log-prob tables, metric sums, random state
+    optimizer: dict[str, Tensor]  # NAME.exp_avg, NAME.exp_avg_sq, NAME.step
+    reference: dict[str, Tensor]  # weights of a soft reference, else empty
+
+
+class Resumable(Protocol):
+    """What a run shows of itself to be saved and taken up again."""
+
+    step: int  # optimizer steps done
+    window_scored: bool
+    num_tokens: int
+    total_loss: Tensor  # () over all steps
+    averages: Averages  # since the last line of metrics
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def reference(self) -> MovingReference: ...
+    @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
+    @property
+    def scheduler(self) -> Any: ...
+    @property
+    def tables(self) -> Mapping[str, LogpTable]: ...
+
+
+def capture(run: Resumable, facts: Mapping[str, Any]) -> RunState:
+    """The state of a run; `facts` are JSON values to be kept with its own."""
+    tensors = {
+        "averages": run.averages.sums,
+        "total_loss": run.total_loss,
+        "rng": torch.get_rng_state(),
+    }
+    if run.device.type == "cuda":
+        tensors["rng_cuda"] = torch.cuda.get_rng_state(run.device)
+    for name, table in run.tables.items():
+        rows = table.known_rows()
+        if len(rows):
+            tensors[f"{name}.rows"] = torch.from_numpy(rows)
+            tensors[f"{name}.logp"] = torch.from_numpy(table.values[rows])
+    own = {
+        "step": run.step,
+        "updates": run.reference.updates,
+        "window_scored": run.window_scored,
+        "num_tokens": run.num_tokens,
+    }
+    return RunState(
+        {**own, **facts}, tensors, _moments(run.optimizer), dict(run.reference.weights or {})
+    )
+
+
+def apply(state: RunState, run: Resumable) -> None:
+    """Take up a saved state; the policy's weights have been read from the same folder."""
+    facts, tensors = state.facts, state.tensors
+    run.step = facts["step"]
+    run.window_scored = facts["window_scored"]
+    run.num_tokens = facts["num_tokens"]
+    run.reference.updates = facts["updates"]
+    run.averages.sums = tensors["averages"].to(run.device)
+    run.total_loss = tensors["total_loss"].to(run.device)
+    torch.set_rng_state(tensors["rng"])
+    if run.device.type == "cuda" and "rng_cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng_cuda"], run.device)
+    for name, table in run.tables.items():
+        if f"{name}.rows" in tensors:
+            table.values[tensors[f"{name}.rows"].numpy()] = tensors[f"{name}.logp"].numpy()
+    if run.reference.weights is not None:
+        for name, weight in run.reference.weights.items():
+            weight.copy_(state.reference[name])
+    _take_up_moments(run.optimizer, state.optimizer)
+    _take_up_schedule(run.scheduler, run.optimizer, run.step)
+
+
+def write_state(folder: Path, state: RunState) -> None:
+    """Write FOLDER/fasttr, with a digest of every file that FOLDER holds."""
+    from safetensors.torch import save_file
+
+    inner = folder / STATE_DIR
+    inner.mkdir()
+    contents = (state.tensors, state.optimizer, state.reference)
+    for name, tensors in zip(_TENSOR_FILES, contents, strict=True):
+        if tensors:
+            on_host = {key: x.detach().cpu().contiguous() for key, x in tensors.items()}
+            save_file(on_host, inner / f"{name}.safetensors")
+    facts = {**state.facts, "format": FORMAT, "files": _digests(folder)}
+    (inner / _FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def read_state(folder: Path) -> RunState:
+    """Read and check a checkpoint's state; transformers reads the weights from the same folder."""
+    from safetensors.torch import load_file
+
+    facts = _read_facts(folder)
+    _check_files(folder, facts["files"])
+    parts = {}
+    for name in _TENSOR_FILES:
+        file = folder / STATE_DIR / f"{name}.safetensors"
+        parts[name] = load_file(file) if file.is_file() else {}
+    return RunState(facts, parts["state"], parts["optimizer"], parts["reference"])
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """A digest of all parameters that is cheap for large models: names, shapes, sums of values and
+    of magnitudes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().double()
+        sums = (float(values.sum()), float(values.abs().sum()))
+        digest.update(repr((name, tuple(parameter.shape), sums)).encode())
+    return digest.hexdigest()
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    path = folder / STATE_DIR / _FACTS
+    if not folder.is_dir():
+        raise FasttrError(
+            f"resume_from_checkpoint: no folder {folder}; give true or a checkpoint-N folder"
+        )
+    if not path.is_file():
+        raise FasttrError(
+            f"resume_from_checkpoint: {folder} has no {STATE_DIR}/{_FACTS}, so it holds no "
+            "reference, position or window; wanted a folder that fasttr saved"
+        )
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        broken = None if isinstance(facts, dict) and "files" in facts else "it names no files"
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        broken = one_line(error)
+    if broken is not None:
+        raise FasttrError(
+            f"resume_from_checkpoint: {path} is broken: {broken}; use an earlier checkpoint"
+        )
+    if facts.get("format") != FORMAT:
+        raise FasttrError(
+            f"resume_from_checkpoint: {folder} has format {facts.get('format')}; wanted {FORMAT}"
+        )
+    return facts
+
+
+def _check_files(folder: Path, recorded: dict[str, Any]) -> None:
+    """Raise FasttrError, naming the file, when one is missing, cut or changed."""
+    for name, was in recorded.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        wanted = was if isinstance(was, int) else was["bytes"]
+        if size != wanted:
+            raise FasttrError(
+                f"resume_from_checkpoint: {folder} is incomplete: {name} has {size} bytes, wanted "
+                f"{wanted}; use an earlier checkpoint"
+            )
+    digests = {name: was["blake2b"] for name, was in recorded.items() if not isinstance(was, int)}
+    found = _of_each(digests, lambda name: _digest(folder / name))
+    changed = sorted(name for name, digest in digests.items() if found[name] != digest)
+    if changed:
+        raise FasttrError(
+            f"resume_from_checkpoint: {folder} is damaged: {changed[0]} is not as it was written; "
+            "use an earlier checkpoint"
+        )
+
+
+def _digests(folder: Path) -> dict[str, dict[str, Any]]:
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    digests = _of_each(names, lambda name: _digest(folder / name))
+    return {
+        name: {"bytes": (folder / name).stat().st_size, "blake2b": digests[name]} for name in names
+    }
+
+
+def _of_each(names: Any, work: Any) -> dict[str, str]:
+    """`work` of every name, side by side: hashing lets other threads run."""
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(work, names), strict=True))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state under the parameters' names."""
+    found = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            for key, value in optimizer.state[parameter].items():
+                found[f"{name}.{key}"] = value
+    return found
+
+
+def _take_up_moments(optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            optimizer.state[parameter] = {
+                key: moments[f"{name}.{key}"].to(parameter.device) for key in _MOMENTS
+            }
+
+
+def _take_up_schedule(scheduler: Any, optimizer: torch.optim.Optimizer, step: int) -> None:
+    rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    scheduler.last_epoch = step
+    scheduler._last_lr = [base * factor(step) for base, factor in rates]
+    for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = rate

@@ -1,0 +1,67 @@
+"""Which word runs which command, and how a mistake ends."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import NamedTuple
+
+from fasttr.errors import FasttrError, did_you_mean
+
+
+class Command(NamedTuple):
+    """A module with a function `run(args)`, and what it is for."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "train": Command(
+        "fasttr.cli.train",
+        "train on preferences: fasttr train --config run.yaml, or flags; --print_config shows all "
+        "settings",
+    ),
+    "eval": Command(
+        "fasttr.cli.evaluate",
+        "log-probs and rewards of a split, by itself or against a fixed anchor; or samples for a "
+        "file of prompts",
+    ),
+    "init": Command(
+        "fasttr.cli.init",
+        "write a small untrained model with a tokenizer, so that anything runs without a download",
+    ),
+    "plot": Command("fasttr.cli.plot", "draw the metrics of a run: fasttr plot RUN"),
+    "env": Command("fasttr.cli.env", "versions, devices and usable back ends"),
+    "demo": Command(
+        "fasttr.cli.demo",
+        "the main job on generated data: SFT, then DPO beside TR-DPO, with a table and pictures",
+    ),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command; mistakes end in one line on standard error and exit status 2."""
+    # Read when torch is first imported, which is below: OpenMP's threads spin while they wait, and
+    # where another process has their core that makes a step many times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] in ("-h", "--help", "help"):
+        _print_usage()
+        return
+    try:
+        command = COMMANDS.get(args[0])
+        if command is None:
+            near = did_you_mean(args[0], COMMANDS)
+            raise FasttrError(f"got command {args[0]!r}; wanted one of {', '.join(COMMANDS)}{near}")
+        importlib.import_module(command.module).run(args[1:])
+    except FasttrError as error:
+        print(f"fasttr: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _print_usage() -> None:
+    print("usage: fasttr COMMAND ...\n")
+    for name, command in COMMANDS.items():
+        print(f"  {name:7}{command.summary}")

@@ -1,0 +1,103 @@
+"""`fasttr train`: flags over file over preset over defaults, in TRL's keys or ours."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from fasttr.cli import arguments
+from fasttr.errors import FasttrError, did_you_mean
+from fasttr.settings import settings_of
+
+if TYPE_CHECKING:
+    from fasttr.config.train_config import TrainConfig
+
+USAGE = "[--config FILE] [--preset NAME] [--print_config[=skip_default]] [--SETTING VALUE ...]"
+DESCRIPTION = (
+    "Train a language model on preferences, with a reference that may move. Every flag may stand "
+    "in a flat YAML file (--config FILE; flags win), under its name here or TRL's; --preset NAME "
+    "takes the TR paper's settings, --print_config shows the settings of a run."
+)
+
+
+def run(args: list[str]) -> None:
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
+        raise FasttrError(
+            "got several processes; one process trains until sharding is built: start without "
+            "torchrun"
+        )
+    config = parse_train(args)
+    from fasttr.training.loop import train
+
+    train(config)
+
+
+def parse_train(args: list[str]) -> TrainConfig:
+    """The TrainConfig of a command line. What is accepted without effect is printed."""
+    words = arguments.read_words(args)
+    _set_environment(words.file.pop("env", None) or {})
+    from fasttr.config import trl
+    from fasttr.config.train_config import TrainConfig
+
+    settings = settings_of(TrainConfig)
+    parser = arguments.settings_parser("fasttr train", DESCRIPTION, settings.values(), USAGE)
+    if words.wants_help:
+        parser.parse_args(["--help"])
+    flags = arguments.flag_values(
+        words.flags, known=settings, takes_list=trl.takes_list, stands_alone=trl.stands_alone
+    )
+    values = trl.merge(words.file, flags)
+    preset_name = values.pop("preset", None)
+    preset = _preset(preset_name)
+    ours, notices = trl.translate(values)
+    _check_preset(preset_name, preset, ours)
+    config = TrainConfig(**arguments.typed(parser, {**preset, **ours}))
+    if words.print_config is not None:
+        _print_config(config, skips_defaults="skip_default" in words.print_config)
+    for notice in notices:
+        print(notice)
+    return config
+
+
+def _set_environment(env: Any) -> None:
+    """Before torch is imported, which reads some of it."""
+    if not isinstance(env, Mapping):
+        raise FasttrError(f"env: got {env!r}; wanted a mapping of names to values")
+    for key, value in env.items():
+        try:
+            os.environ[str(key)] = str(value)
+        except ValueError as error:
+            raise FasttrError(f"env: got {key!r}: {value!r}; {error}") from error
+
+
+def _preset(name: Any) -> dict[str, Any]:
+    from fasttr.config.train_config import PRESETS
+
+    if name is None:
+        return {}
+    if not isinstance(name, str) or name not in PRESETS:
+        near = did_you_mean(str(name), PRESETS)
+        raise FasttrError(f"preset: got {name!r}; wanted one of {', '.join(PRESETS)}{near}")
+    return PRESETS[name]
+
+
+def _check_preset(name: Any, preset: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    asked = ours.get("ref_update")
+    if preset and asked not in (None, preset["ref_update"]):
+        raise FasttrError(
+            f"ref_update: got {asked} with preset {name}, which means {preset['ref_update']}; "
+            "leave one of them out"
+        )
+
+
+def _print_config(config: TrainConfig, skips_defaults: bool) -> None:
+    """Print the settings as a file that runs again, and end."""
+    import yaml
+
+    defaults = {name: one.default for name, one in settings_of(type(config)).items()}
+    values = config.as_dict()
+    if skips_defaults:
+        values = {name: value for name, value in values.items() if value != defaults[name]}
+    print(yaml.safe_dump(values, sort_keys=False), end="")
+    raise SystemExit(0)

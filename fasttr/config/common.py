@@ -1,0 +1,302 @@
+"""Settings that every kind of run has, a class for each group of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fasttr.data.formats import DATASET_FORMATS
+from fasttr.optim.adamw import SCHEDULES
+from fasttr.settings import (
+    INTERVAL,
+    ROWS_OR_SHARE,
+    SEED,
+    Range,
+    above,
+    at_least,
+    between,
+    from_to_below,
+    one_of,
+    setting,
+    whole,
+)
+
+STRATEGIES = ("no", "steps", "epoch")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Model."""
+
+    model_name_or_path: str | None = setting(
+        None,
+        None,
+        "hub id or folder of the policy; its weights are held in float32",
+        may_change=True,
+        in_eval=True,
+    )
+    model_revision: str = setting("main", None, "branch, tag or commit of a hub model")
+    disable_dropout: bool = setting(
+        True,
+        None,
+        "false is refused for a model with dropout, since dropout is off in policy and reference",
+    )
+    attn_implementation: str | None = setting(
+        None,
+        None,
+        "attention; none picks what the device has, else sdpa, eager, varlen, flash_attention_2",
+        in_eval=True,
+    )
+    use_liger_kernel: bool | None = setting(
+        None,
+        None,
+        "Liger's norm, rotary and MLP kernels; none means where CUDA and liger-kernel are present",
+        in_eval=True,
+    )
+    gradient_checkpointing: bool = setting(
+        True, None, "recompute activations in the backward pass: less memory, same values"
+    )
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Data."""
+
+    dataset_name: str | None = setting(
+        None,
+        None,
+        "hub id, folder or file (json, jsonl, parquet, also gz) of preference rows",
+        may_change=True,
+        in_eval=True,
+    )
+    datasets: list[dict[str, Any]] | None = setting(
+        None,
+        None,
+        "a mixture, which wins over dataset_name: a list of path, name, data_dir, data_files, "
+        "split, columns, fraction; fraction is for all or none, and nothing is used twice",
+        in_eval=True,
+    )
+    test_split_size: float | None = setting(
+        None,
+        ROWS_OR_SHARE,
+        "rows of the mixture set aside as its test split, drawn from seed",
+        in_eval=True,
+    )
+    dataset_config: str | None = setting(
+        None, None, "configuration of a hub data set", in_eval=True
+    )
+    dataset_train_split: str = setting("train", None, "split to train on")
+    dataset_test_split: str = setting("test", None, "split to evaluate on", in_eval=True)
+    dataset_format: str | None = setting(
+        None,
+        one_of(*DATASET_FORMATS),
+        "none reads the columns as TRL does; hh_rlhf splits raw transcripts at the last Assistant "
+        "turn",
+        in_eval=True,
+    )
+    dataset_num_proc: int | None = setting(
+        None,
+        whole(1),
+        "processes for tokenising; none means this one",
+        may_change=True,
+        in_eval=True,
+    )
+    eval_dataset_name: str | None = setting(
+        None,
+        None,
+        "data set to evaluate on; none means the test split of dataset_name",
+        in_eval=True,
+    )
+    weight_column: str | None = setting(
+        None, None, "column of row weights that multiply the loss", in_eval=True
+    )
+    max_length: int | None = setting(
+        1024,
+        Range("a whole number from 2, or none", lambda x: 1 < x < 2**31),
+        "prompt and completion together, in tokens; none cuts nothing",
+        in_eval=True,
+    )
+    max_dropped_fraction: float = setting(
+        1.0,
+        between(0, 1),
+        "stop when more rows than this are dropped",
+        may_change=True,
+        in_eval=True,
+    )
+    max_boundary_mismatch: float | None = setting(
+        None,
+        between(0, 1),
+        "stop when more rows than this merge a token across the prompt's end",
+        may_change=True,
+    )
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """Steps and batches."""
+
+    train_batch_size: int = setting(8, whole(1), "rows per optimizer step", in_eval=True)
+    max_tokens_per_batch: int | None = setting(
+        None,
+        whole(1),
+        "tokens per forward pass; memory follows it, results do not. None means 8192 on CUDA and "
+        "1024 on a CPU, where larger passes are not faster",
+        in_eval=True,
+    )
+    num_train_epochs: float = setting(
+        3.0, above(0), "passes over the data, may be a fraction", may_change=True
+    )
+    max_steps: int = setting(
+        -1,
+        Range("a whole number from 1, or -1", lambda x: x == -1 or x >= 1),
+        "optimizer steps; above 0 it wins over num_train_epochs",
+        may_change=True,
+    )
+    train_sampling_strategy: str = setting(
+        "random",
+        one_of("random", "sequential"),
+        "order of the rows: TRL's permutation, or that of the data",
+    )
+    dataloader_drop_last: bool = setting(
+        False,
+        None,
+        "leave out an epoch's last rows that do not fill group_size, or a step without one",
+    )
+    seed: int = setting(42, SEED, "seed of everything random", in_eval=True)
+    data_seed: int | None = setting(None, SEED, "seed of the order of rows; none means seed")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Optimizer."""
+
+    learning_rate: float = setting(1e-6, at_least(0), "peak rate of AdamW")
+    lr_scheduler_type: str = setting("linear", one_of(*SCHEDULES), "schedule of the rate")
+    lr_scheduler_kwargs: dict[str, Any] | None = setting(
+        None, None, "further arguments of that schedule"
+    )
+    warmup_steps: float = setting(0, at_least(0), "steps of warm-up; below 1 a share of all steps")
+    weight_decay: float = setting(0.0, at_least(0), "decoupled decay; biases and norms have none")
+    adam_beta1: float = setting(0.9, from_to_below(0, 1), "decay of AdamW's first moment")
+    adam_beta2: float = setting(0.999, from_to_below(0, 1), "decay of AdamW's second moment")
+    adam_epsilon: float = setting(1e-8, above(0), "AdamW's epsilon")
+    max_grad_norm: float = setting(
+        1.0, at_least(0), "clip the gradient's norm to this; 0 clips nothing"
+    )
+
+
+@dataclass(frozen=True)
+class ComputeSettings:
+    """Precision and device."""
+
+    bf16: bool | None = setting(
+        None,
+        None,
+        "compute in bfloat16; none means true on CUDA and false on a CPU",
+        in_eval=True,
+    )
+    tf32: bool | None = setting(
+        None, None, "TF32 in float32 products on CUDA; none leaves torch's setting"
+    )
+    dtype: str = setting(
+        "float32",
+        Range(
+            "float32: weights and optimizer stay in it, bf16: true computes in bfloat16",
+            lambda x: x == "float32",
+        ),
+        "dtype of weights and optimizer",
+    )
+    full_determinism: bool = setting(False, None, "deterministic CUDA kernels, slower")
+    use_cpu: bool = setting(False, None, "train on the CPU even when there is a GPU", in_eval=True)
+
+
+@dataclass(frozen=True)
+class LoggingSettings:
+    """Logging."""
+
+    logging_strategy: str = setting(
+        "steps", one_of(*STRATEGIES), "when to write a line of metrics", may_change=True
+    )
+    logging_steps: float = setting(10, INTERVAL, "steps between lines of metrics", may_change=True)
+    logging_first_step: bool = setting(
+        False, None, "a line after the first step too", may_change=True
+    )
+    report_to: str | list[str] = setting(
+        "none",
+        None,
+        "none, or one or more of tensorboard, wandb, trackio, beside metrics.jsonl",
+        may_change=True,
+    )
+    run_name: str | None = setting(
+        None, None, "name of the run at wandb and trackio", may_change=True
+    )
+    project: str = setting(
+        "huggingface",
+        None,
+        "project of the run at wandb and trackio; WANDB_PROJECT and TRACKIO_PROJECT win",
+        may_change=True,
+    )
+    disable_tqdm: bool = setting(False, None, "no progress bars", may_change=True, in_eval=True)
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Evaluation."""
+
+    eval_strategy: str = setting(
+        "no", one_of(*STRATEGIES), "when to evaluate; with steps the last one is evaluated too"
+    )
+    eval_steps: float | None = setting(
+        None, INTERVAL, "steps between evaluations; none means logging_steps"
+    )
+    eval_delay: float = setting(
+        0,
+        at_least(0),
+        "no evaluation before this many steps, or epochs with eval_strategy epoch",
+    )
+    eval_on_start: bool = setting(False, None, "evaluate before the first step")
+
+
+@dataclass(frozen=True)
+class SavingSettings:
+    """Output and checkpoints."""
+
+    output_dir: str = setting(
+        "trainer_output",
+        None,
+        "folder for checkpoints, metrics and the final model",
+        may_change=True,
+    )
+    overwrite_output_dir: bool = setting(
+        False, None, "start over in a folder that already holds a run", may_change=True
+    )
+    resume_from_checkpoint: bool | str | None = setting(
+        None, None, "true for the newest in output_dir, or a folder", may_change=True
+    )
+    save_strategy: str = setting(
+        "steps",
+        one_of(*STRATEGIES, "best"),
+        "when to save a checkpoint; the last step is saved with steps and epoch",
+        may_change=True,
+    )
+    save_steps: float = setting(500, INTERVAL, "steps between checkpoints", may_change=True)
+    save_total_limit: int | None = setting(
+        None,
+        whole(1),
+        "how many checkpoints are kept; the best one always is, and none keeps all",
+        may_change=True,
+    )
+    save_only_model: bool = setting(
+        False, None, "checkpoints without what resuming needs", may_change=True
+    )
+    load_best_model_at_end: bool = setting(
+        False, None, "the final model is the best of the checkpoints"
+    )
+    metric_for_best_model: str | None = setting(
+        None, None, "what best means, such as loss or rewards/margins; none means loss"
+    )
+    greater_is_better: bool | None = setting(
+        None,
+        None,
+        "whether a larger value is better; none means not for a metric that ends in loss",
+    )

@@ -1,0 +1,133 @@
+"""Evaluation on a split: loss and metrics against the window's reference, and against the initial
+policy.
+
+Values against a moving reference restart at every update and cannot be compared over a run; those
+under `anchor/` can, since the initial policy does not move.
+
+Legend: N completions of a pack, B rows, m completions of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fasttr.batch import PackedBatch, TreeSource
+from fasttr.losses import Loss, Objective
+from fasttr.metrics.sums import (
+    as_metrics,
+    binomial_stderr,
+    by_name,
+    means,
+    pack_sums,
+    zeros,
+)
+from fasttr.models.packed import PackedModel
+from fasttr.packing.plan import Plan, pack_rows
+from fasttr.reference.logp_table import LogpTable
+
+BLOCK = 64  # rows packed together, about
+
+
+@dataclass(frozen=True)
+class EvaluationSplit:
+    """The rows of an evaluation, and what is known of them before it."""
+
+    trees: TreeSource
+    max_tokens_per_batch: int
+    group_rows: int = 1
+    ref_logps: LogpTable | None = None  # of the window's reference
+    anchor_logps: LogpTable | None = None  # of the initial policy
+
+    @classmethod
+    def of(cls, trees: TreeSource, loss: Loss, plan: Plan) -> EvaluationSplit:
+        """A split that is packed as the training rows of `plan` are."""
+        split = cls(trees, plan.max_tokens_per_batch, plan.group_rows)
+        return split.with_tables(loss) if loss.needs_reference else split
+
+    def with_tables(self, loss: Loss) -> EvaluationSplit:
+        tables = [LogpTable(len(self.trees), loss.completions) for _ in range(2)]
+        return EvaluationSplit(self.trees, self.max_tokens_per_batch, self.group_rows, *tables)
+
+    def lacks_reference(self) -> bool:
+        """Whether the window's reference has not scored all rows."""
+        return self.ref_logps is not None and self.ref_logps.lacks(range(len(self.trees)))
+
+    def packs(self) -> Iterator[PackedBatch]:
+        """The same packs at every evaluation."""
+        block = max(BLOCK // self.group_rows, 1) * self.group_rows
+        for first in range(0, len(self.trees), block):
+            rows = np.arange(first, min(first + block, len(self.trees)))
+            yield from pack_rows(self.trees, rows, self.max_tokens_per_batch, self.group_rows)
+
+
+@torch.no_grad()
+def evaluate(
+    model: PackedModel,
+    split: EvaluationSplit,
+    objective: Objective,
+    after: Callable[[PackedBatch, Tensor], None] | None = None,
+) -> dict[str, float]:
+    """Means over all rows of the split, under `eval_` names.
+
+    `after` is called after every pack with the model's log-probs (N,) of it.
+    """
+    loss, rows = objective.loss, np.arange(len(split.trees))
+    step = objective.of_rows(split.trees, rows)
+    sums = zeros(model.device)
+    against_anchor = _AgainstAnchor([], [])
+    for host_batch in split.packs():
+        batch = host_batch.to(model.device)
+        ref_logp = None
+        if split.ref_logps is not None:
+            ref_logp = split.ref_logps.get(batch.rows).to(model.device)
+        out = model(batch, step.loss_fn(batch), ref_logp, normalizer=step.normalizer, stats=True)
+        sums += pack_sums(out, ref_logp, batch, loss)
+        if split.anchor_logps is not None:
+            anchor = split.anchor_logps.get(batch.rows).to(model.device)
+            against_anchor.logratios.append(out.logp - anchor)
+            against_anchor.labels.append(batch.labels)
+        if after is not None:
+            after(batch, out.logp)
+    line = as_metrics(by_name(means(sums)), loss, prefix="eval_")
+    if "eval_rewards/accuracies" in line:
+        share = line["eval_rewards/accuracies"]
+        line["eval_rewards/accuracies_stderr"] = binomial_stderr(share, len(rows))
+    if split.anchor_logps is not None:
+        line.update(against_anchor.metrics(loss))
+    return line
+
+
+class _AgainstAnchor(NamedTuple):
+    """Log-ratios to the initial policy, pack by pack; chosen and rejected as in
+    `fasttr.metrics.sums`."""
+
+    logratios: list[Tensor]  # (N,) each
+    labels: list[Tensor]  # (B,) bool each
+
+    def metrics(self, loss: Loss) -> dict[str, float]:
+        chosen, rejected = self._sides(loss)
+        found = {}
+        if len(chosen):
+            found["logratios/chosen"] = float(chosen.mean())
+        if len(rejected):
+            found["logratios/rejected"] = float(rejected.mean())
+        if len(chosen) and len(rejected):
+            found["rewards/margins"] = loss.beta * float(chosen.mean() - rejected.mean())
+        if not loss.unpaired:
+            share = float((chosen > rejected).float().mean())
+            found["rewards/accuracies"] = share
+            found["rewards/accuracies_stderr"] = binomial_stderr(share, len(chosen))
+        return {f"eval_anchor/{name}": value for name, value in found.items()}
+
+    def _sides(self, loss: Loss) -> tuple[Tensor, Tensor]:
+        logratio_Bm = torch.cat(self.logratios).view(-1, loss.completions)
+        if not loss.unpaired:
+            return logratio_Bm[:, 0], logratio_Bm[:, 1]
+        label_B = torch.cat(self.labels)
+        return logratio_Bm[label_B, 0], logratio_Bm[~label_B, 0]

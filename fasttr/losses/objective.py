@@ -1,0 +1,141 @@
+"""A loss with what it needs of an optimizer step, in the form that the fused head calls.
+
+Legend: B rows, m completions of a row, n = m B completions, G groups of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fasttr.batch import PackedBatch, TreeSource
+from fasttr.losses.base import Loss, LossInputs
+
+# (logp (n,), ref_logp (n,) or None, groups) -> (): the summed loss of a slice of whole groups.
+LossFn = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss as a run trains on it."""
+
+    loss: Loss
+    average_over: int | None = None  # rows whose chosen tokens `sft` averages; None: the step's
+
+    def of_rows(self, trees: TreeSource, rows: np.ndarray) -> StepObjective:
+        """The loss of one optimizer step on `rows`: their sum divided by their number."""
+        means = self._chosen_tokens_means(trees, rows) if self.loss.averages_tokens else None
+        return StepObjective(self.loss, len(rows), means)
+
+    def _chosen_tokens_means(self, trees: TreeSource, rows: np.ndarray) -> dict[int, float]:
+        """By row: the mean number of predicted chosen tokens of the rows it is averaged with."""
+        unpredicted = trees.prompt_lengths[rows] == 0
+        predicted = trees.completion_lengths[rows, 0] - unpredicted
+        size = self.average_over or len(rows)
+        means: dict[int, float] = {}
+        for first in range(0, len(rows), size):
+            block = slice(first, first + size)
+            mean = max(float(predicted[block].mean()), 1e-9)
+            means.update(dict.fromkeys(rows[block].tolist(), mean))
+        return means
+
+
+class StepObjective(NamedTuple):
+    """The objective of one optimizer step; a pack's share of it is summed loss / normalizer."""
+
+    loss: Loss
+    normalizer: int
+    chosen_tokens_means: dict[int, float] | None  # by row, where the loss averages over tokens
+
+    def loss_fn(self, batch: PackedBatch) -> LossFn:
+        """The loss of one pack, which is on the device, as the head calls it."""
+        return group_loss(
+            self.loss,
+            batch.token_counts,
+            batch.weights,
+            cu_rows=batch.cu_rows,
+            labels=batch.labels,
+            chosen_tokens_mean=self._means_of(batch),
+            per_completion=batch.per_completion,
+        )
+
+    def _means_of(self, batch: PackedBatch) -> Tensor | float:
+        if self.chosen_tokens_means is None:
+            return 1.0
+        means = torch.tensor([self.chosen_tokens_means[row] for row in batch.rows])
+        return means.to(batch.weights.device, non_blocking=True)
+
+
+def group_loss(
+    loss: Loss,
+    token_counts: Tensor,  # (n,)
+    weights: Tensor,  # (B,)
+    *,
+    cu_rows: Sequence[int] | None = None,  # (G+1,) row offsets; None: every row is a group
+    labels: Tensor | None = None,  # (B,) bool
+    chosen_tokens_mean: Tensor | float = 1.0,  # (B,)
+    per_completion: Mapping[str, Tensor] | None = None,  # name -> (n,)
+) -> LossFn:
+    """`loss` in the form that `fasttr_kernels.linear_preference_loss` calls.
+
+    (logp, ref_logp, groups) -> the weighted sum of the losses of those groups. A coupled loss sees
+    one group at a time, any other all of them at once. Where a completion's log-prob was changed on
+    the way (ld_alpha), `whole_logp` is what it was.
+    """
+    rows_of = _RowInputs(
+        loss.completions, token_counts, labels, chosen_tokens_mean, per_completion or {}
+    )
+
+    def loss_fn(
+        logp: Tensor, ref_logp: Tensor | None, groups: slice, whole_logp: Tensor | None = None
+    ) -> Tensor:
+        offsets = range(groups.stop + 1) if cu_rows is None else cu_rows
+        first = offsets[groups.start]
+        step = 1 if loss.coupled else groups.stop - groups.start
+        sums = []
+        for group in range(groups.start, groups.stop, step):
+            rows = slice(offsets[group], offsets[group + step])
+            inputs = rows_of.inputs(rows, first, logp, ref_logp, whole_logp)
+            sums.append((weights[rows] * loss(inputs)).sum())
+        return torch.stack(sums).sum()
+
+    return loss_fn
+
+
+class _RowInputs(NamedTuple):
+    """What is known of the rows of a pack before their log-probs are."""
+
+    completions: int
+    token_counts: Tensor
+    labels: Tensor | None
+    chosen_tokens_mean: Tensor | float
+    per_completion: Mapping[str, Tensor]
+
+    def inputs(
+        self,
+        rows: slice,
+        first: int,
+        logp: Tensor,
+        ref_logp: Tensor | None,
+        whole_logp: Tensor | None,
+    ) -> LossInputs:
+        """Those of `rows`; the log-probs begin at row `first` of the pack."""
+        m = self.completions
+        of_pack = slice(rows.start * m, rows.stop * m)
+        of_logp = slice((rows.start - first) * m, (rows.stop - first) * m)
+        mean = self.chosen_tokens_mean
+        return LossInputs(
+            logp=logp[of_logp],
+            ref_logp=None if ref_logp is None else ref_logp[of_logp],
+            token_counts=self.token_counts[of_pack],
+            completions=m,
+            labels=None if self.labels is None else self.labels[rows],
+            chosen_tokens_mean=mean[rows] if isinstance(mean, Tensor) else mean,
+            whole_logp=None if whole_logp is None else whole_logp[of_logp],
+            per_completion={name: x[of_pack] for name, x in self.per_completion.items()},
+        )

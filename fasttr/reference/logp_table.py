@@ -1,0 +1,66 @@
+"""The log-probs of a reference that are left when its weights are not needed any more.
+
+Legend: N completions of a pack, n rows of a data set, m completions of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fasttr.batch import PackedBatch
+from fasttr.models.packed import PackedModel
+
+
+class LogpTable:
+    """Summed log-probs of each row's completions, fp32 nats; NaN where they are not known yet."""
+
+    def __init__(self, rows: int, completions: int):
+        self.values = np.full((rows, completions), np.nan, dtype=np.float32)  # (n, m)
+
+    def put(self, rows: Iterable[int], logp: Tensor) -> None:
+        """`logp` (N,): the completions of `rows`, row after row."""
+        self.values[list(rows)] = logp.cpu().numpy().reshape(-1, self.values.shape[1])
+
+    def get(self, rows: Iterable[int]) -> Tensor:
+        """(N,) on the host, row after row."""
+        values = self.values[list(rows)]
+        if np.isnan(values).any():
+            raise RuntimeError("a row is used before the reference's log-probs of it are known")
+        return torch.from_numpy(values.reshape(-1))
+
+    def lacks(self, rows: Iterable[int]) -> bool:
+        return bool(np.isnan(self.values[list(rows)]).any())
+
+    def clear(self) -> None:
+        self.values.fill(np.nan)
+
+    def known_rows(self) -> np.ndarray:
+        return np.flatnonzero(~np.isnan(self.values).any(axis=1))
+
+
+def fill_logps(
+    model: PackedModel,
+    packs: Iterable[PackedBatch],
+    table: LogpTable,
+    after: Callable[[], None] | None = None,
+) -> None:
+    """The model's log-probs of packs into `table`; a pack whose rows are all there is passed over.
+
+    `after` is called after every pack (progress, a partial save, a stop asked for by a signal).
+    """
+    newest: tuple[tuple[int, ...], Tensor] | None = None
+    for batch in packs:
+        if table.lacks(batch.rows):
+            logp = model.logps(batch)
+            if newest is not None:
+                # One pack late: reading the newest would leave the device idle.
+                table.put(*newest)
+            newest = batch.rows, logp
+        if after is not None:
+            after()
+    if newest is not None:
+        table.put(*newest)

@@ -1,0 +1,215 @@
+"""The checkpoints of a run: which one it goes on from, and when another is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fasttr import files
+from fasttr.checkpoint import folder as folders
+from fasttr.checkpoint import state as states
+from fasttr.config.train_config import TrainConfig
+from fasttr.console import say
+from fasttr.errors import FasttrError
+from fasttr.losses import Loss
+from fasttr.metrics import log
+from fasttr.training.callbacks import Callbacks
+from fasttr.training.run import Run
+
+
+class Resume(NamedTuple):
+    """A checkpoint to go on from."""
+
+    folder: Path
+    state: states.RunState
+
+
+def find_resume(config: TrainConfig) -> Resume | None:
+    """The checkpoint to go on from, or None for a fresh start in a folder that holds no run."""
+    asked, output_dir = config.resume_from_checkpoint, config.output_folder
+    if output_dir.exists() and not output_dir.is_dir():
+        raise FasttrError(f"output_dir: {output_dir} is a file; wanted a folder")
+    for key in ("model_name_or_path", "ref_model_name_or_path"):
+        name = getattr(config, key)
+        if name is not None and Path(name).resolve() == output_dir.resolve():
+            raise FasttrError(
+                f"output_dir: {output_dir} is {key} too, and its weights would be replaced; wanted "
+                "another folder"
+            )
+    files.remove_torn(output_dir, "checkpoint-*")
+    folders.remove_torn_final(output_dir)
+    if isinstance(asked, str):
+        return Resume(Path(asked), states.read_state(Path(asked)))
+    if asked:
+        newest = folders.newest_with_state(output_dir)
+        if newest is None and folders.list_checkpoints(output_dir):
+            raise FasttrError(
+                f"resume_from_checkpoint: no checkpoint in {output_dir} can be resumed from, since "
+                "each holds no reference, position or window; pass --overwrite_output_dir true to "
+                "start over"
+            )
+        if newest is None:
+            say(
+                f"resume_from_checkpoint: {output_dir} holds no checkpoint yet; starting from the "
+                "beginning"
+            )
+            return None
+        return Resume(newest, states.read_state(newest))
+    _require_no_run(config)
+    return None
+
+
+def check_resume(
+    resume: Resume, config: TrainConfig, loss: Loss, data_fingerprint: str, total_steps: int
+) -> None:
+    """Raise FasttrError when the checkpoint is of another run than the one that takes it up."""
+    facts = resume.state.facts
+    changed = config.differences(facts["config"])
+    if changed:
+        raise FasttrError(
+            f"resume_from_checkpoint: {resume.folder} was made with another configuration "
+            f"({'; '.join(changed)}); use the same, or start over in another output_dir"
+        )
+    if facts.get("loss", str(loss)) != str(loss):
+        raise FasttrError(
+            f"resume_from_checkpoint: {resume.folder} was made with the loss {facts['loss']}; got "
+            f"{loss}"
+        )
+    if facts["data"] != data_fingerprint:
+        raise FasttrError(
+            f"resume_from_checkpoint: the rows are not those that {resume.folder} was made on"
+        )
+    if facts["step"] > total_steps:
+        raise FasttrError(
+            f"max_steps: got {total_steps} steps in all, and {resume.folder} has done "
+            f"{facts['step']}; wanted as many or more"
+        )
+
+
+def take_up(run: Run, resume: Resume) -> None:
+    """Put a run where its checkpoint was."""
+    states.apply(resume.state, run)
+    run.is_resumed = True
+    run.saved_step = run.step
+    facts = resume.state.facts
+    before = facts.get("total_steps", run.plan.total_steps)
+    if before != run.plan.total_steps:
+        say(
+            f"the run was planned for {before} steps and now has {run.plan.total_steps}: its "
+            "learning rate follows the new schedule from here on, so it does not equal a run of "
+            "that length"
+        )
+    _take_up_best(run, facts.get("best"))
+    say(f"resumed from {resume.folder} at step {run.step}")
+
+
+def own_output_dir(run: Run) -> None:
+    """Make the output folder this run's: nothing of another one stays that could be mistaken."""
+    output_dir = run.output_dir
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        files.write_json(output_dir / "train_config.json", run.config.as_dict())
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise FasttrError(f"output_dir: cannot write {run.config.output_dir!r}: {error}") from error
+    if run.is_resumed:
+        folders.supersede_after(output_dir, run.step)
+    else:
+        for old in folders.list_checkpoints(output_dir):
+            shutil.rmtree(old)
+    folders.rotate(output_dir, run.config.save_total_limit, best_folder(run))
+
+
+def is_finished(run: Run) -> bool:
+    """Whether the run that was taken up had come to its end, its final model included."""
+    if not run.is_resumed or run.step < run.plan.total_steps:
+        return False
+    path = run.output_dir / log.FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    try:
+        last = json.loads(lines[-1]) if lines else {}
+    except json.JSONDecodeError:
+        return False
+    ended = isinstance(last, dict) and "train_runtime" in last and last.get("step") == run.step
+    return ended and folders.holds_final(run.output_dir)
+
+
+def save(run: Run, callbacks: Callbacks) -> Path:
+    """Write checkpoint-STEP and return it, unless it was just written."""
+    folder = folders.folder_of(run.output_dir, run.step)
+    if run.saved_step == run.step and folder.is_dir():
+        return folder
+    return _save(run, callbacks, states.capture(run, _facts(run)))
+
+
+def save_model_alone(run: Run, callbacks: Callbacks) -> Path:
+    """Write checkpoint-STEP without what resuming needs."""
+    return _save(run, callbacks, None)
+
+
+def save_final(run: Run) -> None:
+    """The final model: the best checkpoint's where that is asked for, else the policy."""
+    best = best_folder(run)
+    if run.config.load_best_model_at_end and best is not None:
+        folders.copy_final(best, run.output_dir)
+        assert run.best is not None
+        say(f"the final model is {best.name}, the best by {run.best.metric}")
+        return
+    if run.config.load_best_model_at_end:
+        say("no checkpoint was called the best: the final model is the last one")
+    folders.save_final(run.output_dir, run.policy, run.tokenizer)
+
+
+def best_folder(run: Run) -> Path | None:
+    if run.best is None or run.best.step is None:
+        return None
+    return folders.folder_of(run.output_dir, run.best.step)
+
+
+def _save(run: Run, callbacks: Callbacks, state: states.RunState | None) -> Path:
+    folder = folders.save_checkpoint(run.output_dir, run.step, run.policy, run.tokenizer, state)
+    if state is not None:
+        run.saved_step = run.step
+    folders.rotate(run.output_dir, run.config.save_total_limit, best_folder(run))
+    callbacks.on_save(run, folder)
+    return folder
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    best = run.best
+    return {
+        "config": run.config.as_dict(),
+        "loss": str(run.loss),
+        "data": run.trees.fingerprint,
+        "total_steps": run.plan.total_steps,
+        "best": None if best is None or best.step is None else [best.value, best.step],
+    }
+
+
+def _take_up_best(run: Run, saved: list[Any] | None) -> None:
+    if run.best is None or saved is None:
+        return
+    run.best.value, run.best.step = saved
+    folder = best_folder(run)
+    if folder is not None and not folder.is_dir():
+        say(f"{folder} was the best checkpoint and is gone: the search for the best starts anew")
+        run.best.value = run.best.step = None
+
+
+def _require_no_run(config: TrainConfig) -> None:
+    """A folder that holds a run is not written into without being told to."""
+    output_dir = config.output_folder
+    if config.overwrite_output_dir:
+        return
+    found = folders.list_checkpoints(output_dir)
+    held = found[-1].name if found else None
+    if held is None and (output_dir / log.FILE).exists():
+        held = log.FILE
+    if held is None and folders.holds_final(output_dir):
+        held = "a model"
+    if held is not None:
+        raise FasttrError(
+            f"output_dir: {output_dir} already holds {held}; pass --resume_from_checkpoint true to "
+            "go on, --overwrite_output_dir true to start over, or another output_dir"
+        )

@@ -1,0 +1,55 @@
+"""Every example runs as it stands, in a process of its own settings, and does what it says."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from tests.runs import LOG2
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name):
+    """What the example's `main` returns."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main()
+
+
+def test_every_example_is_run_here():
+    named = {"own_data_and_model", "own_loss", "own_loop", "ops_in_plain_torch"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == named
+
+
+def test_own_data_and_model(capsys):
+    result = run("own_data_and_model")
+    assert 2 <= result.steps < 40  # the callback ended it
+    said = capsys.readouterr().out
+    assert "read 32 rows" in said
+    assert "Name a number that is larger than 10:" in said
+    assert result.model.config._attn_implementation == "sdpa"
+
+
+def test_own_loss(capsys):
+    result = run("own_loss")
+    assert result.steps == 16
+    said = capsys.readouterr().out
+    # Focal DPO at policy = reference: (1/2)^2 log 2, less what four steps gain.
+    first = float(said.split("step 4/16  loss ")[1].split()[0])
+    assert 0.12 < first < LOG2 / 4 + 1e-3
+
+
+def test_own_loop_falls_within_each_window_and_restarts_where_the_reference_moves():
+    losses = run("own_loop")
+    assert losses[0] == pytest.approx(LOG2, abs=1e-6)
+    for first in (0, 4, 8):
+        assert losses[first + 3] < losses[first]
+    assert losses[4] > losses[3]
+
+
+def test_ops_in_plain_torch():
+    losses = run("ops_in_plain_torch")
+    assert losses[0] == pytest.approx(LOG2, abs=1e-6)
+    assert losses[-1] < 0.1
