@@ -14,14 +14,18 @@ from torch import Tensor
 
 from fasttr.errors import FasttrError, one_line
 from fasttr.metrics.sums import Averages
+from fasttr.models.halves import remainders
+from fasttr.models.packed import PackedModel
+from fasttr.optim.update import AdamW
 from fasttr.reference.logp_table import LogpTable
 from fasttr.reference.moving import MovingReference
 
-FORMAT = 1
+FORMAT = 2
+# 1 had fp32 weights in its folder and no remainders.
+READABLE = (1, FORMAT)
 STATE_DIR = "fasttr"
 _FACTS = "state.json"
-_TENSOR_FILES = ("state", "optimizer", "reference")
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_TENSOR_FILES = ("state", "optimizer", "reference", "remainders")
 
 
 class RunState(NamedTuple):
@@ -31,6 +35,7 @@ class RunState(NamedTuple):
     tensors: dict[str, Tensor]  # log-prob tables, metric sums, random state
     optimizer: dict[str, Tensor]  # NAME.exp_avg, NAME.exp_avg_sq, NAME.step
     reference: dict[str, Tensor]  # weights of a soft reference, else empty
+    remainders: dict[str, Tensor]  # what bf16 weights of the folder leave out, else empty
 
 
 class Resumable(Protocol):
@@ -47,7 +52,9 @@ class Resumable(Protocol):
     @property
     def reference(self) -> MovingReference: ...
     @property
-    def optimizer(self) -> torch.optim.Optimizer: ...
+    def policy(self) -> PackedModel: ...
+    @property
+    def optimizer(self) -> AdamW: ...
     @property
     def scheduler(self) -> Any: ...
     @property
@@ -75,12 +82,17 @@ def capture(run: Resumable, facts: Mapping[str, Any]) -> RunState:
         "num_tokens": run.num_tokens,
     }
     return RunState(
-        {**own, **facts}, tensors, _moments(run.optimizer), dict(run.reference.weights or {})
+        facts={**own, **facts},
+        tensors=tensors,
+        optimizer=run.optimizer.named_state(),
+        reference=run.reference.named_tensors(),
+        remainders=remainders(run.policy, run.optimizer),
     )
 
 
 def apply(state: RunState, run: Resumable) -> None:
-    """Take up a saved state; the policy's weights have been read from the same folder."""
+    """Take up a saved state; the policy's weights have been read from the same folder, and its
+    remainders."""
     facts, tensors = state.facts, state.tensors
     run.step = facts["step"]
     run.window_scored = facts["window_scored"]
@@ -94,10 +106,8 @@ def apply(state: RunState, run: Resumable) -> None:
     for name, table in run.tables.items():
         if f"{name}.rows" in tensors:
             table.values[tensors[f"{name}.rows"].numpy()] = tensors[f"{name}.logp"].numpy()
-    if run.reference.weights is not None:
-        for name, weight in run.reference.weights.items():
-            weight.copy_(state.reference[name])
-    _take_up_moments(run.optimizer, state.optimizer)
+    run.reference.take_up(state.reference)
+    run.optimizer.take_up(state.optimizer)
     _take_up_schedule(run.scheduler, run.optimizer, run.step)
 
 
@@ -107,7 +117,7 @@ def write_state(folder: Path, state: RunState) -> None:
 
     inner = folder / STATE_DIR
     inner.mkdir()
-    contents = (state.tensors, state.optimizer, state.reference)
+    contents = (state.tensors, state.optimizer, state.reference, state.remainders)
     for name, tensors in zip(_TENSOR_FILES, contents, strict=True):
         if tensors:
             on_host = {key: x.detach().cpu().contiguous() for key, x in tensors.items()}
@@ -126,7 +136,13 @@ def read_state(folder: Path) -> RunState:
     for name in _TENSOR_FILES:
         file = folder / STATE_DIR / f"{name}.safetensors"
         parts[name] = load_file(file) if file.is_file() else {}
-    return RunState(facts, parts["state"], parts["optimizer"], parts["reference"])
+    return RunState(
+        facts=facts,
+        tensors=parts["state"],
+        optimizer=parts["optimizer"],
+        reference=parts["reference"],
+        remainders=parts["remainders"],
+    )
 
 
 def weights_digest(model: torch.nn.Module) -> str:
@@ -160,9 +176,10 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         raise FasttrError(
             f"resume_from_checkpoint: {path} is broken: {broken}; use an earlier checkpoint"
         )
-    if facts.get("format") != FORMAT:
+    if facts.get("format") not in READABLE:
         raise FasttrError(
-            f"resume_from_checkpoint: {folder} has format {facts.get('format')}; wanted {FORMAT}"
+            f"resume_from_checkpoint: {folder} has format {facts.get('format')}; wanted {FORMAT} "
+            "or older: use the version of fasttr that saved it"
         )
     return facts
 
@@ -205,24 +222,6 @@ def _of_each(names: Any, work: Any) -> dict[str, str]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state under the parameters' names."""
-    found = {}
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["names"], group["params"], strict=True):
-            for key, value in optimizer.state[parameter].items():
-                found[f"{name}.{key}"] = value
-    return found
-
-
-def _take_up_moments(optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["names"], group["params"], strict=True):
-            optimizer.state[parameter] = {
-                key: moments[f"{name}.{key}"].to(parameter.device) for key in _MOMENTS
-            }
 
 
 def _take_up_schedule(scheduler: Any, optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -31,7 +31,7 @@ class ModelSettings:
     model_name_or_path: str | None = setting(
         None,
         None,
-        "hub id or folder of the policy; its weights are held in float32",
+        "hub id or folder of the policy",
         may_change=True,
         in_eval=True,
     )
@@ -180,6 +180,12 @@ class OptimizerSettings:
     adam_beta1: float = setting(0.9, from_to_below(0, 1), "decay of AdamW's first moment")
     adam_beta2: float = setting(0.999, from_to_below(0, 1), "decay of AdamW's second moment")
     adam_epsilon: float = setting(1e-8, above(0), "AdamW's epsilon")
+    adam_moments: str = setting(
+        "fp32",
+        one_of("fp32", "bf16", "int8"),
+        "how AdamW's moments are held: 8, 4 or 2.06 bytes a weight; bf16 is rounded "
+        "stochastically, int8 is companded in groups of 128",
+    )
     max_grad_norm: float = setting(
         1.0, at_least(0), "clip the gradient's norm to this; 0 clips nothing"
     )
@@ -201,10 +207,12 @@ class ComputeSettings:
     dtype: str = setting(
         "float32",
         Range(
-            "float32: weights and optimizer stay in it, bf16: true computes in bfloat16",
-            lambda x: x == "float32",
+            "float32 or bfloat16 (float16 would lose small gradients and is not offered)",
+            lambda x: x in ("float32", "bfloat16"),
         ),
-        "dtype of weights and optimizer",
+        "what a step is made on. With bf16 compute float32 weights are bf16 for the model and 16 "
+        "more bits for the optimizer; bfloat16 leaves those out, rounds stochastically and implies "
+        "bf16",
     )
     full_determinism: bool = setting(False, None, "deterministic CUDA kernels, slower")
     use_cpu: bool = setting(False, None, "train on the CPU even when there is a GPU", in_eval=True)

@@ -31,6 +31,11 @@ def check(config: Any) -> None:
     tracker_names(config.report_to)
     _check_best(config)
     check_loss(config, config.loss, " + ".join(config.loss_names))
+    if config.dtype == "bfloat16" and config.bf16 is False:
+        raise FasttrError(
+            "dtype: got bfloat16 with bf16 false; bfloat16 weights compute in bfloat16: leave bf16 "
+            "out, or take dtype float32"
+        )
     if config.group_size is not None and config.train_batch_size % config.group_size:
         raise FasttrError(
             f"group_size: got {config.group_size}; wanted a divisor of train_batch_size "

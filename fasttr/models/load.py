@@ -15,6 +15,7 @@ import torch
 
 from fasttr.errors import FasttrError, first_line
 from fasttr.models import attention, checks
+from fasttr.models.halves import in_bf16
 from fasttr.models.packed import HeadSpec, PackedModel
 
 
@@ -25,7 +26,7 @@ class ModelConfig:
     name: str  # hub id or folder
     revision: str = "main"
     device: torch.device = torch.device("cpu")
-    bf16: bool = False  # compute in bfloat16; weights are fp32 either way
+    bf16: bool = False  # compute in bfloat16; weights are read as fp32 either way
     attn_implementation: str | None = None  # None: what the device has
     gradient_checkpointing: bool = False
     use_liger_kernel: bool | None = False  # None: where CUDA and liger-kernel are
@@ -112,11 +113,13 @@ def dropout_rates(config: Any) -> list[str]:
 
 
 def save_model(packed: PackedModel, tokenizer: Any, folder: Path) -> None:
-    """Write a Hugging Face folder: config, safetensors, tokenizer, chat template."""
+    """Write a Hugging Face folder: config, safetensors, tokenizer, chat template. Weights are bf16
+    where the model computes in it, else fp32."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    with own_config(packed.model):
+    dtype = in_bf16(packed.model) if packed.bf16 else contextlib.nullcontext()
+    with own_config(packed.model), dtype:
         packed.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

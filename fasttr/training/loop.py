@@ -82,7 +82,7 @@ def train(
         run = setup(config, given)
         if checkpoints.is_finished(run):
             say(f"nothing to do: {run.output_dir} holds this run's end, step {run.step}")
-            give_back(run.policy)
+            _give_back(run)
             return TrainResult(run.output_dir, run.step, {}, run.policy.model, run.tokenizer)
         checkpoints.own_output_dir(run)
         log = MetricsLog(
@@ -95,7 +95,7 @@ def train(
             return _Loop(run, log, stop, Callbacks(callbacks)).all_steps()
         finally:
             log.close()
-            give_back(run.policy)
+            _give_back(run)
 
 
 class _Loop:
@@ -130,8 +130,11 @@ class _Loop:
                 self.score(window)  # the only place where the reference's weights are used
 
                 for step in window[run.step - window.start :]:
+                    is_last = (
+                        schedule.every is not None and step + 1 == window.start + schedule.every
+                    )
                     with self.throughput.step():
-                        metrics = train_step(run, step, self.throughput)
+                        metrics = train_step(run, step, self.throughput, moves=is_last)
                     run.step = step + 1
                     self.take_note(step, metrics)
                     bar.update()
@@ -146,7 +149,7 @@ class _Loop:
                         is_saved |= self.evaluate(is_saved)
 
                     # the window is over: the reference moves
-                    if schedule.every is not None and run.step == window.start + schedule.every:
+                    if is_last:
                         self.move()
 
                     # once in a while: save
@@ -279,6 +282,12 @@ class _Loop:
             "train_runtime": seconds,
             "train_pairs_per_second": rows / seconds,
         }
+
+
+def _give_back(run: Run) -> None:
+    """The model as it was found, with its trained weights in fp32."""
+    run.optimizer.give_back()
+    give_back(run.policy)
 
 
 @contextlib.contextmanager

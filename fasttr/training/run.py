@@ -15,6 +15,7 @@ from fasttr.evaluation.split import EvaluationSplit
 from fasttr.losses import Loss, Objective
 from fasttr.metrics.sums import Averages
 from fasttr.models.packed import PackedModel
+from fasttr.optim.update import AdamW
 from fasttr.packing.plan import Plan
 from fasttr.reference.logp_table import LogpTable
 from fasttr.reference.moving import MovingReference
@@ -33,7 +34,7 @@ class Run:
     plan: Plan
     policy: PackedModel
     reference: MovingReference
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW
     scheduler: Any
     window_logps: LogpTable  # of the reference, for the rows of the current window
     split: EvaluationSplit | None  # what is evaluated on

@@ -20,6 +20,7 @@ from fasttr.losses import Loss, as_loss
 from fasttr.metrics.sums import Averages
 from fasttr.metrics.trackers import require_trackers
 from fasttr.models.given import pack_model, read_weights_into
+from fasttr.models.halves import add_remainders
 from fasttr.models.load import (
     ModelConfig,
     dropout_rates,
@@ -68,7 +69,7 @@ def setup(config: TrainConfig, given: Given) -> Run:
         check_resume(resume, config, loss, trees.fingerprint, plan.total_steps)
     announce_plan(config, loss, plan)
     policy, initial = _models(config, device, given, resume)
-    optimizer = config.optimizer().optimizer(policy.model)
+    optimizer = config.optimizer().optimizer(policy.model, policy.bf16)
     run = Run(
         config=config,
         device=device,
@@ -77,7 +78,7 @@ def setup(config: TrainConfig, given: Given) -> Run:
         trees=trees,
         plan=plan,
         policy=policy,
-        reference=MovingReference(config.schedule, policy, initial),
+        reference=MovingReference(config.schedule, policy, initial, optimizer),
         optimizer=optimizer,
         scheduler=config.optimizer().scheduler(optimizer, plan.total_steps),
         window_logps=LogpTable(len(trees), loss.completions),
@@ -160,7 +161,11 @@ def _policy(wanted: ModelConfig, model: Any, resume: Resume | None) -> PackedMod
     if model is None:
         if resume is not None:
             wanted = dataclasses.replace(wanted, name=str(resume.folder), revision="main")
-        return load_model(wanted)
+        packed = load_model(wanted)
+    else:
+        if resume is not None:
+            read_weights_into(model, resume.folder)
+        packed = pack_model(model, dataclasses.replace(wanted, name="the given model", key="model"))
     if resume is not None:
-        read_weights_into(model, resume.folder)
-    return pack_model(model, dataclasses.replace(wanted, name="the given model", key="model"))
+        add_remainders(packed.model, resume.state.remainders)
+    return packed

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fasttr.batch import PackedBatch
 from fasttr.losses import Loss
 from fasttr.metrics.sums import as_metrics, by_name, means, pack_sums, zeros
 from fasttr.metrics.throughput import Throughput
@@ -31,45 +32,53 @@ class StepMetrics(NamedTuple):
         }
 
 
-def train_step(run: Run, step: int, throughput: Throughput) -> StepMetrics:
-    """Forward and backward over the packs of `step` (counted from 0), then one update."""
+def train_step(run: Run, step: int, throughput: Throughput, moves: bool = False) -> StepMetrics:
+    """Forward and backward over the packs of `step` (counted from 0), then one update.
+
+    `moves`: the reference moves after this step; where it can it does so in the update's own sweep.
+    """
     sums = _backward(run, step, throughput)
-    gradient_norm = _clip(run.policy, run.config.max_grad_norm)
-    is_broken = ~torch.isfinite(gradient_norm) | ~torch.isfinite(sums[0])
     learning_rate = run.scheduler.get_last_lr()[0]
-    # With this flag up the fused kernel changes nothing: no weight, no moment.
-    run.optimizer.found_inf = is_broken.to(torch.float32)  # type: ignore[attr-defined]
-    run.optimizer.step()
+    followers = run.reference.followers() if moves else None
+    update = run.optimizer.update(sums[0], run.config.max_grad_norm, followers)
     run.scheduler.step()
-    run.optimizer.zero_grad(set_to_none=True)
     return StepMetrics(
-        means(sums), gradient_norm, learning_rate, is_broken.to(torch.float32), run.loss
+        step_means=means(sums),
+        gradient_norm=update.gradient_norm,
+        learning_rate=learning_rate,
+        is_broken=update.is_broken.to(torch.float32),
+        loss=run.loss,
     )
 
 
 def _backward(run: Run, step: int, throughput: Throughput) -> Tensor:
     """Gradients of all packs; returns the sums of their metrics."""
+    packs = run.plan.packs(step)
+    run.optimizer.begin_step(len(packs))
+    with run.policy.weights_still():
+        return _sums_of(run, step, packs, throughput)
+
+
+def _sums_of(run: Run, step: int, packs: list[PackedBatch], throughput: Throughput) -> Tensor:
     objective = run.objective.of_rows(run.trees, run.plan.rows(step))
+    head = run.policy.head_weight().weight
     sums = zeros(run.device)
-    for host_batch in run.plan.packs(step):
+    for host_batch in packs:
         batch = host_batch.to(run.device)
         ref_logp = None
         if run.loss.needs_reference:
             ref_logp = run.window_logps.get(batch.rows).to(run.device, non_blocking=True)
         out = run.policy(
-            batch, objective.loss_fn(batch), ref_logp, normalizer=objective.normalizer, stats=True
+            batch,
+            objective.loss_fn(batch),
+            ref_logp,
+            normalizer=objective.normalizer,
+            stats=True,
+            # What earlier packs began; fp32 compute keeps the order of sums of other trainers.
+            head_grad=head.grad if run.policy.bf16 else None,
         )
         out.loss.backward()
         sums += pack_sums(out, ref_logp, batch, run.loss)
         throughput.add(host_batch, len(host_batch.rows))
         run.num_tokens += host_batch.num_tokens
     return sums
-
-
-def _clip(policy: nn.Module, max_grad_norm: float) -> Tensor:
-    """Clip the gradient's norm and return what it was; 0 clips nothing."""
-    trained = [p for p in policy.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-    if max_grad_norm > 0:
-        nn.utils.clip_grads_with_norm_(trained, max_grad_norm, norm)
-    return norm

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -65,9 +65,7 @@ class SplitAdamW(torch.optim.Optimizer):
         super().__init__(params, {**options, "moments": moments, "split": split, "seed": seed})
 
     @classmethod
-    def from_fp32(
-        cls, params: Iterable[Tensor] | Iterable[dict[str, Any]], **options: Any
-    ) -> SplitAdamW:
+    def from_fp32(cls, params: Iterable[Tensor] | Iterable[dict[str, Any]], **options: Any) -> Self:
         """Round fp32 parameters to bf16 in place and keep what is rounded off, so that `master`
         gives the same bits. Groups with `split` False stay fp32. Gradients are dropped."""
         groups = _groups(params)
@@ -84,6 +82,14 @@ class SplitAdamW(torch.optim.Optimizer):
         for p, remainder in remainders.items():
             optimizer.state[p]["remainder"].copy_(remainder)
         return optimizer
+
+    def to_fp32(self) -> None:
+        """The inverse of `from_fp32`: parameters become their masters in place, and the optimizer
+        forgets its states."""
+        for p in self._parameters():
+            p.grad = None
+            p.data = self.master(p) if p.dtype == torch.bfloat16 else p.data
+            self.state.pop(p, None)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
