@@ -321,7 +321,7 @@ TRAINING = [
 MODEL = [
     _h("model_name_or_path", None, "str?"),
     _h("model_revision", "main", "str"),
-    _h("dtype", "float32", "str", "float32 only; with bf16 the weights stay float32"),
+    _h("dtype", "float32", "str", "float32 or bfloat16, as in the table of settings"),
     _h(
         "attn_implementation",
         None,

@@ -9,7 +9,7 @@ Where the policy's are bf16 so are they, with the other 16 bits of an fp32 numbe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from fasttr_kernels import multi_tensor_lerp_
@@ -32,6 +32,8 @@ class MovingReference:
             FasttrError when a soft reference could not become an average of it and the policy.
         optimizer: of the policy, where that is bf16: it holds the masters that a soft reference
             follows, and can move it in its own sweep.
+        fits_beside: whether a soft reference stays on the policy's device between windows; else it
+            rests in the host's memory.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class MovingReference:
         policy: PackedModel,
         initial: PackedModel | None = None,
         optimizer: AdamW | None = None,
+        fits_beside: Callable[[PackedModel], bool] | None = None,
     ):
         self.schedule = schedule
         self.policy = policy
@@ -54,7 +57,8 @@ class MovingReference:
             self.weights = {}
             self._keep(whole)
             self._initial = None
-            if schedule.every > 1 and not _fits_beside(policy):
+            self._rests_beside = schedule.every == 1 or (fits_beside or _fits_beside)(policy)
+            if not self._rests_beside:
                 self.weights = {name: _on_host(x) for name, x in self.weights.items()}
                 self.remainders = {name: _on_host(x) for name, x in self.remainders.items()}
 
@@ -87,11 +91,7 @@ class MovingReference:
         alpha = self.schedule.alpha
         policy = dict(self.policy.named_parameters())
         left = [name for name in self.weights if name not in self._moved_already]
-        beside = [
-            name
-            for name in left
-            if name not in self.remainders and self.weights[name].device == policy[name].device
-        ]
+        beside = [name for name in left if self._rests_beside and name not in self.remainders]
         multi_tensor_lerp_(
             [self.weights[name] for name in beside], [policy[name].data for name in beside], alpha
         )
@@ -99,7 +99,7 @@ class MovingReference:
             if name not in beside:
                 self._move_alone(name, policy[name], alpha)
         self._moved_already = set()
-        if policy and next(iter(policy.values())).is_cuda:
+        if not self._rests_beside and self.policy.device.type == "cuda":
             # What went to the host is read there by checkpoints.
             torch.cuda.current_stream().synchronize()
 
@@ -109,13 +109,12 @@ class MovingReference:
         does the rest. None where they cannot be moved so."""
         if self.weights is None or not isinstance(self.schedule, Soft):
             return None
-        if not isinstance(self.optimizer, MasterAdamW):
+        if not (self._rests_beside and isinstance(self.optimizer, MasterAdamW)):
             return None
         name_of = {p: name for name, p in self.policy.named_parameters()}
         followed = [(p, name_of[p]) for p in parameters_of(self.optimizer)]
-        for p, name in followed:
-            if p.grad is None or self.weights[name].device != p.device:
-                return None
+        if any(p.grad is None for p, _ in followed):
+            return None
         self._moved_already = {name for _, name in followed}
         tensors = [(self.weights[name], self.remainders.get(name)) for _, name in followed]
         return Followers(tensors, self.schedule.alpha)
@@ -167,10 +166,12 @@ class MovingReference:
         homes = [self.weights[name]]
         if name in self.remainders:
             homes.append(self.remainders[name])
-        visiting, *remainder = (x.to(p.device, non_blocking=True) for x in homes)
+        visiting, *remainder = (
+            x if self._rests_beside else x.to(p.device, copy=True, non_blocking=True) for x in homes
+        )
         multi_tensor_lerp_([visiting], [self._master(p)], alpha, remainders=remainder or None)
-        for home, moved in zip(homes, (visiting, *remainder), strict=True):
-            if home is not moved:
+        if not self._rests_beside:
+            for home, moved in zip(homes, (visiting, *remainder), strict=True):
                 home.copy_(moved, non_blocking=True)
 
     @contextlib.contextmanager

@@ -234,7 +234,7 @@ def test_a_checkpoint_of_another_format_is_refused(workspace, tmp_path, whole):
     shutil.copytree(whole["split"], folder)
     path = folder / "checkpoint-6" / "fasttr" / "state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 3}))
-    with pytest.raises(FasttrError, match="format 3; wanted 2"):
+    with pytest.raises(FasttrError, match="format 3, wanted 2"):
         started(workspace, folder, {"resume_from_checkpoint": True})
 
 
