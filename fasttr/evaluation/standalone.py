@@ -150,7 +150,7 @@ def _check_models(config: TrainConfig, anchor: str | None) -> None:
 
 def _loaded(config: ModelConfig, trees: TreeSource) -> PackedModel:
     """A model that has an embedding for every token of the rows."""
-    model = load_model(config)
+    model = load_model(dataclasses.replace(config, is_trained=False))
     check_ids(model, trees.largest_id, config.key, config.name)
     return model
 

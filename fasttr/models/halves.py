@@ -18,6 +18,7 @@ from fasttr_kernels.rounding import join_halves, split_halves
 from torch import Tensor
 
 from fasttr.models.packed import PackedModel
+from fasttr.optim.matrices import matrices
 from fasttr.optim.update import AdamW
 
 
@@ -32,6 +33,13 @@ def in_bf16(model: Any) -> Iterator[None]:
     finally:
         for p, whole in own.items():
             p.data = whole
+
+
+def round_matrices(model: Any) -> None:
+    """Of a model that is not trained: its matrices become what a policy's are for the model, bf16
+    without the other halves."""
+    for p in matrices(model):
+        p.data, _ = split_halves(p.data.contiguous())
 
 
 @torch.no_grad()

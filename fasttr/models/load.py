@@ -15,7 +15,7 @@ import torch
 
 from fasttr.errors import FasttrError, first_line
 from fasttr.models import attention, checks
-from fasttr.models.halves import in_bf16
+from fasttr.models.halves import in_bf16, round_matrices
 from fasttr.models.packed import HeadSpec, PackedModel
 
 
@@ -27,6 +27,7 @@ class ModelConfig:
     revision: str = "main"
     device: torch.device = torch.device("cpu")
     bf16: bool = False  # compute in bfloat16; weights are read as fp32 either way
+    is_trained: bool = True  # else its matrices are bf16 alone under bf16: half the memory
     attn_implementation: str | None = None  # None: what the device has
     gradient_checkpointing: bool = False
     use_liger_kernel: bool | None = False  # None: where CUDA and liger-kernel are
@@ -45,6 +46,8 @@ def load_model(config: ModelConfig) -> PackedModel:
     model = _read_weights(config, hf_config)
     model.fasttr_config = original
     checks.check_finite(model, config.key, config.name)
+    if config.bf16 and not config.is_trained:
+        round_matrices(model)
     model.to(config.device).train()
     return finish_packed(model, config)
 

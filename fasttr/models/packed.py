@@ -70,11 +70,11 @@ class PackedModel(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def autocast(self) -> torch.autocast:
-        """Without autocast's cache, which would keep a copy of every weight through a forward and,
-        where activations are recomputed, through the backward."""
+    def autocast(self, keeps_copies: bool = False) -> torch.autocast:
+        """Without autocast's cache unless it is asked for: it would keep a copy of every fp32
+        weight through a forward and, where activations are recomputed, through the backward."""
         return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False
+            self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=keeps_copies
         )
 
     @contextlib.contextmanager

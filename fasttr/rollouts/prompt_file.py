@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -49,7 +50,7 @@ def sample_file(
     prompts = read_prompts(files.prompts)
     tokenizer = load_tokenizer(model.name)
     ids = encode_prompts(tokenizer, prompts, str(files.prompts))
-    packed = load_model(model)
+    packed = load_model(dataclasses.replace(model, is_trained=False))
     _check_lengths(packed, ids, sampling)
     partial = files.samples_file.with_name(files.samples_file.name + ".partial")
     written = 0

@@ -155,7 +155,10 @@ def _models(
     if name is None or (resume is not None and config.ref_update != "soft"):
         return policy, None
     key = "ref_model_name_or_path"
-    return policy, load_model(dataclasses.replace(config.model(device, name), key=key))
+    # A soft reference becomes an average of it, for which every bit counts.
+    is_trained = config.ref_update == "soft"
+    wanted = dataclasses.replace(config.model(device, name), key=key, is_trained=is_trained)
+    return policy, load_model(wanted)
 
 
 def _check_ids(

@@ -3,11 +3,14 @@ probs and gradients, bit for bit, in every architecture."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasttr.models.checks import ARCHITECTURES
+from fasttr.models.load import ModelConfig, load_model
 from fasttr.models.packed import PackedModel
 from fasttr.optim.adamw import OptimizerConfig
 from fasttr.optim.matrices import matrices
@@ -113,6 +116,20 @@ def test_a_tied_head_is_cast_once_while_weights_stand_still(arch, casts):
     with counted:
         policy.logps(pack(TREES[0]))
     assert counted.found == 2 * casts, "outside, every call casts"
+
+
+def test_a_model_that_is_not_trained_has_bf16_matrices_and_the_same_logps(tmp_path):
+    tiny = in_bf16("llama").model
+    tiny.fasttr_config = tiny.config
+    tiny.save_pretrained(tmp_path)
+    config = ModelConfig(str(tmp_path), bf16=True)
+    trained = load_model(config)
+    frozen = load_model(dataclasses.replace(config, is_trained=False))
+    assert {p.dtype for p in trained.parameters()} == {torch.float32}
+    chosen = {name for name, p in frozen.named_parameters() if p.dtype == torch.bfloat16}
+    assert chosen == {n for n, p in trained.named_parameters() if p in matrices(trained.model)}
+    batch = pack(TREES[0])
+    assert torch.equal(frozen.logps(batch), trained.logps(batch))
 
 
 def test_nothing_keeps_copies_of_weights():
