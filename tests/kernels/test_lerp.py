@@ -300,6 +300,15 @@ def test_compiles_without_a_graph_break() -> None:
     assert torch.equal(doubled, refs[1] * 2)
 
 
+@pytest.mark.parametrize("storage", ["plain", "split"])
+def test_the_op_keeps_the_rules_of_an_op(storage: str) -> None:
+    """Its schema, what it says to change, its fake kernel and ahead-of-time dispatch."""
+    refs, pols = tensors(FP32 if storage == "plain" else BF16, 1), tensors(FP32, 2)
+    lows = [torch.zeros(r.shape if storage == "split" else 0, dtype=torch.int16) for r in refs]
+    arguments = (refs, pols, [low.to(DEVICE) for low in lows], 0.25, False, 0)
+    torch.library.opcheck(torch.ops.fasttr.multi_tensor_lerp_.default, arguments)
+
+
 SHARDED = """
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh

@@ -4,13 +4,15 @@ probs and gradients, bit for bit, in every architecture."""
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasttr.models.checks import ARCHITECTURES
-from fasttr.models.load import ModelConfig, load_model
+from fasttr.models.halves import add_remainders, remainders
+from fasttr.models.load import ModelConfig, load_model, save_model
 from fasttr.models.packed import PackedModel
 from fasttr.optim.adamw import OptimizerConfig
 from fasttr.optim.matrices import matrices
@@ -130,6 +132,27 @@ def test_a_model_that_is_not_trained_has_bf16_matrices_and_the_same_logps(tmp_pa
     assert chosen == {n for n, p in trained.named_parameters() if p in matrices(trained.model)}
     batch = pack(TREES[0])
     assert torch.equal(frozen.logps(batch), trained.logps(batch))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_bf16_folder_and_its_remainders_are_the_fp32_weights(arch, tmp_path):
+    policy = in_bf16(arch)
+    policy.model.fasttr_config = policy.model.config
+    before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    optimizer = OptimizerConfig().optimizer(policy.model, bf16=True)
+    dtypes = [p.dtype for p in policy.parameters()]
+    save_model(policy, SimpleNamespace(save_pretrained=lambda folder: None), tmp_path)
+    assert [p.dtype for p in policy.parameters()] == dtypes, "as it was"
+    low = remainders(policy, optimizer)
+    assert low.keys() == before.keys()
+    assert {x.dtype for x in low.values()} == {torch.int16}
+    model = load_model(ModelConfig(str(tmp_path))).model
+    for name, p in model.named_parameters():
+        assert torch.equal(p, p.bfloat16().float()), "the folder is bf16"
+        assert (p - before[name]).abs().max() <= 2**-8 * before[name].abs().max()
+    add_remainders(model, low)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]), name
 
 
 def test_nothing_keeps_copies_of_weights():
