@@ -91,7 +91,7 @@ def test_pack(benchmark):
 
 
 def test_gather_forward_and_backward(benchmark):
-    layout = pack(TREES).attention.to(DEVICE)
+    layout = pack(TREES).to(DEVICE).attention
     rows = sum(layout.lengths()[0])
     x = torch.randn(rows, 256, device=DEVICE, requires_grad=True)
 

@@ -30,6 +30,7 @@ from fasttr.models.load import (
     load_tokenizer,
 )
 from fasttr.models.packed import PackedModel
+from fasttr.packing.ahead import PacksAhead
 from fasttr.reference.logp_table import LogpTable
 from fasttr.reference.moving import MovingReference
 from fasttr.training.announce import announce_plan
@@ -79,6 +80,7 @@ def setup(config: TrainConfig, given: Given) -> Run:
         objective=config.objective(loss),
         trees=trees,
         plan=plan,
+        packs=PacksAhead(plan.packs, plan.total_steps),
         policy=policy,
         reference=MovingReference(config.schedule, policy, initial, optimizer),
         optimizer=optimizer,

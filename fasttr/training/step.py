@@ -53,7 +53,7 @@ def train_step(run: Run, step: int, throughput: Throughput, moves: bool = False)
 
 def _backward(run: Run, step: int, throughput: Throughput) -> Tensor:
     """Gradients of all packs; returns the sums of their metrics."""
-    packs = run.plan.packs(step)
+    packs = run.packs(step)
     run.optimizer.begin_step(len(packs))
     with run.policy.weights_still():
         return _sums_of(run, step, packs, throughput)
