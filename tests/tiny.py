@@ -14,7 +14,7 @@ import torch
 from fasttr.batch import Tree
 from fasttr.models import attention
 from fasttr.models.packed import HeadSpec, PackedModel
-from fasttr.models.tiers import SHARED
+from fasttr.packing.tiers import SHARED
 from tests.architectures import ARCHITECTURES, COMMON, VOCAB
 
 WORDS = [

@@ -16,7 +16,8 @@ from fasttr.errors import FasttrError, one_line
 from fasttr.metrics.sums import Averages
 from fasttr.models.halves import remainders
 from fasttr.models.packed import PackedModel
-from fasttr.optim.update import AdamW
+from fasttr.optim.adamw import schedule_state, take_up_schedule
+from fasttr.optim.update import state_tensors, take_up_state
 from fasttr.reference.logp_table import LogpTable
 from fasttr.reference.moving import MovingReference
 
@@ -35,7 +36,7 @@ class RunState(NamedTuple):
 
     facts: dict[str, Any]  # JSON: counters, configuration, fingerprints
     tensors: dict[str, Tensor]  # log-prob tables, metric sums, random state
-    optimizer: dict[str, Tensor]  # NAME.exp_avg, NAME.exp_avg_sq, NAME.step
+    optimizer: dict[str, Tensor]  # NAME.KEY, such as NAME.exp_avg of AdamW
     reference: dict[str, Tensor]  # weights of a soft reference, else empty
     remainders: dict[str, Tensor]  # what bf16 weights of the folder leave out, else empty
 
@@ -56,7 +57,7 @@ class Resumable(Protocol):
     @property
     def policy(self) -> PackedModel: ...
     @property
-    def optimizer(self) -> AdamW: ...
+    def optimizer(self) -> torch.optim.Optimizer: ...
     @property
     def scheduler(self) -> Any: ...
     @property
@@ -82,11 +83,12 @@ def capture(run: Resumable, facts: Mapping[str, Any]) -> RunState:
         "updates": run.reference.updates,
         "window_scored": run.window_scored,
         "num_tokens": run.num_tokens,
+        "schedule": schedule_state(run.scheduler),
     }
     return RunState(
         facts={**own, **facts},
         tensors=tensors,
-        optimizer=run.optimizer.named_state(),
+        optimizer=state_tensors(run.optimizer),
         reference=run.reference.named_tensors(),
         remainders=remainders(run.policy, run.optimizer),
     )
@@ -109,8 +111,8 @@ def apply(state: RunState, run: Resumable) -> None:
         if f"{name}.rows" in tensors:
             table.values[tensors[f"{name}.rows"].numpy()] = tensors[f"{name}.logp"].numpy()
     run.reference.take_up(state.reference)
-    run.optimizer.take_up(state.optimizer)
-    _take_up_schedule(run.scheduler, run.optimizer, run.step)
+    take_up_state(run.optimizer, state.optimizer)
+    take_up_schedule(run.scheduler, run.optimizer, run.step, facts.get("schedule"))
 
 
 def write_state(folder: Path, state: RunState) -> None:
@@ -232,11 +234,3 @@ def _of_each(names: Any, work: Any) -> dict[str, str]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _take_up_schedule(scheduler: Any, optimizer: torch.optim.Optimizer, step: int) -> None:
-    rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-    scheduler.last_epoch = step
-    scheduler._last_lr = [base * factor(step) for base, factor in rates]
-    for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
-        group["lr"] = rate

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from fasttr.batch import Tree
-from fasttr.errors import FasttrError
+from fasttr.errors import FasttrError, first_line
 from fasttr.models.packed import PackedModel
 from fasttr.packing.layout import pack
 
@@ -23,6 +24,46 @@ def check_causal(config: Any, key: str) -> None:
             f"{key}: got architecture {config.model_type!r}, of which transformers has no causal "
             "language model; wanted a model that generates text"
         )
+
+
+def check_no_adapter(folder: Path, key: str) -> None:
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise FasttrError(
+            f"{key}: {folder} holds an adapter (LoRA) and not a model; merge it into its base "
+            "(merge_and_unload of peft) and save that"
+        )
+
+
+def check_not_quantised(config: Any, key: str, name: str) -> None:
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise FasttrError(
+            f"{key}: {name} is quantised ({method or 'it has a quantization_config'}); wanted the "
+            "weights in full precision"
+        )
+
+
+def check_weight_files(folder: Path, key: str) -> None:
+    """That the safetensors of a local folder are there and whole, by their headers alone."""
+    from safetensors import SafetensorError, safe_open
+
+    if not folder.is_dir():
+        return
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FasttrError(
+            f"{key}: {folder} holds no safetensors weights, and pickled ones (pytorch_model.bin) "
+            "can run code when they are read; convert them with save_pretrained"
+        )
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise FasttrError(
+                f"{key}: cannot load {file}: {first_line(error)}; copy or download it again"
+            ) from error
 
 
 def check_rope(config: Any, name: str, max_length: int | None) -> None:

@@ -19,7 +19,7 @@ from fasttr.models.load import (
 )
 from fasttr.models.packed import PackedModel
 from fasttr.models.probe import probe
-from fasttr.models.tiers import SHARED
+from fasttr.packing.tiers import SHARED
 
 _KEPT = "_fasttr_kept"
 

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from fasttr.models.packed import PackedModel
 from fasttr.optim.matrices import matrices
-from fasttr.optim.update import AdamW
 
 
 @contextlib.contextmanager
@@ -43,7 +42,7 @@ def round_matrices(model: Any) -> None:
 
 
 @torch.no_grad()
-def remainders(policy: PackedModel, optimizer: AdamW) -> dict[str, Tensor]:
+def remainders(policy: PackedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The lower halves of the weights by name, int16; empty where the folder holds fp32."""
     if not policy.bf16:
         return {}

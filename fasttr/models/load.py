@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
+from fasttr.data.tokens import adjust
 from fasttr.errors import FasttrError, first_line
+from fasttr.hub import go_offline_if_unreachable
 from fasttr.models import attention, checks
 from fasttr.models.halves import in_bf16, round_matrices
 from fasttr.models.packed import HeadSpec, PackedModel
 from fasttr.models.probe import probe
-from fasttr.models.tiers import SHARED
+from fasttr.packing.tiers import SHARED
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class ModelConfig:
     use_liger_kernel: bool | None = False  # None: where CUDA and liger-kernel are
     max_length: int | None = None
     ld_alpha: float | None = None
+    chat_template: str | None = None  # instead of the tokenizer's own
+    eos_token: str | None = None
     tier: str = SHARED  # how tokens reach it; refused where the probe does not find it exact
     trust_remote_code: bool = False
     key: str = "model_name_or_path"  # the setting that names it, for errors
@@ -101,25 +105,56 @@ def load_config(
         raise FasttrError(
             f"{key}: there is no folder {name}; wanted a Hugging Face folder or a hub id"
         )
+    checks.check_no_adapter(Path(name), key)
+    is_offline = not Path(name).is_dir() and go_offline_if_unreachable()
     try:
         config = AutoConfig.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, AttributeError, TypeError, StrictDataclassError) as error:
+        if is_offline and isinstance(error, OSError):
+            raise FasttrError(
+                f"{key}: there is no folder {name!r} here, and the hub does not answer or is not "
+                "asked (HF_HUB_OFFLINE): check the name and the network"
+            ) from error
         raise FasttrError(f"{key}: cannot read {name!r}: {first_line(error)}") from error
+    checks.check_not_quantised(config, key, name)
     checks.check_causal(config, key)
     return config
 
 
-def load_tokenizer(name: str, revision: str = "main", key: str = "model_name_or_path") -> Any:
+def check_loadable(config: ModelConfig) -> Any:
+    """The model's config, once its weights are known to be there, as far as that can be seen
+    without reading them."""
+    content = config.read()
+    checks.check_weight_files(Path(config.name), config.key)
+    return content
+
+
+def tokenizer_of(model: ModelConfig) -> Any:
+    """The tokenizer of a model, with the template and the EOS that its configuration gives it."""
+    tokenizer = load_tokenizer(model.name, model.revision, model.key, model.trust_remote_code)
+    adjust(tokenizer, chat_template=model.chat_template, eos_token=model.eos_token)
+    return tokenizer
+
+
+def load_tokenizer(
+    name: str,
+    revision: str = "main",
+    key: str = "model_name_or_path",
+    trust_remote_code: bool = False,
+) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # a broken tokenizer.json raises a bare Exception
         if "trust_remote_code" in str(error):
             raise FasttrError(
-                f"{key}: the tokenizer of {name} is code from its own repository, which is not run"
+                f"{key}: the tokenizer of {name} is code from its own repository, which "
+                "is run with trust_remote_code true alone"
             ) from error
         raise FasttrError(f"{key}: no tokenizer in {name!r}: {first_line(error)}") from error
 

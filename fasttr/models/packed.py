@@ -22,7 +22,8 @@ from fasttr.batch import PackedBatch
 from fasttr.errors import FasttrError
 from fasttr.losses import LossFn
 from fasttr.models.gather import gather_rows
-from fasttr.models.tiers import SHARED, rows_of
+from fasttr.models.tiers import rows_of
+from fasttr.packing.tiers import SHARED
 
 # Keys of configs that scale the logits: by the number, or by one over it.
 _SCALES = ("logit_scale", "lm_head_multiplier")
@@ -72,7 +73,7 @@ class PackedModel(nn.Module):
         ld_alpha: weight of the log-probs beyond the length of a tree's shortest completion (LD-DPO,
             arXiv:2409.06411); None is 1. It enters every summed log-prob, of the policy and of the
             reference.
-        tier: how tokens reach the model, one of `fasttr.models.tiers.TIERS`. Packs for others than
+        tier: how tokens reach the model, one of `fasttr.packing.tiers.TIERS`. Packs for others than
             `shared` repeat the prompt for every completion.
     """
 

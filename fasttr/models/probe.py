@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -25,8 +26,8 @@ from fasttr.models import attention, small
 from fasttr.models.checks import head_error
 from fasttr.models.gather import gather_rows
 from fasttr.models.packed import HeadSpec, PackedModel, decoder_of
-from fasttr.models.tiers import PACKED, PADDED, SHARED, TIERS
 from fasttr.packing.layout import pack
+from fasttr.packing.tiers import PACKED, PADDED, SHARED, TIERS
 
 # Prompt and completions of each tree: shared by two and three, shorter and longer than a window.
 _SHAPES = ((11, 5, 9), (3, 1, 4), (13, 2, 1, 6))
@@ -47,8 +48,8 @@ class Support(NamedTuple):
     tiers: dict[str, Exactness]
     refusal: str | None = None
 
-    def best(self, longest: int) -> str:
-        """The first tier that is exact for sequences of `longest` tokens."""
+    def best(self, longest: float = math.inf) -> str:
+        """The first tier that is exact for sequences of `longest` tokens, or of any length."""
         return next(tier for tier in TIERS if longest <= self.tiers[tier].limit)
 
     def require(self, tier: str, key: str, name: str, longest: int = 1) -> None:
@@ -102,7 +103,7 @@ def _probe(config: Any, build: small.Build) -> Support:
             for tier in (SHARED, PACKED):
                 if found[tier].limit == 0 and not isinstance(wide, str):
                     found[tier] = _up_to(window, found[tier], wide.of(tier))
-    found[PADDED] = found[PADDED]._replace(limit=float("inf"))
+    found[PADDED] = found[PADDED]._replace(limit=math.inf)
     return Support(found)
 
 
@@ -114,7 +115,7 @@ def _up_to(window: int, shrunk: Exactness, wide: Exactness) -> Exactness:
 
 def _padded_alone(reason: str) -> Support:
     untried = Exactness(0, f"no small copy could be tried: {reason}")
-    return Support({SHARED: untried, PACKED: untried, PADDED: Exactness(float("inf"), "")})
+    return Support({SHARED: untried, PACKED: untried, PADDED: Exactness(math.inf, "")})
 
 
 class _Measured(NamedTuple):
@@ -154,7 +155,7 @@ class _Trial:
             return Exactness(0, f"a small {name} fails: {first_line(error)}")
         allowed = _FLOOR + 10 * min(self.noise, _LARGEST_NOISE)
         seen = f"a small random {name} differs by {got:.0e} from rows alone (allowed {allowed:.0e})"
-        return Exactness(float("inf") if got <= allowed else 0, seen)
+        return Exactness(math.inf if got <= allowed else 0, seen)
 
     def _measured(self, run: Callable[[], Tensor]) -> _Measured:
         hidden = run()
@@ -225,7 +226,7 @@ def _difference(want: _Measured, got: _Measured) -> float:
         scale = float(g_want.norm()) + 1e-3 * largest
         distances.append(float((g_got - g_want).norm()) / scale)
     worst = max(distances)
-    return worst if worst == worst else float("inf")
+    return worst if worst == worst else math.inf
 
 
 def _relative(got: Tensor, want: Tensor) -> float:

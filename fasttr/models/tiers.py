@@ -1,10 +1,4 @@
-"""How the tokens of a pack reach the model: three tiers, of which a probe finds the first that is
-exact for an architecture.
-
-`shared`: one row, each prompt once, through the packed attention. `packed`: one row, a prompt for
-every completion, through the model's own attention, which parts sequences where position ids start
-anew. `padded`: a row a completion, through the model's own attention; for models that carry state
-from token to token.
+"""How the tokens of a pack reach the model, in each tier.
 
 Legend: T packed tokens, N completions, L tokens of the longest, D hidden size.
 """
@@ -17,9 +11,7 @@ import torch
 from torch import Tensor
 
 from fasttr.batch import PackedBatch
-
-SHARED, PACKED, PADDED = "shared", "packed", "padded"
-TIERS = (SHARED, PACKED, PADDED)  # the cheapest first
+from fasttr.packing.tiers import PACKED, SHARED
 
 
 class Rows(Protocol):
@@ -33,7 +25,8 @@ class Rows(Protocol):
 
 
 class SharedRows:
-    """The layout comes with the call, so that nothing is inferred from position ids."""
+    """The packed attention. The layout comes with the call; nothing is inferred from position
+    ids."""
 
     def __init__(self, attention_backend: str):
         self.attention_backend = attention_backend
@@ -52,7 +45,8 @@ class SharedRows:
 
 
 class PackedRows:
-    """Without a mask, transformers parts one row where its position ids start anew."""
+    """The model's own attention: without a mask, transformers parts one row where its position ids
+    start anew."""
 
     def inputs(self, batch: PackedBatch) -> dict[str, Any]:
         return {
@@ -66,7 +60,8 @@ class PackedRows:
 
 
 class PaddedRows:
-    """Padded on the right, where no token of a causal model sees the padding: without a mask."""
+    """The model's own attention, for models that carry state from token to token too. Padded on the
+    right, where no token of a causal model sees the padding: without a mask."""
 
     def inputs(self, batch: PackedBatch) -> dict[str, Any]:
         place = _place(batch)

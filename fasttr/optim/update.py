@@ -1,13 +1,15 @@
-"""One update of the weights: the norm of the gradients, clipping and AdamW's step, without waiting
-for the device."""
+"""One update of the weights: the norm of the gradients, clipping and the optimizer's step."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from fasttr_kernels import SplitAdamW, clip_factor
 from torch import Tensor, nn
+
+from fasttr.optim import named
 
 
 class Update(NamedTuple):
@@ -24,55 +26,9 @@ class Followers(NamedTuple):
     alpha: float
 
 
-class FusedAdamW(torch.optim.AdamW):
-    """torch's fused AdamW, for fp32 weights: where computing is fp32 too, its bits are those of
-    other trainers.
-
-    Args:
-        groups: with `names` beside `params`.
-        in_order: all their parameters as the model has them, the order in which norms are added up.
-    """
-
-    def __init__(self, groups: list[dict[str, Any]], in_order: list[nn.Parameter], **options: Any):
-        super().__init__(groups, **options, fused=True)
-        self.in_order = in_order
-
-    def begin_step(self, packs: int) -> None:
-        """Before the packs of a step."""
-
-    def update(
-        self, loss: Tensor, max_grad_norm: float, followers: Followers | None = None
-    ) -> Update:
-        """Clip the gradients to a norm, where it is above 0, and step; `loss` () of that step."""
-        assert followers is None, "these weights are followed after the step"
-        trained = [p for p in self.in_order if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        if max_grad_norm > 0:
-            nn.utils.clip_grads_with_norm_(trained, max_grad_norm, norm)
-        is_broken = ~torch.isfinite(norm) | ~torch.isfinite(loss)
-        # With this flag up the fused kernel changes nothing: no weight, no moment.
-        self.found_inf = is_broken.to(torch.float32)
-        self.step()
-        self.zero_grad(set_to_none=True)
-        return Update(norm, is_broken)
-
-    def named_state(self) -> dict[str, Tensor]:
-        """NAME.exp_avg, NAME.exp_avg_sq, NAME.step of every parameter."""
-        return _named_state(self)
-
-    def take_up(self, saved: dict[str, Tensor]) -> None:
-        """Go on from a `named_state`, of this class or of MasterAdamW with fp32 moments."""
-        for name, p in named_parameters_of(self):
-            mine = {key: saved[f"{name}.{key}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
-            steps = saved[f"{name}.step"].flatten()[0].to(p.device, torch.float32)
-            self.state[p] = {**mine, "step": steps}
-
-    def give_back(self) -> None:
-        """The weights are fp32 as they are."""
-
-
 class MasterAdamW(SplitAdamW):
-    """SplitAdamW of a run: bf16 weights whose steps are made on fp32 masters."""
+    """SplitAdamW of a run: the steps of bf16 weights are made on fp32 masters, and the norm, the
+    clipping and a reference that follows take part in its sweep."""
 
     def begin_step(self, packs: int) -> None:
         """Gradients of bf16 weights are bf16; those of several packs are added up in fp32, into
@@ -82,10 +38,8 @@ class MasterAdamW(SplitAdamW):
                 p.grad_dtype = None  # a leaf's own dtype otherwise
                 p.grad = torch.zeros_like(p, dtype=torch.float32) if packs > 1 else None
 
-    def update(
-        self, loss: Tensor, max_grad_norm: float, followers: Followers | None = None
-    ) -> Update:
-        """Clip the gradients to a norm, where it is above 0, and step; `loss` () of that step."""
+    def update(self, loss: Tensor, max_grad_norm: float, followers: Followers | None) -> Update:
+        """See `update` below."""
         squares = self.grad_squares()
         norm = squares.sqrt()
         is_broken = ~torch.isfinite(norm) | ~torch.isfinite(loss)
@@ -93,15 +47,10 @@ class MasterAdamW(SplitAdamW):
         references, alpha = followers if followers is not None else (None, 0.0)
         clip = torch.where(is_broken, -1.0, factor)
         self.step(clip=clip, references=references, alpha=alpha)
-        self.zero_grad(set_to_none=True)
         return Update(norm.to(torch.float32), is_broken)
 
-    def named_state(self) -> dict[str, Tensor]:
-        """The moments, and the clock as NAME.step; remainders belong to the weights."""
-        return {key: x for key, x in _named_state(self).items() if not key.endswith(".remainder")}
-
-    def take_up(self, saved: dict[str, Tensor]) -> None:
-        """Go on from a `named_state`, of this class with the same moments or of FusedAdamW."""
+    def take_up(self, saved: Mapping[str, Tensor]) -> None:
+        """Go on from the states of this class with the same moments, or of torch's AdamW."""
         for group in self.param_groups:
             for name, p in zip(group["names"], group["params"], strict=True):
                 for key, mine in self.state[p].items():
@@ -110,30 +59,67 @@ class MasterAdamW(SplitAdamW):
                     elif key != "remainder":
                         mine.copy_(saved[f"{name}.{key}"])
 
-    def give_back(self) -> None:
-        """Make the weights fp32 again: their masters."""
-        self.to_fp32()
+
+def begin_step(optimizer: torch.optim.Optimizer, packs: int) -> None:
+    """Before the packs of a step."""
+    if isinstance(optimizer, MasterAdamW):
+        optimizer.begin_step(packs)
 
 
-AdamW = FusedAdamW | MasterAdamW
+def update(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    loss: Tensor,
+    max_grad_norm: float,
+    followers: Followers | None = None,
+) -> Update:
+    """Clip the gradients of `model` to a norm, where it is above 0, and step; then they are gone.
+
+    Where they or `loss` (), that of the step, are not finite nothing is changed, and nobody waits
+    for the device. `followers` are for MasterAdamW alone.
+    """
+    if isinstance(optimizer, MasterAdamW):
+        done = optimizer.update(loss, max_grad_norm, followers)
+    else:
+        assert followers is None, "these weights are followed after the step"
+        norm = _clipped(model, max_grad_norm)
+        done = Update(norm, ~torch.isfinite(norm) | ~torch.isfinite(loss))
+        named.update(optimizer, done.is_broken)
+    optimizer.zero_grad(set_to_none=True)
+    return done
+
+
+def _clipped(model: nn.Module, max_grad_norm: float) -> Tensor:
+    """Clip the gradient's norm and return what it was; 0 clips nothing."""
+    trained = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    if max_grad_norm > 0:
+        nn.utils.clip_grads_with_norm_(trained, max_grad_norm, norm)
+    return norm
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What a checkpoint keeps of an optimizer, under NAME.KEY; remainders belong to the weights."""
+    found = named.state_tensors(optimizer)
+    return {key: x for key, x in found.items() if not key.endswith(".remainder")}
+
+
+def take_up_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]) -> None:
+    """Put back what `state_tensors` gave; AdamW's states fit with bf16 weights and with fp32."""
+    if isinstance(optimizer, MasterAdamW):
+        optimizer.take_up(saved)
+    else:
+        named.take_up_state(optimizer, {key: _plain_step(key, x) for key, x in saved.items()})
+
+
+def give_back(optimizer: torch.optim.Optimizer) -> None:
+    """Make bf16 weights fp32 again: their masters."""
+    if isinstance(optimizer, MasterAdamW):
+        optimizer.to_fp32()
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def named_parameters_of(optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
-    """Of groups that carry names."""
-    names = [name for group in optimizer.param_groups for name in group["names"]]
-    return list(zip(names, parameters_of(optimizer), strict=True))
-
-
-def _named_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    found = {}
-    for name, p in named_parameters_of(optimizer):
-        for key, value in optimizer.state[p].items():
-            found[f"{name}.{key}"] = value
-    return found
 
 
 def _clock(saved: Tensor, betas: tuple[float, float]) -> Tensor:
@@ -142,3 +128,9 @@ def _clock(saved: Tensor, betas: tuple[float, float]) -> Tensor:
         return saved
     steps = float(saved)
     return torch.tensor([steps, betas[0] ** steps, betas[1] ** steps], dtype=torch.float64)
+
+
+def _plain_step(key: str, value: Tensor) -> Tensor:
+    """The steps of SplitAdamW's clock, as torch's AdamW counts them."""
+    is_clock = key.endswith(".step") and value.numel() == 3
+    return value[0].to(torch.float32) if is_clock else value

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fasttr.errors import FasttrError
 from fasttr.models.packed import PackedModel
-from fasttr.optim.update import AdamW, Followers, MasterAdamW, parameters_of
+from fasttr.optim.update import Followers, MasterAdamW, parameters_of
 from fasttr.reference.schedule import Schedule, Soft
 
 
@@ -41,7 +41,7 @@ class MovingReference:
         schedule: Schedule,
         policy: PackedModel,
         initial: PackedModel | None = None,
-        optimizer: AdamW | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
         fits_beside: Callable[[PackedModel], bool] | None = None,
     ):
         self.schedule = schedule

@@ -9,15 +9,26 @@ from torch import Tensor
 
 from fasttr.batch import PackedBatch
 from fasttr.losses import Loss
-from fasttr.metrics.sums import as_metrics, by_name, means, pack_sums, zeros
+from fasttr.metrics.sums import (
+    MicroBatches,
+    as_metrics,
+    by_name,
+    means,
+    over_micro_batches,
+    pack_sums,
+    zeros,
+)
 from fasttr.metrics.throughput import Throughput
+from fasttr.optim.adamw import after_step
+from fasttr.optim.update import begin_step, update
+from fasttr.packing.plan import unshared_tokens
 from fasttr.training.run import Run
 
 
 class StepMetrics(NamedTuple):
     """What one optimizer step did; on the device until it is read."""
 
-    step_means: Tensor  # in the order of fasttr.metrics.sums
+    micro_means: Tensor  # (micro-batches of the step, values in the order of fasttr.metrics.sums)
     gradient_norm: Tensor  # () before clipping
     learning_rate: float  # that the step used
     is_broken: Tensor  # () fp32: 1 when loss or gradient were not finite and nothing was changed
@@ -26,7 +37,7 @@ class StepMetrics(NamedTuple):
     def read(self) -> dict[str, float]:
         """Under TRL's names; waits for the device."""
         return {
-            **as_metrics(by_name(self.step_means), self.loss),
+            **as_metrics(by_name(over_micro_batches(self.micro_means)), self.loss),
             "grad_norm": float(self.gradient_norm),
             "learning_rate": self.learning_rate,
         }
@@ -37,32 +48,41 @@ def train_step(run: Run, step: int, throughput: Throughput, moves: bool = False)
 
     `moves`: the reference moves after this step; where it can it does so in the update's own sweep.
     """
-    sums = _backward(run, step, throughput)
+    micro_means = means(_backward(run, step, throughput))
     learning_rate = run.scheduler.get_last_lr()[0]
-    followers = run.reference.followers() if moves else None
-    update = run.optimizer.update(sums[0], run.config.max_grad_norm, followers)
-    run.scheduler.step()
+    done = update(
+        run.optimizer,
+        run.policy,
+        loss=micro_means[0, 0],
+        max_grad_norm=run.config.max_grad_norm,
+        followers=run.reference.followers() if moves else None,
+    )
+    after_step(run.scheduler)
     return StepMetrics(
-        step_means=means(sums),
-        gradient_norm=update.gradient_norm,
+        micro_means=micro_means,
+        gradient_norm=done.gradient_norm,
         learning_rate=learning_rate,
-        is_broken=update.is_broken.to(torch.float32),
+        is_broken=done.is_broken.to(torch.float32),
         loss=run.loss,
     )
 
 
 def _backward(run: Run, step: int, throughput: Throughput) -> Tensor:
-    """Gradients of all packs; returns the sums of their metrics."""
+    """Gradients of all packs; returns the sums of their metrics, by micro-batch."""
     packs = run.packs(step)
-    run.optimizer.begin_step(len(packs))
+    begin_step(run.optimizer, len(packs))
     with run.policy.weights_still():
         return _sums_of(run, step, packs, throughput)
 
 
 def _sums_of(run: Run, step: int, packs: list[PackedBatch], throughput: Throughput) -> Tensor:
-    objective = run.objective.of_rows(run.trees, run.plan.rows(step))
+    rows = run.plan.rows(step)
+    objective = run.objective.of_rows(run.trees, rows)
+    micro_batches = run.plan.micro_batches(rows)
+    micro_batch_of = dict(zip(rows.tolist(), micro_batches.tolist(), strict=True))
+    number = int(micro_batches[-1]) + 1
+    sums = zeros(run.device, number)
     head = run.policy.head_weight().weight
-    sums = zeros(run.device)
     for host_batch in packs:
         batch = host_batch.to(run.device)
         ref_logp = None
@@ -78,7 +98,11 @@ def _sums_of(run: Run, step: int, packs: list[PackedBatch], throughput: Throughp
             head_grad=head.grad if run.policy.bf16 else None,
         )
         out.loss.backward()
-        sums += pack_sums(out, ref_logp, batch, run.loss)
+        places = torch.tensor([micro_batch_of[row] for row in batch.rows])
+        of_pack = MicroBatches(places.to(run.device, non_blocking=True), number)
+        sums += pack_sums(out, ref_logp, batch, run.loss, of_pack)
         throughput.add(host_batch, len(host_batch.rows))
-        run.num_tokens += host_batch.num_tokens
+    # A mismatched completion of KTO is of another row and is not counted twice.
+    completions = 1 if run.loss.unpaired else run.loss.completions
+    run.num_tokens += unshared_tokens(run.trees, rows, completions)
     return sums

@@ -265,7 +265,7 @@ def test_a_second_run_reads_the_cache(load, monkeypatch, tmp_path):
     def refuse(self, *_):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr("fasttr.data.arrow.Encoder.__call__", refuse)
+    monkeypatch.setattr("fasttr.data.load.Encoder.__call__", refuse)
     second = load(path)
     assert second.fingerprint == first.fingerprint
     assert second.report == first.report
@@ -510,7 +510,7 @@ def test_places_that_hold_no_data(load, tmp_path, monkeypatch):
             load(name)
     with pytest.raises(
         FasttrError,
-        match=r"'nobody/nothing' is no file or folder here, and as a data set of the hub",
+        match=r"there is no file or folder 'nobody/nothing' here, and the hub does not answer",
     ):
         load("nobody/nothing")
     (tmp_path / "empty").mkdir()
