@@ -27,7 +27,7 @@ FLOORS = [
     {"__init__", "__main__"},
 ]
 # The only folders that call the fused ops.
-USERS_OF_KERNELS = {"models", "reference"}
+USERS_OF_KERNELS = {"models", "optim", "reference"}
 
 
 def module_name(path: Path, root: Path) -> str:

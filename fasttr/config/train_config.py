@@ -277,6 +277,9 @@ class TrainConfig(
             schedule=self.lr_scheduler_type,
             schedule_kwargs=self.lr_scheduler_kwargs,
             warmup_steps=self.warmup_steps,
+            moments=self.adam_moments,
+            keeps_masters=self.dtype != "bfloat16",
+            seed=self.seed,
         )
 
     def plan(self, trees: TreeSource, loss: Loss, device: torch.device) -> Plan:
@@ -305,7 +308,9 @@ class TrainConfig(
         return TrackerConfig(self.report_to, self.run_name, self.project)
 
     def computes_in_bf16(self, device: torch.device) -> bool:
-        return device.type == "cuda" if self.bf16 is None else self.bf16
+        if self.bf16 is not None:
+            return self.bf16
+        return device.type == "cuda" or self.dtype == "bfloat16"
 
     def token_budget(self, device: torch.device) -> int:
         return self.max_tokens_per_batch or (8192 if device.type == "cuda" else 1024)
@@ -337,6 +342,8 @@ class TrainConfig(
     def differences(self, saved: dict[str, Any]) -> list[str]:
         """What binds a resumed run and differs from the configuration it was saved with."""
         now = self.as_dict()
+        # A setting that is younger than the checkpoint had what is its default now.
+        saved = {**{name: one.default for name, one in settings_of(type(self)).items()}, **saved}
         bound = self.bound_on_resume()
         if self.evaluates and self.eval_steps is None:
             bound.append("logging_steps")  # it says when to evaluate

@@ -355,7 +355,7 @@ TRAINING = [
 MODEL = [
     _h("model_name_or_path", None, "str?"),
     _h("model_revision", "main", "str"),
-    _h("dtype", "float32", "str", "bfloat16 and auto: weights and optimizer stay float32"),
+    _h("dtype", "float32", "str", "bfloat16 as in the table of settings; auto is float32"),
     _h(
         "attn_implementation",
         None,

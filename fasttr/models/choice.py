@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from fasttr.models.checks import check_positions
 from fasttr.models.load import ModelConfig
 from fasttr.models.probe import Support, probe
 from fasttr.packing.tiers import AUTO, PADDED, SHARED, TIERS
@@ -43,6 +44,8 @@ class Choice(NamedTuple):
 def choose_tier(asked: str, candidates: Sequence[Candidate], longest: int) -> Choice:
     """The cheapest tier that is exact for every candidate at sequences of `longest` tokens, or the
     one that is asked for. FasttrError where that is not exact."""
+    for one in candidates:
+        check_positions(one.config, longest, one.name)
     if asked != AUTO:
         for one in candidates:
             one.support.require(asked, one.key, one.name, longest)

@@ -10,6 +10,8 @@ Legend: T packed tokens, R predicting rows, N completions, D hidden size, V voca
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -102,13 +104,29 @@ class PackedModel(nn.Module):
         self.router_loss: Tensor | None = None
         self.bf16 = bf16
         self.ld_alpha = ld_alpha
+        self._cast_head: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+    def autocast(self, keeps_copies: bool = False) -> torch.autocast:
+        """Without autocast's cache unless it is asked for: it would keep a copy of every fp32
+        weight through a forward and, where activations are recomputed, through the backward."""
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=keeps_copies
+        )
+
+    @contextlib.contextmanager
+    def weights_still(self) -> Iterator[None]:
+        """Within, no weight changes: an fp32 head is cast to bf16 once, not in every call."""
+        weight = self.head_weight().weight.detach()
+        if self.bf16 and weight.dtype != torch.bfloat16:
+            self._cast_head = weight.to(torch.bfloat16)
+        try:
+            yield
+        finally:
+            self._cast_head = None
 
     def head_weight(self) -> HeadWeight:
         """The one place where the output weight is read."""
@@ -134,10 +152,13 @@ class PackedModel(nn.Module):
         normalizer: float = 1.0,
         stats: bool = False,
         router_share: float = 0.0,
+        head_grad: Tensor | None = None,  # (V, D) fp32
     ) -> PreferenceLoss:
         """Log-probs of a pack on this module's device; with `loss_fn` its share of the loss too.
 
-        `router_share` of the router's loss is added to it, where the model has one.
+        `router_share` of the router's loss is added to it, where the model has one. The head's
+        gradient is added to `head_grad` where that is given, and the loss must then be
+        differentiated once, as it is.
         """
         cu_completions, cu_groups = batch.cu_completions, batch.cu_groups
         if self.ld_alpha is not None:
@@ -164,6 +185,8 @@ class PackedModel(nn.Module):
                 logit_scale=self.head.logit_scale,
                 softcap=self.head.softcap,
                 stats=stats,
+                cast_weight=self._cast_head,
+                weight_grad=head_grad,
             )
         if self.router is not None and reads_router:
             balance = self.router(router_logits, self.rows, batch)
