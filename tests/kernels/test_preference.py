@@ -70,12 +70,21 @@ def test_bf16_error_at_most_twice_that_of_plain_torch(rows: str) -> None:
         assert_as_good_as_torch(name, *triple, torch.bfloat16)
 
 
-@pytest.mark.parametrize("group", [1, 2, 3, 7])
-@pytest.mark.parametrize("chunk_rows", [None, 20, 2])
+@pytest.mark.parametrize(
+    ("group", "lengths", "some"),
+    [
+        (1, [3, 1, 2, 5, 4, 1, 2], 6),
+        (2, [3, 1, 2, 5, 4, 1], 8),
+        (3, [3, 1, 2, 5, 4, 1], 10),
+        (7, [3, 1, 2, 5, 4, 1, 2] * 2, 20),
+    ],
+    ids=["1", "2", "3", "7"],
+)
+@pytest.mark.parametrize("cut_as", ["whole", "some groups", "pieces"])
 def test_any_grouping_and_chunking_gives_the_same_numbers(
-    rows: str, group: int, chunk_rows: int | None
+    rows: str, group: int, lengths: list[int], some: int, cut_as: str
 ) -> None:
-    lengths = [3, 1, 2, 5, 4, 1, 2] * (2 if group == 7 else group)
+    chunk_rows = {"whole": None, "some groups": some, "pieces": 2}[cut_as]
     problem = Problem(
         lengths, group=group, dtype=torch.float64, bias=True, options={"softcap": 4.0}
     )
@@ -84,8 +93,8 @@ def test_any_grouping_and_chunking_gives_the_same_numbers(
             problem.cu_completions.tolist(), problem.cu_groups.tolist(), chunk_rows or 10**6
         )
     )
-    assert (len(cut) == 1) == (chunk_rows is None or sum(lengths) <= chunk_rows)
-    assert any(len(chunk.pieces) > 1 for chunk in cut) == (chunk_rows == 2)
+    assert (len(cut) == 1) == (cut_as == "whole")
+    assert any(len(chunk.pieces) > 1 for chunk in cut) == (cut_as == "pieces")
     assert_equal_to_truth(problem, chunk_rows=chunk_rows)
 
 
