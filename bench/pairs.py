@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fasttr.batch import Tree
-from fasttr.data.formats import Skipped, find_format, read_batch
+from fasttr.data.formats import Skipped, find_format
+from fasttr.data.reading import read_batch
 from fasttr.data.tokens import Encoded, cut, encode
 
 BLOCK = 256  # rows tokenised together

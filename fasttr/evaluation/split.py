@@ -9,6 +9,7 @@ Legend: N completions of a pack, B rows, m completions of a row.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,6 +30,7 @@ from fasttr.metrics.sums import (
 )
 from fasttr.models.packed import PackedModel
 from fasttr.packing.plan import Plan, pack_rows
+from fasttr.packing.tiers import SHARED
 from fasttr.reference.logp_table import LogpTable
 
 BLOCK = 64  # rows packed together, about
@@ -41,18 +43,19 @@ class EvaluationSplit:
     trees: TreeSource
     max_tokens_per_batch: int
     group_rows: int = 1
+    tier: str = SHARED
     ref_logps: LogpTable | None = None  # of the window's reference
     anchor_logps: LogpTable | None = None  # of the initial policy
 
     @classmethod
     def of(cls, trees: TreeSource, loss: Loss, plan: Plan) -> EvaluationSplit:
         """A split that is packed as the training rows of `plan` are."""
-        split = cls(trees, plan.max_tokens_per_batch, plan.group_rows)
+        split = cls(trees, plan.max_tokens_per_batch, plan.group_rows, plan.tier)
         return split.with_tables(loss) if loss.needs_reference else split
 
     def with_tables(self, loss: Loss) -> EvaluationSplit:
         tables = [LogpTable(len(self.trees), loss.completions) for _ in range(2)]
-        return EvaluationSplit(self.trees, self.max_tokens_per_batch, self.group_rows, *tables)
+        return dataclasses.replace(self, ref_logps=tables[0], anchor_logps=tables[1])
 
     def lacks_reference(self) -> bool:
         """Whether the window's reference has not scored all rows."""
@@ -63,7 +66,9 @@ class EvaluationSplit:
         block = max(BLOCK // self.group_rows, 1) * self.group_rows
         for first in range(0, len(self.trees), block):
             rows = np.arange(first, min(first + block, len(self.trees)))
-            yield from pack_rows(self.trees, rows, self.max_tokens_per_batch, self.group_rows)
+            yield from pack_rows(
+                self.trees, rows, self.max_tokens_per_batch, self.group_rows, tier=self.tier
+            )
 
 
 @torch.no_grad()
@@ -72,8 +77,9 @@ def evaluate(
     split: EvaluationSplit,
     objective: Objective,
     after: Callable[[PackedBatch, Tensor], None] | None = None,
+    name: str = "",
 ) -> dict[str, float]:
-    """Means over all rows of the split, under `eval_` names.
+    """Means over all rows of the split, under `eval_` names, or `eval_NAME_` where it has a name.
 
     `after` is called after every pack with the model's log-probs (N,) of it.
     """
@@ -94,13 +100,14 @@ def evaluate(
             against_anchor.labels.append(batch.labels)
         if after is not None:
             after(batch, out.logp)
-    line = as_metrics(by_name(means(sums)), loss, prefix="eval_")
-    if "eval_rewards/accuracies" in line:
-        share = line["eval_rewards/accuracies"]
-        line["eval_rewards/accuracies_stderr"] = binomial_stderr(share, len(rows))
+    line = as_metrics(by_name(means(sums)[0]), loss)
+    if "rewards/accuracies" in line:
+        share = line["rewards/accuracies"]
+        line["rewards/accuracies_stderr"] = binomial_stderr(share, len(rows))
     if split.anchor_logps is not None:
         line.update(against_anchor.metrics(loss))
-    return line
+    prefix = f"eval_{name}_" if name else "eval_"
+    return {prefix + metric: value for metric, value in line.items()}
 
 
 class _AgainstAnchor(NamedTuple):
@@ -123,7 +130,7 @@ class _AgainstAnchor(NamedTuple):
             share = float((chosen > rejected).float().mean())
             found["rewards/accuracies"] = share
             found["rewards/accuracies_stderr"] = binomial_stderr(share, len(chosen))
-        return {f"eval_anchor/{name}": value for name, value in found.items()}
+        return {f"anchor/{name}": value for name, value in found.items()}
 
     def _sides(self, loss: Loss) -> tuple[Tensor, Tensor]:
         logratio_Bm = torch.cat(self.logratios).view(-1, loss.completions)

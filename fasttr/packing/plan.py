@@ -14,16 +14,18 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from fasttr.batch import PackedBatch, TreeSource
-from fasttr.packing.layout import first_fit_decreasing, pack
+from fasttr.batch import PackedBatch, Tree, TreeSource, own_prompt_lengths
+from fasttr.packing.layout import pack
+from fasttr.packing.tiers import SHARED, bins_of_groups, tree_sizes, unshared
 
 
 @dataclass(frozen=True)
 class Plan:
     """Optimizer steps over a data set.
 
-    An epoch's remainder is a shorter last step, normalised by its own row count. `max_steps` above
-    0 wins over `num_train_epochs`, which may be a fraction.
+    An epoch's remainder is a shorter last step, normalised by its own row count, or, with
+    `micro_batch_size`, the mean of its micro-batches' means. `max_steps` above 0 wins over
+    `num_train_epochs`, which may be a fraction.
     """
 
     trees: TreeSource = field(repr=False)
@@ -35,7 +37,9 @@ class Plan:
     seed: int = 42
     shuffle: bool = True  # else the order of the data, in every epoch
     group_rows: int = 1  # consecutive rows of a step whose loss is computed together share a pack
+    micro_batch_size: int | None = None  # rows whose mean counts as that of any other so many
     multiple_of: int = 1  # an epoch's last rows that do not fill this many are left out
+    tier: str = SHARED  # one of packing.tiers.TIERS: how rows share a call of the model
 
     @property
     def rows_per_epoch(self) -> int:
@@ -62,7 +66,26 @@ class Plan:
 
     def packs(self, step: int) -> list[PackedBatch]:
         """The packs of one step. Their number and content follow from the lengths alone."""
-        return pack_rows(self.trees, self.rows(step), self.max_tokens_per_batch, self.group_rows)
+        rows = self.rows(step)
+        return pack_rows(
+            self.trees,
+            rows,
+            self.max_tokens_per_batch,
+            self.group_rows,
+            self._row_weights(rows),
+            self.tier,
+        )
+
+    def micro_batches(self, rows: np.ndarray) -> np.ndarray:
+        """(len(rows),) the micro-batch of each row of a step, counted from 0."""
+        return np.arange(len(rows)) // (self.micro_batch_size or max(len(rows), 1))
+
+    def _row_weights(self, rows: np.ndarray) -> np.ndarray | None:
+        """Factors that make a step's mean over its rows the mean of its micro-batches' means."""
+        members = np.bincount(self.micro_batches(rows))
+        if members.size == 0 or (members == members[0]).all():
+            return None
+        return (len(rows) / (len(members) * members))[self.micro_batches(rows)]
 
     def windows(self, every: int | None, start: int = 0) -> Iterator[range]:
         """Steps [0, every), [every, 2 every), ... from the window that holds `start`.
@@ -86,25 +109,41 @@ def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
     return torch.randperm(rows, generator=generator).numpy()
 
 
-def tree_sizes(trees: TreeSource, rows: np.ndarray | Sequence[int]) -> np.ndarray:
-    """Packed tokens of each tree: the prompt once and every completion."""
-    completions = trees.completion_lengths[rows].sum(axis=1, dtype=np.int64)
-    return trees.prompt_lengths[rows] + completions
+def unshared_tokens(trees: TreeSource, rows: np.ndarray, completions: int) -> int:
+    """Tokens of the first so many completions of some rows, each with its prompt."""
+    prompts = own_prompt_lengths(trees, rows)[:, :completions]
+    own = trees.completion_lengths[rows, :completions]
+    return int(prompts.sum() + own.sum(dtype=np.int64))
 
 
 def pack_rows(
-    trees: TreeSource, rows: np.ndarray | Sequence[int], budget: int, group_rows: int = 1
+    trees: TreeSource,
+    rows: np.ndarray | Sequence[int],
+    budget: int,
+    group_rows: int = 1,
+    weights: np.ndarray | None = None,
+    tier: str = SHARED,
 ) -> list[PackedBatch]:
-    """Pack some rows, first-fit decreasing under `budget` tokens.
+    """Pack some rows under `budget` tokens of the model.
 
-    Each run of `group_rows` rows stays together.
+    Each run of `group_rows` rows stays together. `weights` (len(rows),) multiply those of the rows.
     """
     rows = np.asarray(rows)
+    places = np.arange(len(rows))
     starts = np.arange(0, len(rows), group_rows)
-    groups = np.split(rows, starts[1:])
-    sizes = np.add.reduceat(tree_sizes(trees, rows), starts)
+    groups = np.split(places, starts[1:])
     packs = []
-    for members in first_fit_decreasing(sizes.tolist(), budget):
-        chosen = [trees[int(row)] for group in members for row in groups[group]]
+    for members in bins_of_groups(tier, trees, rows, starts, budget):
+        chosen = [
+            _weighted(trees[int(rows[place])], weights, place)
+            for group in members
+            for place in groups[group]
+        ]
+        if tier != SHARED:
+            chosen = [unshared(tree) for tree in chosen]
         packs.append(pack(chosen, [len(groups[group]) for group in members]))
     return packs
+
+
+def _weighted(tree: Tree, weights: np.ndarray | None, place: int) -> Tree:
+    return tree if weights is None else tree._replace(weight=tree.weight * float(weights[place]))

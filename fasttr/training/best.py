@@ -29,12 +29,7 @@ class Best:
 
     def note(self, evaluation: dict[str, float], step: int) -> bool:
         """Take up an evaluation; whether it is the best so far. NaN never is."""
-        if self.metric not in evaluation:
-            known = ", ".join(key for key in evaluation if not key.endswith("stderr"))
-            raise FasttrError(
-                f"metric_for_best_model: {self.metric} is not in this evaluation; wanted of {known}"
-            )
-        value = evaluation[self.metric]
+        value = value_of(evaluation, self.metric)
         if math.isnan(value) or (self.value is not None and not self._is_better(value, self.value)):
             return False
         self.value, self.step = value, step
@@ -42,3 +37,13 @@ class Best:
 
     def _is_better(self, value: float, than: float) -> bool:
         return value > than if self.more_is_better else value < than
+
+
+def value_of(evaluation: dict[str, float], metric: str) -> float:
+    """One metric of an evaluation. FasttrError when it has none of that name."""
+    if metric not in evaluation:
+        known = ", ".join(key for key in evaluation if not key.endswith("stderr"))
+        raise FasttrError(
+            f"metric_for_best_model: {metric} is not in this evaluation; wanted of {known}"
+        )
+    return evaluation[metric]

@@ -24,9 +24,12 @@ from fasttr.metrics.log import MetricsLog
 from fasttr.metrics.sums import as_metrics
 from fasttr.metrics.throughput import Throughput
 from fasttr.models.given import give_back
+from fasttr.optim.adamw import PLATEAU, after_evaluation
 from fasttr.training import checkpoints
 from fasttr.training.announce import announce_evaluation, announce_step
+from fasttr.training.best import value_of
 from fasttr.training.callbacks import Callback, Callbacks
+from fasttr.training.hub import hub_callbacks
 from fasttr.training.intervals import Intervals
 from fasttr.training.run import Run
 from fasttr.training.setup import Given, setup
@@ -68,8 +71,9 @@ def train(
     Args:
         model: a loaded transformers model, trained in place, instead of `model_name_or_path`.
         tokenizer: its tokenizer; by default that of the model's own folder or hub id.
-        train_dataset, eval_dataset: a `datasets.Dataset`, a list of dicts with the columns of a
-            preference set, or a TreeSource, instead of `dataset_name` and its test split.
+        train_dataset, eval_dataset: a `datasets.Dataset` or `IterableDataset`, a list of dicts
+            with the columns of a preference set, or a TreeSource, instead of `dataset_name` and its
+            test split; to evaluate on also a mapping of names to such rows.
         loss: a `fasttr.losses.Loss`, or any function of `LossInputs` that returns a number for each
             row, instead of `loss_type`.
         callbacks: see `fasttr.Callback`.
@@ -85,6 +89,7 @@ def train(
     )
     given = Given(model, tokenizer, train_dataset, eval_dataset, loss)
     with StopSignal() as stop, _alone_in(config):
+        callbacks = [*callbacks, *hub_callbacks(config)]
         run = setup(config, given)
         if checkpoints.is_finished(run):
             say(f"nothing to do: {run.output_dir} holds this run's end, step {run.step}")
@@ -190,8 +195,8 @@ class _Loop:
         run = self.run
         self.guard.verify()
         self.guard.note(run.step, run.trees.positions[run.plan.rows(step)], metrics.is_broken)
-        run.averages.add(metrics.step_means)
-        run.total_loss += metrics.step_means[0]
+        run.averages.add(metrics.micro_means)
+        run.total_loss += metrics.micro_means[0, 0]
         self.stillness.note(metrics.gradient_norm)
         self.callbacks.on_step(run, metrics)
 
@@ -216,20 +221,26 @@ class _Loop:
         """Evaluate; whether that calls for a checkpoint."""
         run = self.run
         run.requests.discard("evaluate")
-        if run.split is None:
+        if not run.splits:
             raise FasttrError(
                 "evaluate: a callback asks for it and there are no rows; give eval_strategy and "
                 "rows to evaluate on"
             )
-        if run.loss.needs_reference and run.split.lacks_reference():
+        lacks_reference = any(split.lacks_reference() for split in run.splits.values())
+        if run.loss.needs_reference and lacks_reference:
             raise FasttrError(
                 "evaluate: a callback asks for it in a window that was scored without the "
                 "evaluation rows; set may_evaluate = True on the callback"
             )
-        line = evaluate(run.policy, run.split, run.objective)
+        line: dict[str, float] = {}
+        for name, split in run.splits.items():
+            found = evaluate(run.policy, split, run.objective, name=name)
+            announce_evaluation(run, found, name)
+            line |= found
         self.log.write(run.step, line)
-        announce_evaluation(run, line)
         self.callbacks.on_evaluate(run, line)
+        if run.config.lr_scheduler_type == PLATEAU:
+            after_evaluation(run.scheduler, value_of(line, run.config.best_metric))
         if run.best is None or not (is_saved or run.best.saves_itself):
             return False
         return run.best.note(line, run.step) and run.best.saves_itself

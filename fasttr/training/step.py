@@ -8,15 +8,26 @@ import torch
 from torch import Tensor, nn
 
 from fasttr.losses import Loss
-from fasttr.metrics.sums import as_metrics, by_name, means, pack_sums, zeros
+from fasttr.metrics.sums import (
+    MicroBatches,
+    as_metrics,
+    by_name,
+    means,
+    over_micro_batches,
+    pack_sums,
+    zeros,
+)
 from fasttr.metrics.throughput import Throughput
+from fasttr.optim.adamw import after_step
+from fasttr.optim.named import update
+from fasttr.packing.plan import unshared_tokens
 from fasttr.training.run import Run
 
 
 class StepMetrics(NamedTuple):
     """What one optimizer step did; on the device until it is read."""
 
-    step_means: Tensor  # in the order of fasttr.metrics.sums
+    micro_means: Tensor  # (micro-batches of the step, values in the order of fasttr.metrics.sums)
     gradient_norm: Tensor  # () before clipping
     learning_rate: float  # that the step used
     is_broken: Tensor  # () fp32: 1 when loss or gradient were not finite and nothing was changed
@@ -25,7 +36,7 @@ class StepMetrics(NamedTuple):
     def read(self) -> dict[str, float]:
         """Under TRL's names; waits for the device."""
         return {
-            **as_metrics(by_name(self.step_means), self.loss),
+            **as_metrics(by_name(over_micro_batches(self.micro_means)), self.loss),
             "grad_norm": float(self.gradient_norm),
             "learning_rate": self.learning_rate,
         }
@@ -33,24 +44,26 @@ class StepMetrics(NamedTuple):
 
 def train_step(run: Run, step: int, throughput: Throughput) -> StepMetrics:
     """Forward and backward over the packs of `step` (counted from 0), then one update."""
-    sums = _backward(run, step, throughput)
+    micro_means = means(_backward(run, step, throughput))
     gradient_norm = _clip(run.policy, run.config.max_grad_norm)
-    is_broken = ~torch.isfinite(gradient_norm) | ~torch.isfinite(sums[0])
+    is_broken = ~torch.isfinite(gradient_norm) | ~torch.isfinite(micro_means[0, 0])
     learning_rate = run.scheduler.get_last_lr()[0]
-    # With this flag up the fused kernel changes nothing: no weight, no moment.
-    run.optimizer.found_inf = is_broken.to(torch.float32)  # type: ignore[attr-defined]
-    run.optimizer.step()
-    run.scheduler.step()
+    update(run.optimizer, is_broken)
+    after_step(run.scheduler)
     run.optimizer.zero_grad(set_to_none=True)
     return StepMetrics(
-        means(sums), gradient_norm, learning_rate, is_broken.to(torch.float32), run.loss
+        micro_means, gradient_norm, learning_rate, is_broken.to(torch.float32), run.loss
     )
 
 
 def _backward(run: Run, step: int, throughput: Throughput) -> Tensor:
-    """Gradients of all packs; returns the sums of their metrics."""
-    objective = run.objective.of_rows(run.trees, run.plan.rows(step))
-    sums = zeros(run.device)
+    """Gradients of all packs; returns the sums of their metrics, by micro-batch."""
+    rows = run.plan.rows(step)
+    objective = run.objective.of_rows(run.trees, rows)
+    micro_batches = run.plan.micro_batches(rows)
+    micro_batch_of = dict(zip(rows.tolist(), micro_batches.tolist(), strict=True))
+    number = int(micro_batches[-1]) + 1
+    sums = zeros(run.device, number)
     for host_batch in run.plan.packs(step):
         batch = host_batch.to(run.device)
         ref_logp = None
@@ -60,9 +73,13 @@ def _backward(run: Run, step: int, throughput: Throughput) -> Tensor:
             batch, objective.loss_fn(batch), ref_logp, normalizer=objective.normalizer, stats=True
         )
         out.loss.backward()
-        sums += pack_sums(out, ref_logp, batch, run.loss)
+        places = torch.tensor([micro_batch_of[row] for row in batch.rows])
+        of_pack = MicroBatches(places.to(run.device, non_blocking=True), number)
+        sums += pack_sums(out, ref_logp, batch, run.loss, of_pack)
         throughput.add(host_batch, len(host_batch.rows))
-        run.num_tokens += host_batch.num_tokens
+    # A mismatched completion of KTO is of another row and is not counted twice.
+    completions = 1 if run.loss.unpaired else run.loss.completions
+    run.num_tokens += unshared_tokens(run.trees, rows, completions)
     return sums
 
 

@@ -56,7 +56,7 @@ def one_step(run: SimpleNamespace, unused: torch.Tensor | None = None) -> None:
     run.num_tokens += 17
     run.window_scored = True
     run.total_loss += 0.25
-    run.averages.add(torch.arange(len(run.averages.sums[0]), dtype=torch.float32))
+    run.averages.add(torch.arange(len(run.averages.sums[0]), dtype=torch.float32)[None])
     for number, table in enumerate(run.tables.values()):
         table.put([run.step, 0], torch.randn(4) - number)
     if run.step == 2:

@@ -40,7 +40,7 @@ def test_a_second_run_reads_the_cache(load, monkeypatch, tmp_path):
     def refuse(self, *_):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr("fasttr.data.arrow.Encoder.__call__", refuse)
+    monkeypatch.setattr("fasttr.data.load.Encoder.__call__", refuse)
     second = load(path)
     assert second.fingerprint == first.fingerprint
     assert second.report == first.report

@@ -216,7 +216,7 @@ MISTAKES = {
     "a mapping": (["model"], {"train_dataset": {"prompt": "a"}}, "got dict; wanted"),
     "an empty list": (["model"], {"train_dataset": []}, "list of 0 rows; wanted"),
     "other columns": (["model"], {"train_dataset": [{"a": 1}]}, "the rows .train.: .*'a'"),
-    "no model": (["rows"], {"model": nn.Linear(2, 2)}, "model: got architecture None"),
+    "no model": (["rows"], {"model": nn.Linear(2, 2)}, "model: got a Linear; wanted a causal"),
 }
 
 
