@@ -261,6 +261,7 @@ class TrainConfig(
             ld_alpha=self.ld_alpha,
             tier=SHARED if self.attention_tier == AUTO else self.attention_tier,
             trust_remote_code=self.trust_remote_code,
+            router_aux_loss_coef=(self.router_aux_loss_coef or 0.0) if name is None else 0.0,
             chat_template=self.chat_template,
             eos_token=self.eos_token,
         )
@@ -290,6 +291,7 @@ class TrainConfig(
             group_rows=self.group_rows(loss),
             micro_batch_size=self.micro_batch_size,
             multiple_of=self._full_batch if self.dataloader_drop_last else 1,
+            separate_groups=bool(self.router_aux_loss_coef),
             tier=SHARED if self.attention_tier == AUTO else self.attention_tier,
         )
         if plan.rows_per_epoch == 0:
@@ -309,8 +311,11 @@ class TrainConfig(
         return self.max_tokens_per_batch or (8192 if device.type == "cuda" else 1024)
 
     def group_rows(self, loss: Loss) -> int:
-        """Rows that must share a pack: the group of a loss that couples rows, else one."""
-        return self._full_batch if loss.coupled else 1
+        """Rows that must share a pack: the group of a loss that couples rows, a micro-batch whose
+        router has a loss, else one."""
+        if loss.coupled:
+            return self._full_batch
+        return (self.micro_batch_size or self.train_batch_size) if self.router_aux_loss_coef else 1
 
     @property
     def _full_batch(self) -> int:

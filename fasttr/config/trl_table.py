@@ -111,12 +111,7 @@ METHOD = [
         "bool",
         "it saves memory only; lower max_tokens_per_batch for that",
     ),
-    _i(
-        "router_aux_loss_coef",
-        None,
-        "float?",
-        "mixture-of-experts models are refused by their architecture",
-    ),
+    _h("router_aux_loss_coef", None, "float?"),
     _n(
         "model_init_kwargs",
         None,

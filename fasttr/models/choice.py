@@ -15,16 +15,19 @@ class Candidate(NamedTuple):
 
     key: str  # the setting that names it
     name: str
+    config: Any  # of transformers
     support: Support
 
     @classmethod
-    def named(cls, config: ModelConfig) -> Candidate:
-        support = probe(config.read(), trust_remote_code=config.trust_remote_code)
-        return cls(config.key, config.name, support).accepted()
+    def named(cls, model: ModelConfig) -> Candidate:
+        config = model.read()
+        support = probe(config, trust_remote_code=model.trust_remote_code)
+        return cls(model.key, model.name, config, support).accepted()
 
     @classmethod
     def given(cls, model: Any) -> Candidate:
-        return cls("model", "the given model", probe(model.config, type(model))).accepted()
+        support = probe(model.config, type(model))
+        return cls("model", "the given model", model.config, support).accepted()
 
     def accepted(self) -> Candidate:
         """FasttrError for an architecture that no tier can train."""

@@ -20,6 +20,7 @@ from fasttr.batch import PackedBatch
 from fasttr.errors import FasttrError
 from fasttr.losses import LossFn
 from fasttr.models.gather import gather_rows
+from fasttr.models.router import RouterLoss
 from fasttr.models.tiers import rows_of
 from fasttr.packing.tiers import SHARED
 
@@ -73,6 +74,11 @@ class PackedModel(nn.Module):
             reference.
         tier: how tokens reach the model, one of `fasttr.packing.tiers.TIERS`. Packs for others than
             `shared` repeat the prompt for every completion.
+        router: the auxiliary loss of a mixture of experts.
+
+    Attributes:
+        router_loss: () what the router's loss was in the last forward with `router_share`, detached
+            and before its coefficient.
     """
 
     model: Any
@@ -85,12 +91,15 @@ class PackedModel(nn.Module):
         bf16: bool = False,
         ld_alpha: float | None = None,
         tier: str = SHARED,
+        router: RouterLoss | None = None,
     ):
         super().__init__()
         self.model = model
         self.head = head or HeadSpec()
         self.tier = tier
         self.rows = rows_of(tier, attention_backend)
+        self.router = router
+        self.router_loss: Tensor | None = None
         self.bf16 = bf16
         self.ld_alpha = ld_alpha
 
@@ -108,8 +117,14 @@ class PackedModel(nn.Module):
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """Final hidden states of a pack, (T, D)."""
-        output = decoder_of(self.model)(**self.rows.inputs(batch))
-        return self.rows.flat(output.last_hidden_state, batch)
+        return self._decoded(batch)[0]
+
+    def _decoded(self, batch: PackedBatch, reads_router: bool = False) -> tuple[Tensor, Any]:
+        """Hidden states (T, D), and the router's logits where they are asked for."""
+        asked = {"output_router_logits": True} if reads_router else {}
+        output = decoder_of(self.model)(**self.rows.inputs(batch), **asked)
+        hidden_TD = self.rows.flat(output.last_hidden_state, batch)
+        return hidden_TD, output.router_logits if reads_router else None
 
     def forward(
         self,
@@ -118,8 +133,12 @@ class PackedModel(nn.Module):
         ref_logp: Tensor | None = None,  # (N,) fp32
         normalizer: float = 1.0,
         stats: bool = False,
+        router_share: float = 0.0,
     ) -> PreferenceLoss:
-        """Log-probs of a pack on this module's device; with `loss_fn` its share of the loss too."""
+        """Log-probs of a pack on this module's device; with `loss_fn` its share of the loss too.
+
+        `router_share` of the router's loss is added to it, where the model has one.
+        """
         cu_completions, cu_groups = batch.cu_completions, batch.cu_groups
         if self.ld_alpha is not None:
             # Both parts of a completion are summed apart, and joined before anybody sees them.
@@ -129,7 +148,9 @@ class PackedModel(nn.Module):
             ref_logp = None
         head = self.head_weight()
         with self.autocast():
-            hidden_RD = gather_rows(self.hidden_states(batch), batch.predicting)
+            reads_router = self.router is not None and router_share > 0
+            hidden_TD, router_logits = self._decoded(batch, reads_router)
+            hidden_RD = gather_rows(hidden_TD, batch.predicting)
             out = linear_preference_loss(
                 hidden_RD,
                 head.weight,
@@ -144,6 +165,10 @@ class PackedModel(nn.Module):
                 softcap=self.head.softcap,
                 stats=stats,
             )
+        if self.router is not None and reads_router:
+            balance = self.router(router_logits, self.rows, batch)
+            self.router_loss = balance.detach()
+            out = out._replace(loss=out.loss + router_share * self.router.coefficient * balance)
         if self.ld_alpha is None:
             return out
         return out._replace(logp=self._joined(out.logp, self.ld_alpha))

@@ -70,12 +70,17 @@ def _backward(run: Run, step: int, throughput: Throughput) -> Tensor:
         if run.loss.needs_reference:
             ref_logp = run.window_logps.get(batch.rows).to(run.device, non_blocking=True)
         out = run.policy(
-            batch, objective.loss_fn(batch), ref_logp, normalizer=objective.normalizer, stats=True
+            batch,
+            objective.loss_fn(batch),
+            ref_logp,
+            normalizer=objective.normalizer,
+            stats=True,
+            router_share=len(batch.rows) / len(rows),
         )
         out.loss.backward()
         places = torch.tensor([micro_batch_of[row] for row in batch.rows])
         of_pack = MicroBatches(places.to(run.device, non_blocking=True), number)
-        sums += pack_sums(out, ref_logp, batch, run.loss, of_pack)
+        sums += pack_sums(out, ref_logp, batch, run.loss, of_pack, run.policy.router_loss)
         throughput.add(host_batch, len(host_batch.rows))
     # A mismatched completion of KTO is of another row and is not counted twice.
     completions = 1 if run.loss.unpaired else run.loss.completions

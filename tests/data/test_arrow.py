@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import pytest
 
-from tests.data.rows import OTHER, PAIR, decoded, send_fingerprint, write_data
+from tests.data.rows import OTHER, PAIR, decoded, write_data
 
 
 def test_many_rows_over_several_batches_keep_their_order(load, tokenizer):
@@ -40,7 +43,7 @@ def test_a_second_run_reads_the_cache(load, monkeypatch, tmp_path):
     def refuse(self, *_):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr("fasttr.data.load.Encoder.__call__", refuse)
+    monkeypatch.setattr("fasttr.data.encoder.Encoder.__call__", refuse)
     second = load(path)
     assert second.fingerprint == first.fingerprint
     assert second.report == first.report
@@ -70,19 +73,34 @@ def test_the_fingerprint_follows_content_and_options_not_places(load, tokenizer,
 
 
 def test_the_fingerprint_is_the_same_in_another_process(load, tokenizer, tmp_path):
-    """There the hashes of texts differ."""
     path = write_data(tmp_path / "a.jsonl", [PAIR, OTHER])
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    arguments = (str(path), str(tmp_path / "tokenizer"), str(tmp_path / "other_cache"))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.killed"])
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=send_fingerprint, args=(sender, *arguments))
-    process.start()
-    found, hashed = receiver.recv()
-    process.join()
-    assert hashed != hash("a text")
-    assert found == load(path).fingerprint
+    program = (
+        "import sys; from transformers import AutoTokenizer; from fasttr.data.load import "
+        "DataConfig, load_trees\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])\n"
+        "print(load_trees(tokenizer, DataConfig(sys.argv[1], cache_dir=sys.argv[3])).fingerprint)"
+    )
+    arguments = [str(path), str(tmp_path / "tokenizer"), str(tmp_path / "other_cache")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "7"}
+    root = Path(__file__).parents[2]
+    run = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.strip() == load(path).fingerprint
+
+
+def test_importing_reads_neither_transformers_nor_datasets():
+    program = (
+        "import sys, fasttr.data.load; "
+        "assert not {'datasets', 'transformers'} & set(sys.modules), 'heavy import'"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], check=True)
 
 
 def test_only_our_own_bar_is_shown(load, capfd):

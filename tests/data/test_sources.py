@@ -117,7 +117,7 @@ def test_places_that_hold_no_data(load, tmp_path, monkeypatch):
             load(name)
     with pytest.raises(
         FasttrError,
-        match=r"there is no file or folder 'nobody/nothing' here, and the hub does not answer",
+        match="there is no file or folder 'nobody/nothing' here, and the hub does not answer",
     ):
         load("nobody/nothing")
     (tmp_path / "empty").mkdir()

@@ -8,7 +8,8 @@ import torch
 
 from fasttr.batch import Tree
 from fasttr.errors import FasttrError
-from fasttr.models.attention import own_attention, register
+from fasttr.models import attention
+from fasttr.models.attention import own_attention
 from fasttr.models.checks import check_head
 from fasttr.models.probe import probe
 from fasttr.packing.layout import pack
@@ -131,9 +132,18 @@ def test_packed_helper_keeps_the_softcap():
     assert packed(tiny_model("gemma2", implementation="eager")).head.softcap == 3.0
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_probe_finds_the_tier_and_the_head(arch):
+    config = tiny_config(arch)
+    support = probe(config)
+    tier = TIERS.get(arch, "shared")
+    assert support.best(4 * WINDOW) == tier
+    check_head(packed_tiny(arch, tier=tier), "model_name_or_path", arch)
+
+
 def test_a_head_with_a_bias_keeps_it():
     trees = random_trees(SHAPES)
-    models = [tiny_model("llama"), tiny_model("llama", implementation=register())]
+    models = [tiny_model("llama"), tiny_model("llama", implementation=attention.register())]
     for model in models:
         torch.manual_seed(1)
         model.lm_head = torch.nn.Linear(32, VOCAB)
@@ -144,12 +154,3 @@ def test_a_head_with_a_bias_keeps_it():
     out.loss.backward()
     assert "lm_head.bias" in gradients(shared)
     assert_same(out.logp, gradients(shared), want, gradients(plain))
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_probe_finds_the_tier_and_the_head(arch):
-    config = tiny_config(arch)
-    support = probe(config)
-    tier = TIERS.get(arch, "shared")
-    assert support.best(4 * WINDOW) == tier
-    check_head(packed_tiny(arch, tier=tier), "model_name_or_path", arch)
