@@ -28,7 +28,7 @@ from fasttr.config.common import (
 )
 from fasttr.data.load import DataConfig
 from fasttr.errors import FasttrError
-from fasttr.losses import DIVERGENCES, BaseLoss, Loss, Objective, WeightedSum, make_loss
+from fasttr.losses import DIVERGENCES, BaseLoss, Loss, Objective, WeightedSum, Wpo, make_loss
 from fasttr.metrics.trackers import TrackerConfig
 from fasttr.models.load import ModelConfig
 from fasttr.optim.adamw import OptimizerConfig
@@ -58,6 +58,7 @@ LOSS_SETTINGS = (
     "desirable_weight",
     "undesirable_weight",
 )
+WPO_SETTINGS = ("use_weighting", "wpo_max_weight")
 
 # The settings of the TR paper (arXiv:2404.09656), one preset for each of its two updates.
 _PAPER = {
@@ -118,6 +119,15 @@ class LossSettings:
     undesirable_weight: float = setting(
         1.0, at_least(0), "factor on the losses of undesirable rows", in_eval=True
     )
+    use_weighting: bool = setting(
+        False,
+        None,
+        "weigh each pair by how likely the policy is to write its sides (WPO, arXiv:2406.11827)",
+        in_eval=True,
+    )
+    wpo_max_weight: float | None = setting(
+        None, above(0), "most that WPO weighs a pair; 1 in the paper's code", in_eval=True
+    )
     group_size: int | None = setting(
         None,
         whole(1),
@@ -174,7 +184,7 @@ class TrainConfig(
 
     @property
     def loss(self) -> Loss:
-        settings = {key: getattr(self, key) for key in LOSS_SETTINGS}
+        settings = {key: getattr(self, key) for key in LOSS_SETTINGS + WPO_SETTINGS}
         try:
             return make_loss(self.loss_names, self.loss_weights, **settings)
         except ValueError as error:
@@ -182,7 +192,8 @@ class TrainConfig(
 
     def unread_loss_settings(self, loss: Loss) -> list[str]:
         """Settings of losses that are off their defaults and that none of `loss` reads."""
-        parts = loss.losses if isinstance(loss, WeightedSum) else (loss,)
+        weighed = loss.loss if isinstance(loss, Wpo) else loss
+        parts = weighed.losses if isinstance(weighed, WeightedSum) else (weighed,)
         if not all(isinstance(part, BaseLoss) for part in parts):
             return []  # a loss of one's own: nobody knows what it reads
         read = {field.name for part in parts for field in dataclasses.fields(part)}  # type: ignore[arg-type]

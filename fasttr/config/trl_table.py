@@ -72,7 +72,7 @@ METHOD = [
     _h("f_divergence_type", "reverse_kl", "str"),
     _h("f_alpha_divergence_coef", 0.5, "float"),
     _h("ld_alpha", None, "float?"),
-    _r("use_weighting", False, "bool", "WPO weights are not built; leave it out"),
+    _h("use_weighting", False, "bool", "refused with sft, on which TRL stops"),
     _h("discopop_tau", 0.05, "float"),
     _h("desirable_weight", 1.0, "float"),
     _h("undesirable_weight", 1.0, "float"),

@@ -26,6 +26,14 @@ def check_causal(config: Any, key: str) -> None:
         )
 
 
+def check_given(model: Any, key: str) -> None:
+    """Raise FasttrError where an object is no causal LM of transformers."""
+    if not hasattr(model, "config") or model.get_output_embeddings() is None:
+        raise FasttrError(
+            f"{key}: got a {type(model).__name__}; wanted a causal language model of transformers"
+        )
+
+
 def check_no_adapter(folder: Path, key: str) -> None:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise FasttrError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from fasttr.models.checks import check_positions
+from fasttr.models.checks import check_given, check_positions
 from fasttr.models.load import ModelConfig
 from fasttr.models.probe import Support, probe
 from fasttr.packing.tiers import AUTO, PADDED, SHARED, TIERS
@@ -27,6 +27,7 @@ class Candidate(NamedTuple):
 
     @classmethod
     def given(cls, model: Any) -> Candidate:
+        check_given(model, "model")
         support = probe(model.config, type(model))
         return cls("model", "the given model", model.config, support).accepted()
 

@@ -11,7 +11,7 @@ Legend: T packed tokens, R predicting rows, N completions, D hidden size, V voca
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -153,19 +153,21 @@ class PackedModel(nn.Module):
         stats: bool = False,
         router_share: float = 0.0,
         head_grad: Tensor | None = None,  # (V, D) fp32
+        head_means: Sequence[str] = (),
     ) -> PreferenceLoss:
         """Log-probs of a pack on this module's device; with `loss_fn` its share of the loss too.
 
         `router_share` of the router's loss is added to it, where the model has one. The head's
         gradient is added to `head_grad` where that is given, and the loss must then be
-        differentiated once, as it is.
+        differentiated once, as it is. `head_means`: statistics whose means over completions
+        `loss_fn` gets as fourth argument.
         """
         cu_completions, cu_groups = batch.cu_completions, batch.cu_groups
         if self.ld_alpha is not None:
             # Both parts of a completion are summed apart, and joined before anybody sees them.
             cu_completions, cu_groups = batch.cu_ld_parts, 2 * batch.cu_groups
             if loss_fn is not None:
-                loss_fn = self._of_joined_parts(loss_fn, ref_logp, batch.cu_groups.tolist())
+                loss_fn = self._of_joined_parts(loss_fn, ref_logp, batch)
             ref_logp = None
         head = self.head_weight()
         with self.autocast():
@@ -187,6 +189,7 @@ class PackedModel(nn.Module):
                 stats=stats,
                 cast_weight=self._cast_head,
                 weight_grad=head_grad,
+                loss_reads=head_means,
             )
         if self.router is not None and reads_router:
             balance = self.router(router_logits, self.rows, batch)
@@ -202,18 +205,31 @@ class PackedModel(nn.Module):
         return self(batch.to(self.device)).logp
 
     def _of_joined_parts(
-        self, loss_fn: LossFn, ref_logp: Tensor | None, cu_groups: list[int]
+        self, loss_fn: LossFn, ref_logp: Tensor | None, batch: PackedBatch
     ) -> LossFn:
         """`loss_fn` as a function of the log-probs of parts; `ref_logp` is of whole completions."""
 
         assert self.ld_alpha is not None
         alpha = self.ld_alpha
+        cu_groups = batch.cu_groups.tolist()
+        lengths_2N = batch.cu_ld_parts.diff().to(self.device, non_blocking=True)
 
-        def of_parts(logp_2N: Tensor, _: Tensor | None, groups: slice) -> Tensor:
-            completions = slice(cu_groups[groups.start], cu_groups[groups.stop])
-            ref = None if ref_logp is None else ref_logp[completions]
+        def of_parts(
+            logp_2N: Tensor,
+            _: Tensor | None,
+            groups: slice,
+            means_2N: Mapping[str, Tensor] | None = None,
+        ) -> Tensor:
+            first, last = cu_groups[groups.start], cu_groups[groups.stop]
+            ref = None if ref_logp is None else ref_logp[first:last]
+            lengths = lengths_2N[2 * first : 2 * last]
+            wholes = self._joined(lengths, 1).clamp(min=1)
+            means = {
+                name: self._joined(mean * lengths, 1) / wholes
+                for name, mean in (means_2N or {}).items()
+            }
             joined = self._joined(logp_2N, alpha)
-            return loss_fn(joined, ref, groups, whole_logp=self._joined(logp_2N, 1.0))
+            return loss_fn(joined, ref, groups, means, whole_logp=self._joined(logp_2N, 1.0))
 
         return of_parts
 

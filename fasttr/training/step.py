@@ -97,6 +97,7 @@ def _sums_of(run: Run, step: int, packs: list[PackedBatch], throughput: Throughp
             router_share=len(batch.rows) / len(rows),
             # What earlier packs began; fp32 compute keeps the order of sums of other trainers.
             head_grad=head.grad if run.policy.bf16 else None,
+            head_means=objective.head_means,
         )
         out.loss.backward()
         places = torch.tensor([micro_batch_of[row] for row in batch.rows])
