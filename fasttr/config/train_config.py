@@ -272,6 +272,7 @@ class TrainConfig(
             ld_alpha=self.ld_alpha,
             tier=SHARED if self.attention_tier == AUTO else self.attention_tier,
             trust_remote_code=self.trust_remote_code,
+            router_aux_loss_coef=(self.router_aux_loss_coef or 0.0) if name is None else 0.0,
             chat_template=self.chat_template,
             eos_token=self.eos_token,
         )
@@ -287,6 +288,9 @@ class TrainConfig(
             schedule=self.lr_scheduler_type,
             schedule_kwargs=self.lr_scheduler_kwargs,
             warmup_steps=self.warmup_steps,
+            moments=self.adam_moments,
+            keeps_masters=self.dtype != "bfloat16",
+            seed=self.seed,
         )
 
     def plan(self, trees: TreeSource, loss: Loss, device: torch.device) -> Plan:
@@ -301,6 +305,7 @@ class TrainConfig(
             group_rows=self.group_rows(loss),
             micro_batch_size=self.micro_batch_size,
             multiple_of=self._full_batch if self.dataloader_drop_last else 1,
+            separate_groups=bool(self.router_aux_loss_coef),
             tier=SHARED if self.attention_tier == AUTO else self.attention_tier,
         )
         if plan.rows_per_epoch == 0:
@@ -314,14 +319,19 @@ class TrainConfig(
         return TrackerConfig(self.report_to, self.run_name, self.project)
 
     def computes_in_bf16(self, device: torch.device) -> bool:
-        return device.type == "cuda" if self.bf16 is None else self.bf16
+        if self.bf16 is not None:
+            return self.bf16
+        return device.type == "cuda" or self.dtype == "bfloat16"
 
     def token_budget(self, device: torch.device) -> int:
         return self.max_tokens_per_batch or (8192 if device.type == "cuda" else 1024)
 
     def group_rows(self, loss: Loss) -> int:
-        """Rows that must share a pack: the group of a loss that couples rows, else one."""
-        return self._full_batch if loss.coupled else 1
+        """Rows that must share a pack: the group of a loss that couples rows, a micro-batch whose
+        router has a loss, else one."""
+        if loss.coupled:
+            return self._full_batch
+        return (self.micro_batch_size or self.train_batch_size) if self.router_aux_loss_coef else 1
 
     @property
     def _full_batch(self) -> int:
@@ -343,6 +353,8 @@ class TrainConfig(
     def differences(self, saved: dict[str, Any]) -> list[str]:
         """What binds a resumed run and differs from the configuration it was saved with."""
         now = self.as_dict()
+        # A setting that is younger than the checkpoint had what is its default now.
+        saved = {**{name: one.default for name, one in settings_of(type(self)).items()}, **saved}
         bound = self.bound_on_resume()
         if self.evaluates and self.eval_steps is None:
             bound.append("logging_steps")  # it says when to evaluate

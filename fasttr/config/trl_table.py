@@ -111,12 +111,7 @@ METHOD = [
         "bool",
         "it saves memory only; lower max_tokens_per_batch for that",
     ),
-    _i(
-        "router_aux_loss_coef",
-        None,
-        "float?",
-        "mixture-of-experts models are refused by their architecture",
-    ),
+    _h("router_aux_loss_coef", None, "float?"),
     _n(
         "model_init_kwargs",
         None,
@@ -360,7 +355,7 @@ TRAINING = [
 MODEL = [
     _h("model_name_or_path", None, "str?"),
     _h("model_revision", "main", "str"),
-    _h("dtype", "float32", "str", "bfloat16 and auto: weights and optimizer stay float32"),
+    _h("dtype", "float32", "str", "bfloat16 as in the table of settings; auto is float32"),
     _h(
         "attn_implementation",
         None,

@@ -80,12 +80,25 @@ def check_rope(config: Any, name: str, max_length: int | None) -> None:
     scopes = [rope] if "rope_type" in rope else [s for s in rope.values() if isinstance(s, dict)]
     kinds = {scope.get("rope_type", "default") for scope in scopes}
     ranges = [scope.get("original_max_position_embeddings") or 0 for scope in scopes]
+    if not kinds & {"dynamic", "longrope"}:
+        return
     limit = max(ranges, default=0) or config.max_position_embeddings
-    if kinds & {"dynamic", "longrope"} and (max_length is None or max_length > limit):
+    if max_length is None or max_length > limit:
         raise FasttrError(
             f"max_length: got {max_length} with {name}, whose rotary embedding depends on the "
             f"longest position of a row beyond {limit}, so that a pack would change it; wanted "
             f"max_length of at most {limit}"
+        )
+
+
+def check_positions(config: Any, longest: int, name: str) -> None:
+    """Learned positions end with their table; rotary ones and those of states do not."""
+    positions = getattr(config, "max_position_embeddings", None)
+    has_rotary = getattr(config, "rope_parameters", None)
+    if positions is not None and not has_rotary and longest > positions:
+        raise FasttrError(
+            f"max_length: the longest row has {longest} tokens and {name} has {positions} "
+            f"positions; wanted max_length of at most {positions}"
         )
 
 

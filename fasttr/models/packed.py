@@ -10,7 +10,8 @@ Legend: T packed tokens, R predicting rows, N completions, D hidden size, V voca
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from fasttr.batch import PackedBatch
 from fasttr.errors import FasttrError
 from fasttr.losses import LossFn
 from fasttr.models.gather import gather_rows
+from fasttr.models.router import RouterLoss
 from fasttr.models.tiers import rows_of
 from fasttr.packing.tiers import SHARED
 
@@ -74,6 +76,11 @@ class PackedModel(nn.Module):
             reference.
         tier: how tokens reach the model, one of `fasttr.packing.tiers.TIERS`. Packs for others than
             `shared` repeat the prompt for every completion.
+        router: the auxiliary loss of a mixture of experts.
+
+    Attributes:
+        router_loss: () what the router's loss was in the last forward with `router_share`, detached
+            and before its coefficient.
     """
 
     model: Any
@@ -86,21 +93,40 @@ class PackedModel(nn.Module):
         bf16: bool = False,
         ld_alpha: float | None = None,
         tier: str = SHARED,
+        router: RouterLoss | None = None,
     ):
         super().__init__()
         self.model = model
         self.head = head or HeadSpec()
         self.tier = tier
         self.rows = rows_of(tier, attention_backend)
+        self.router = router
+        self.router_loss: Tensor | None = None
         self.bf16 = bf16
         self.ld_alpha = ld_alpha
+        self._cast_head: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+    def autocast(self, keeps_copies: bool = False) -> torch.autocast:
+        """Without autocast's cache unless it is asked for: it would keep a copy of every fp32
+        weight through a forward and, where activations are recomputed, through the backward."""
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=keeps_copies
+        )
+
+    @contextlib.contextmanager
+    def weights_still(self) -> Iterator[None]:
+        """Within, no weight changes: an fp32 head is cast to bf16 once, not in every call."""
+        weight = self.head_weight().weight.detach()
+        if self.bf16 and weight.dtype != torch.bfloat16:
+            self._cast_head = weight.to(torch.bfloat16)
+        try:
+            yield
+        finally:
+            self._cast_head = None
 
     def head_weight(self) -> HeadWeight:
         """The one place where the output weight is read."""
@@ -109,8 +135,14 @@ class PackedModel(nn.Module):
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """Final hidden states of a pack, (T, D)."""
-        output = decoder_of(self.model)(**self.rows.inputs(batch))
-        return self.rows.flat(output.last_hidden_state, batch)
+        return self._decoded(batch)[0]
+
+    def _decoded(self, batch: PackedBatch, reads_router: bool = False) -> tuple[Tensor, Any]:
+        """Hidden states (T, D), and the router's logits where they are asked for."""
+        asked = {"output_router_logits": True} if reads_router else {}
+        output = decoder_of(self.model)(**self.rows.inputs(batch), **asked)
+        hidden_TD = self.rows.flat(output.last_hidden_state, batch)
+        return hidden_TD, output.router_logits if reads_router else None
 
     def forward(
         self,
@@ -119,11 +151,16 @@ class PackedModel(nn.Module):
         ref_logp: Tensor | None = None,  # (N,) fp32
         normalizer: float = 1.0,
         stats: bool = False,
+        router_share: float = 0.0,
+        head_grad: Tensor | None = None,  # (V, D) fp32
         head_means: Sequence[str] = (),
     ) -> PreferenceLoss:
         """Log-probs of a pack on this module's device; with `loss_fn` its share of the loss too.
 
-        `head_means`: statistics whose means over completions `loss_fn` gets as fourth argument.
+        `router_share` of the router's loss is added to it, where the model has one. The head's
+        gradient is added to `head_grad` where that is given, and the loss must then be
+        differentiated once, as it is. `head_means`: statistics whose means over completions
+        `loss_fn` gets as fourth argument.
         """
         cu_completions, cu_groups = batch.cu_completions, batch.cu_groups
         if self.ld_alpha is not None:
@@ -134,7 +171,9 @@ class PackedModel(nn.Module):
             ref_logp = None
         head = self.head_weight()
         with self.autocast():
-            hidden_RD = gather_rows(self.hidden_states(batch), batch.predicting)
+            reads_router = self.router is not None and router_share > 0
+            hidden_TD, router_logits = self._decoded(batch, reads_router)
+            hidden_RD = gather_rows(hidden_TD, batch.predicting)
             out = linear_preference_loss(
                 hidden_RD,
                 head.weight,
@@ -148,8 +187,14 @@ class PackedModel(nn.Module):
                 logit_scale=self.head.logit_scale,
                 softcap=self.head.softcap,
                 stats=stats,
+                cast_weight=self._cast_head,
+                weight_grad=head_grad,
                 loss_reads=head_means,
             )
+        if self.router is not None and reads_router:
+            balance = self.router(router_logits, self.rows, batch)
+            self.router_loss = balance.detach()
+            out = out._replace(loss=out.loss + router_share * self.router.coefficient * balance)
         if self.ld_alpha is None:
             return out
         return out._replace(logp=self._joined(out.logp, self.ld_alpha))
