@@ -112,6 +112,11 @@ class RowReader:
 
 def as_loss_reads(trees: TreeSource, loss: Loss, config: TrainConfig) -> TreeSource:
     """The rows in the shape of the loss: pairs, chosen sides, or unpaired rows with mismatches."""
+    if loss.unpaired and trees.completion_lengths.shape[1] > 2:
+        raise FasttrError(
+            f"train_dataset: got trees of {trees.completion_lengths.shape[1]} completions; wanted "
+            "one with a label, or a pair that is taken apart"
+        )
     if loss.unpaired:
         block = config.group_rows(loss) if loss.completions > 1 else None
         return Unpaired(
@@ -121,11 +126,17 @@ def as_loss_reads(trees: TreeSource, loss: Loss, config: TrainConfig) -> TreeSou
             max_length=config.max_length,
             shares=config.dataset_num_proc or 1,
         )
-    if trees.completion_lengths.shape[1] < loss.completions:
+    found = trees.completion_lengths.shape[1]
+    if found < loss.completions:
         raise FasttrError(
             "dataset: got unpaired rows; wanted pairs (chosen, rejected) for "
             f"{' + '.join(config.loss_names)}; unpaired rows are for loss_type kto, as in fasttr "
             "kto"
+        )
+    if found > loss.completions:
+        raise FasttrError(
+            f"train_dataset: got trees of {found} completions; wanted {loss.completions}, which is "
+            "what the loss reads: leave the others out"
         )
     return trees
 

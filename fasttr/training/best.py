@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from fasttr.config.train_config import TrainConfig
@@ -27,9 +28,9 @@ class Best:
         return cls(config.best_metric, config.more_is_better, saves_itself)
 
     def note(self, evaluation: dict[str, float], step: int) -> bool:
-        """Take up an evaluation; whether it is the best so far."""
+        """Take up an evaluation; whether it is the best so far. NaN never is."""
         value = value_of(evaluation, self.metric)
-        if self.value is not None and not self._is_better(value, self.value):
+        if math.isnan(value) or (self.value is not None and not self._is_better(value, self.value)):
             return False
         self.value, self.step = value, step
         return True

@@ -157,7 +157,7 @@ class _Loop:
                         self.write_line(metrics, window)
 
                     # once in a while: evaluate, against the reference of this window
-                    is_saved = self.intervals.saves(run.step)
+                    is_saved = self.intervals.saves(run.step) or "save" in run.requests
                     if self.intervals.evaluates(run.step) or "evaluate" in run.requests:
                         is_saved |= self.evaluate(is_saved)
 

@@ -22,7 +22,7 @@ from fasttr.config.train_config import TrainConfig
 from fasttr.console import say
 from fasttr.errors import FasttrError, one_line
 from fasttr.evaluation.split import EvaluationSplit
-from fasttr.files import written_aside
+from fasttr.files import remove_torn, written_aside
 from fasttr.models.packed import PackedModel
 from fasttr.reference.logp_table import LogpTable, fill_logps
 from fasttr.training.run import Run
@@ -53,7 +53,7 @@ def score_window(run: Run, window: range, *, evaluates: bool, stop: StopSignal) 
     run.reference.window_scored()
     run.window_scored = True
     if partial is not None:
-        partial.path.unlink(missing_ok=True)
+        partial.remove()
 
 
 def score_anchor(run: Run) -> None:
@@ -69,6 +69,8 @@ def score_late(run: Run, window: range, *, evaluates: bool) -> None:
     Only a soft reference still has, inside a window, the weights that it began with.
     """
     steps = range(run.step, window.stop)
+    if not steps:
+        return
     lacks_rows = any(run.window_logps.lacks(run.plan.rows(step)) for step in steps)
     splits = [split for split in run.splits.values() if evaluates and split.lacks_reference()]
     if not lacks_rows and not splits:
@@ -155,6 +157,10 @@ class _Partial:
             return
         self.table.values[rows] = logp
         say(f"taking up the reference's log-probs of {len(rows)} rows from {self.path}")
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+        remove_torn(self.path.parent, PARTIAL_FILE)
 
     def save_now_and_then(self) -> None:
         if time.perf_counter() - self.saved_at > PARTIAL_SECONDS:

@@ -192,8 +192,10 @@ def test_steps_are_averaged_over_those_that_have_a_mean():
 
 def test_a_loss_that_is_not_a_number_is_never_left_out():
     averages = Averages(CPU)
-    broken = dict.fromkeys(SUMS, 3.0) | {"loss": math.nan}
-    averages.add(torch.tensor([list(broken.values())]))
+    sound = dict.fromkeys(SUMS, 3.0)
+    broken = sound | {"loss": math.nan}
+    for step_means in (sound, broken, sound):
+        averages.add(torch.tensor([list(step_means.values())]))
     assert math.isnan(averages.read()["loss"])
     assert math.isnan(as_metrics(broken, Sigmoid())["loss"])
 

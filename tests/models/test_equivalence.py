@@ -1,16 +1,19 @@
 """Packed = prefix-shared = padded = one completion at a time: log-probs and every gradient, per
 architecture in the tier that is exact for it."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 
 from fasttr.batch import Tree
 from fasttr.errors import FasttrError
+from fasttr.models import attention
 from fasttr.models.attention import own_attention
 from fasttr.models.checks import check_head
 from fasttr.models.probe import probe
 from fasttr.packing.layout import pack
-from tests.architectures import ARCHITECTURES, TIERS, USUAL, WINDOW
+from tests.architectures import ARCHITECTURES, TIERS, USUAL, VOCAB, WINDOW
 from tests.tiny import (
     alone_logps,
     gradients,
@@ -136,3 +139,18 @@ def test_the_probe_finds_the_tier_and_the_head(arch):
     tier = TIERS.get(arch, "shared")
     assert support.best(4 * WINDOW) == tier
     check_head(packed_tiny(arch, tier=tier), "model_name_or_path", arch)
+
+
+def test_a_head_with_a_bias_keeps_it():
+    trees = random_trees(SHAPES)
+    models = [tiny_model("llama"), tiny_model("llama", implementation=attention.register())]
+    for model in models:
+        torch.manual_seed(1)
+        model.lm_head = torch.nn.Linear(32, VOCAB)
+    plain, shared = models
+    want = alone_logps(plain, trees)
+    weighted(want).backward()
+    out = packed(shared)(pack(trees), sum_loss)
+    out.loss.backward()
+    assert "lm_head.bias" in gradients(shared)
+    assert_same(out.logp, gradients(shared), want, gradients(plain))
