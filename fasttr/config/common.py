@@ -56,6 +56,12 @@ class ModelSettings:
         "architecture; shared has each prompt once, packed repeats it, padded adds padding",
         in_eval=True,
     )
+    router_aux_loss_coef: float | None = setting(
+        None,
+        at_least(0),
+        "factor on the loss that keeps experts of a mixture equally busy; none means the "
+        "architecture's own, and each micro-batch is one pack where it is not 0",
+    )
     trust_remote_code: bool = setting(
         False, None, "run the code that a model's folder brings", in_eval=True
     )

@@ -94,7 +94,12 @@ def evaluate(
             if split.ref_logps is not None:
                 ref_logp = split.ref_logps.get(batch.rows).to(model.device)
             out = model(
-                batch, step.loss_fn(batch), ref_logp, normalizer=step.normalizer, stats=True
+                batch,
+                step.loss_fn(batch),
+                ref_logp,
+                normalizer=step.normalizer,
+                stats=True,
+                head_means=step.head_means,
             )
             sums += pack_sums(out, ref_logp, batch, loss)
             if split.anchor_logps is not None:

@@ -20,6 +20,7 @@ from fasttr.models import attention, checks
 from fasttr.models.halves import in_bf16, round_matrices
 from fasttr.models.packed import HeadSpec, PackedModel
 from fasttr.models.probe import probe
+from fasttr.models.router import RouterLoss
 from fasttr.packing.tiers import SHARED
 
 
@@ -41,6 +42,7 @@ class ModelConfig:
     eos_token: str | None = None
     tier: str = SHARED  # how tokens reach it; refused where the probe does not find it exact
     trust_remote_code: bool = False
+    router_aux_loss_coef: float = 0.0  # 0: the router's loss is not computed
     key: str = "model_name_or_path"  # the setting that names it, for errors
 
     def read(self) -> Any:
@@ -86,6 +88,7 @@ def finish_packed(model: Any, config: ModelConfig) -> PackedModel:
         config.bf16,
         config.ld_alpha,
         config.tier,
+        RouterLoss(model, config.router_aux_loss_coef) if config.router_aux_loss_coef else None,
     )
     checks.check_head(packed, config.key, config.name)
     return packed

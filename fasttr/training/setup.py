@@ -32,6 +32,7 @@ from fasttr.models.load import (
     load_tokenizer,
 )
 from fasttr.models.packed import PackedModel
+from fasttr.models.router import coefficient_of
 from fasttr.packing.ahead import PacksAhead
 from fasttr.packing.tiers import longest_sequence
 from fasttr.reference.logp_table import LogpTable
@@ -64,6 +65,8 @@ def setup(config: TrainConfig, given: Given) -> Run:
     source = str(resume.folder) if resume is not None else config.model_name_or_path
     tokenizer = _checked_tokenizer(config, given, device, source)
     candidates = _candidates(config, given, device, source)
+    coefficient = coefficient_of(candidates[0].config, config.router_aux_loss_coef)
+    config = dataclasses.replace(config, router_aux_loss_coef=coefficient)
     reader = RowReader(config, tokenizer)
     if reads_a_stream(config, given.train_dataset):
         config = _in_order_of_the_stream(config)

@@ -94,13 +94,15 @@ def _sums_of(run: Run, step: int, packs: list[PackedBatch], throughput: Throughp
             ref_logp,
             normalizer=objective.normalizer,
             stats=True,
+            router_share=len(batch.rows) / len(rows),
             # What earlier packs began; fp32 compute keeps the order of sums of other trainers.
             head_grad=head.grad if run.policy.bf16 else None,
+            head_means=objective.head_means,
         )
         out.loss.backward()
         places = torch.tensor([micro_batch_of[row] for row in batch.rows])
         of_pack = MicroBatches(places.to(run.device, non_blocking=True), number)
-        sums += pack_sums(out, ref_logp, batch, run.loss, of_pack)
+        sums += pack_sums(out, ref_logp, batch, run.loss, of_pack, run.policy.router_loss)
         throughput.add(host_batch, len(host_batch.rows))
     # A mismatched completion of KTO is of another row and is not counted twice.
     completions = 1 if run.loss.unpaired else run.loss.completions
