@@ -87,19 +87,27 @@ def evaluate(
     step = objective.of_rows(split.trees, rows)
     sums = zeros(model.device)
     against_anchor = _AgainstAnchor([], [])
-    for host_batch in split.packs():
-        batch = host_batch.to(model.device)
-        ref_logp = None
-        if split.ref_logps is not None:
-            ref_logp = split.ref_logps.get(batch.rows).to(model.device)
-        out = model(batch, step.loss_fn(batch), ref_logp, normalizer=step.normalizer, stats=True)
-        sums += pack_sums(out, ref_logp, batch, loss)
-        if split.anchor_logps is not None:
-            anchor = split.anchor_logps.get(batch.rows).to(model.device)
-            against_anchor.logratios.append(out.logp - anchor)
-            against_anchor.labels.append(batch.labels)
-        if after is not None:
-            after(batch, out.logp)
+    with model.weights_still():
+        for host_batch in split.packs():
+            batch = host_batch.to(model.device)
+            ref_logp = None
+            if split.ref_logps is not None:
+                ref_logp = split.ref_logps.get(batch.rows).to(model.device)
+            out = model(
+                batch,
+                step.loss_fn(batch),
+                ref_logp,
+                normalizer=step.normalizer,
+                stats=True,
+                head_means=step.head_means,
+            )
+            sums += pack_sums(out, ref_logp, batch, loss)
+            if split.anchor_logps is not None:
+                anchor = split.anchor_logps.get(batch.rows).to(model.device)
+                against_anchor.logratios.append(out.logp - anchor)
+                against_anchor.labels.append(batch.labels)
+            if after is not None:
+                after(batch, out.logp)
     line = as_metrics(by_name(means(sums)[0]), loss)
     if "rewards/accuracies" in line:
         share = line["rewards/accuracies"]

@@ -17,8 +17,10 @@ from fasttr.data.tokens import adjust
 from fasttr.errors import FasttrError, first_line
 from fasttr.hub import go_offline_if_unreachable
 from fasttr.models import attention, checks
+from fasttr.models.halves import in_bf16, round_matrices
 from fasttr.models.packed import HeadSpec, PackedModel
 from fasttr.models.probe import probe
+from fasttr.models.router import RouterLoss
 from fasttr.packing.tiers import SHARED
 
 
@@ -29,7 +31,8 @@ class ModelConfig:
     name: str  # hub id or folder
     revision: str = "main"
     device: torch.device = torch.device("cpu")
-    bf16: bool = False  # compute in bfloat16; weights are fp32 either way
+    bf16: bool = False  # compute in bfloat16; weights are read as fp32 either way
+    is_trained: bool = True  # else its matrices are bf16 alone under bf16: half the memory
     attn_implementation: str | None = None  # None: what the device has
     gradient_checkpointing: bool = False
     use_liger_kernel: bool | None = False  # None: where CUDA and liger-kernel are
@@ -39,6 +42,7 @@ class ModelConfig:
     eos_token: str | None = None
     tier: str = SHARED  # how tokens reach it; refused where the probe does not find it exact
     trust_remote_code: bool = False
+    router_aux_loss_coef: float = 0.0  # 0: the router's loss is not computed
     key: str = "model_name_or_path"  # the setting that names it, for errors
 
     def read(self) -> Any:
@@ -58,6 +62,8 @@ def load_model(config: ModelConfig) -> PackedModel:
     model = _read_weights(config, hf_config)
     model.fasttr_config = original
     checks.check_finite(model, config.key, config.name)
+    if config.bf16 and not config.is_trained:
+        round_matrices(model)
     model.to(config.device).train()
     return finish_packed(model, config)
 
@@ -82,6 +88,7 @@ def finish_packed(model: Any, config: ModelConfig) -> PackedModel:
         config.bf16,
         config.ld_alpha,
         config.tier,
+        RouterLoss(model, config.router_aux_loss_coef) if config.router_aux_loss_coef else None,
     )
     checks.check_head(packed, config.key, config.name)
     return packed
@@ -162,11 +169,13 @@ def dropout_rates(owner: Any) -> list[str]:
 
 
 def save_model(packed: PackedModel, tokenizer: Any, folder: Path) -> None:
-    """Write a Hugging Face folder: config, safetensors, tokenizer, chat template."""
+    """Write a Hugging Face folder: config, safetensors, tokenizer, chat template. Weights are bf16
+    where the model computes in it, else fp32."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    with own_config(packed.model):
+    dtype = in_bf16(packed.model) if packed.bf16 else contextlib.nullcontext()
+    with own_config(packed.model), dtype:
         packed.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

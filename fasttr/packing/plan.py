@@ -39,6 +39,7 @@ class Plan:
     group_rows: int = 1  # consecutive rows of a step whose loss is computed together share a pack
     micro_batch_size: int | None = None  # rows whose mean counts as that of any other so many
     multiple_of: int = 1  # an epoch's last rows that do not fill this many are left out
+    separate_groups: bool = False  # no two groups share a pack
     tier: str = SHARED  # one of packing.tiers.TIERS: how rows share a call of the model
 
     @property
@@ -70,7 +71,7 @@ class Plan:
         return pack_rows(
             self.trees,
             rows,
-            self.max_tokens_per_batch,
+            0 if self.separate_groups else self.max_tokens_per_batch,
             self.group_rows,
             self._row_weights(rows),
             self.tier,

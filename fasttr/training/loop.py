@@ -24,6 +24,7 @@ from fasttr.metrics.log import MetricsLog
 from fasttr.metrics.sums import as_metrics
 from fasttr.metrics.throughput import Throughput
 from fasttr.models.given import give_back
+from fasttr.optim import update
 from fasttr.optim.adamw import PLATEAU, after_evaluation
 from fasttr.training import checkpoints
 from fasttr.training.announce import announce_evaluation, announce_step
@@ -93,7 +94,7 @@ def train(
         run = setup(config, given)
         if checkpoints.is_finished(run):
             say(f"nothing to do: {run.output_dir} holds this run's end, step {run.step}")
-            give_back(run.policy)
+            _give_back(run)
             return TrainResult(run.output_dir, run.step, {}, run.policy.model, run.tokenizer)
         checkpoints.own_output_dir(run)
         log = MetricsLog(
@@ -106,7 +107,7 @@ def train(
             return _Loop(run, log, stop, Callbacks(callbacks)).all_steps()
         finally:
             log.close()
-            give_back(run.policy)
+            _give_back(run)
 
 
 class _Loop:
@@ -142,8 +143,11 @@ class _Loop:
                 self.score(window)  # the only place where the reference's weights are used
 
                 for step in window[run.step - window.start :]:
+                    is_last = (
+                        schedule.every is not None and step + 1 == window.start + schedule.every
+                    )
                     with self.throughput.step():
-                        metrics = train_step(run, step, self.throughput)
+                        metrics = train_step(run, step, self.throughput, moves=is_last)
                     run.step = step + 1
                     self.take_note(step, metrics)
                     bar.update()
@@ -158,7 +162,7 @@ class _Loop:
                         is_saved |= self.evaluate(is_saved)
 
                     # the window is over: the reference moves
-                    if schedule.every is not None and run.step == window.start + schedule.every:
+                    if is_last:
                         self.move()
 
                     # once in a while: save
@@ -299,6 +303,12 @@ class _Loop:
             "train_runtime": seconds,
             "train_pairs_per_second": rows / seconds,
         }
+
+
+def _give_back(run: Run) -> None:
+    """The model as it was found, with its trained weights in fp32."""
+    update.give_back(run.optimizer)
+    give_back(run.policy)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from fasttr.metrics.trackers import require_trackers
 from fasttr.models.checks import check_ids
 from fasttr.models.choice import Candidate, choose_tier
 from fasttr.models.given import pack_model, read_weights_into
+from fasttr.models.halves import add_remainders
 from fasttr.models.load import (
     ModelConfig,
     check_loadable,
@@ -31,6 +32,8 @@ from fasttr.models.load import (
     load_tokenizer,
 )
 from fasttr.models.packed import PackedModel
+from fasttr.models.router import coefficient_of
+from fasttr.packing.ahead import PacksAhead
 from fasttr.packing.tiers import longest_sequence
 from fasttr.reference.logp_table import LogpTable
 from fasttr.reference.moving import MovingReference
@@ -62,6 +65,8 @@ def setup(config: TrainConfig, given: Given) -> Run:
     source = str(resume.folder) if resume is not None else config.model_name_or_path
     tokenizer = _checked_tokenizer(config, given, device, source)
     candidates = _candidates(config, given, device, source)
+    coefficient = coefficient_of(candidates[0].config, config.router_aux_loss_coef)
+    config = dataclasses.replace(config, router_aux_loss_coef=coefficient)
     reader = RowReader(config, tokenizer)
     if reads_a_stream(config, given.train_dataset):
         config = _in_order_of_the_stream(config)
@@ -84,7 +89,7 @@ def setup(config: TrainConfig, given: Given) -> Run:
     _check_ids(config, given, policy, initial, [trees, *eval_trees.values()])
     if config.eos_token is not None:
         _end_with(policy, tokenizer)
-    optimizer = config.optimizer().optimizer(policy.model)
+    optimizer = config.optimizer().optimizer(policy.model, policy.bf16)
     run = Run(
         config=config,
         device=device,
@@ -92,8 +97,9 @@ def setup(config: TrainConfig, given: Given) -> Run:
         objective=config.objective(loss),
         trees=trees,
         plan=plan,
+        packs=PacksAhead(plan.packs, plan.total_steps),
         policy=policy,
-        reference=MovingReference(config.schedule, policy, initial),
+        reference=MovingReference(config.schedule, policy, initial, optimizer=optimizer),
         optimizer=optimizer,
         scheduler=config.optimizer().scheduler(optimizer, plan.total_steps),
         window_logps=LogpTable(len(trees), loss.completions),
@@ -225,7 +231,9 @@ def _models(
 
 def _named_reference(config: TrainConfig, device: torch.device) -> ModelConfig:
     model = config.model(device, config.ref_model_name_or_path)
-    return dataclasses.replace(model, key="ref_model_name_or_path")
+    # A soft reference becomes an average of it, for which every bit counts.
+    is_trained = config.ref_update == "soft"
+    return dataclasses.replace(model, key="ref_model_name_or_path", is_trained=is_trained)
 
 
 def _check_ids(
@@ -251,7 +259,11 @@ def _policy(wanted: ModelConfig, model: Any, resume: Resume | None) -> PackedMod
     if model is None:
         if resume is not None:
             wanted = dataclasses.replace(wanted, name=str(resume.folder), revision="main")
-        return load_model(wanted)
+        packed = load_model(wanted)
+    else:
+        if resume is not None:
+            read_weights_into(model, resume.folder)
+        packed = pack_model(model, dataclasses.replace(wanted, name="the given model", key="model"))
     if resume is not None:
-        read_weights_into(model, resume.folder)
-    return pack_model(model, dataclasses.replace(wanted, name="the given model", key="model"))
+        add_remainders(packed.model, resume.state.remainders)
+    return packed

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fasttr.batch import PackedBatch
 from fasttr.losses import Loss
 from fasttr.metrics.sums import (
     MicroBatches,
@@ -19,7 +20,7 @@ from fasttr.metrics.sums import (
 )
 from fasttr.metrics.throughput import Throughput
 from fasttr.optim.adamw import after_step
-from fasttr.optim.named import update
+from fasttr.optim.update import begin_step, update
 from fasttr.packing.plan import unshared_tokens
 from fasttr.training.run import Run
 
@@ -42,51 +43,68 @@ class StepMetrics(NamedTuple):
         }
 
 
-def train_step(run: Run, step: int, throughput: Throughput) -> StepMetrics:
-    """Forward and backward over the packs of `step` (counted from 0), then one update."""
+def train_step(run: Run, step: int, throughput: Throughput, moves: bool = False) -> StepMetrics:
+    """Forward and backward over the packs of `step` (counted from 0), then one update.
+
+    `moves`: the reference moves after this step; where it can it does so in the update's own sweep.
+    """
     micro_means = means(_backward(run, step, throughput))
-    gradient_norm = _clip(run.policy, run.config.max_grad_norm)
-    is_broken = ~torch.isfinite(gradient_norm) | ~torch.isfinite(micro_means[0, 0])
     learning_rate = run.scheduler.get_last_lr()[0]
-    update(run.optimizer, is_broken)
+    done = update(
+        run.optimizer,
+        run.policy,
+        loss=micro_means[0, 0],
+        max_grad_norm=run.config.max_grad_norm,
+        followers=run.reference.followers() if moves else None,
+    )
     after_step(run.scheduler)
-    run.optimizer.zero_grad(set_to_none=True)
     return StepMetrics(
-        micro_means, gradient_norm, learning_rate, is_broken.to(torch.float32), run.loss
+        micro_means=micro_means,
+        gradient_norm=done.gradient_norm,
+        learning_rate=learning_rate,
+        is_broken=done.is_broken.to(torch.float32),
+        loss=run.loss,
     )
 
 
 def _backward(run: Run, step: int, throughput: Throughput) -> Tensor:
     """Gradients of all packs; returns the sums of their metrics, by micro-batch."""
+    packs = run.packs(step)
+    begin_step(run.optimizer, len(packs))
+    with run.policy.weights_still():
+        return _sums_of(run, step, packs, throughput)
+
+
+def _sums_of(run: Run, step: int, packs: list[PackedBatch], throughput: Throughput) -> Tensor:
     rows = run.plan.rows(step)
     objective = run.objective.of_rows(run.trees, rows)
     micro_batches = run.plan.micro_batches(rows)
     micro_batch_of = dict(zip(rows.tolist(), micro_batches.tolist(), strict=True))
     number = int(micro_batches[-1]) + 1
     sums = zeros(run.device, number)
-    for host_batch in run.plan.packs(step):
+    head = run.policy.head_weight().weight
+    for host_batch in packs:
         batch = host_batch.to(run.device)
         ref_logp = None
         if run.loss.needs_reference:
             ref_logp = run.window_logps.get(batch.rows).to(run.device, non_blocking=True)
         out = run.policy(
-            batch, objective.loss_fn(batch), ref_logp, normalizer=objective.normalizer, stats=True
+            batch,
+            objective.loss_fn(batch),
+            ref_logp,
+            normalizer=objective.normalizer,
+            stats=True,
+            router_share=len(batch.rows) / len(rows),
+            # What earlier packs began; fp32 compute keeps the order of sums of other trainers.
+            head_grad=head.grad if run.policy.bf16 else None,
+            head_means=objective.head_means,
         )
         out.loss.backward()
         places = torch.tensor([micro_batch_of[row] for row in batch.rows])
         of_pack = MicroBatches(places.to(run.device, non_blocking=True), number)
-        sums += pack_sums(out, ref_logp, batch, run.loss, of_pack)
+        sums += pack_sums(out, ref_logp, batch, run.loss, of_pack, run.policy.router_loss)
         throughput.add(host_batch, len(host_batch.rows))
     # A mismatched completion of KTO is of another row and is not counted twice.
     completions = 1 if run.loss.unpaired else run.loss.completions
     run.num_tokens += unshared_tokens(run.trees, rows, completions)
     return sums
-
-
-def _clip(policy: nn.Module, max_grad_norm: float) -> Tensor:
-    """Clip the gradient's norm and return what it was; 0 clips nothing."""
-    trained = [p for p in policy.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-    if max_grad_norm > 0:
-        nn.utils.clip_grads_with_norm_(trained, max_grad_norm, norm)
-    return norm

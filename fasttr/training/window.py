@@ -102,7 +102,7 @@ def _sweep(
     def packs() -> Iterator[PackedBatch]:
         for step in steps:
             if run.window_logps.lacks(run.plan.rows(step)):
-                yield from run.plan.packs(step)
+                yield from run.packs(step)
             bar.update()
 
     def after_pack() -> None:
