@@ -137,7 +137,7 @@ for kernel in (logits_triton.logp_kernel, logits_triton.logit_grad_kernel):
         fn = fn.fn
     left_out = lambda p: p.is_constexpr or p.do_not_specialize_on_alignment
     print(" ".join(p.name for p in fn.params if not left_out(p)))
-params = lerp_triton._lerp_kernel.params
+params = lerp_triton.lerp_kernel.params
 print(" ".join(p.name for p in params if not (p.is_constexpr or p.do_not_specialize)))
 """
 
