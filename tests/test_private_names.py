@@ -23,7 +23,6 @@ OF_OTHERS = {("fasttr/data/load.py", "_fingerprint")}
 # Files that still touch another one's.
 STILL = (
     "bench/paper/overopt_plots.py",
-    "tests/bench/test_bench.py",
     "tests/kernels/test_aot.py",
     "kernels/fasttr_kernels/aot.py",
 )
