@@ -174,9 +174,9 @@ class Layers:
 
     def _made(self, name: str) -> Call:
         mode, _, budget = name.partition("@")
-        makers = {"fp32": self._fp32, "split": self._split, "bf16": self._bf16}
+        makers = {"fp32": self._fp32, "split": self.split_call, "bf16": self._bf16}
         if mode == "compiled":
-            return self._compiled(float(budget or 1))
+            return self.compiled_call(float(budget or 1))
         if mode not in makers:
             raise ValueError(f"got {name}; wanted some of {', '.join(MODES)}")
         return makers[mode]()
@@ -184,7 +184,7 @@ class Layers:
     def _fp32(self) -> Call:
         return self._call(self._packed(bf16=self.device.type == "cuda"))
 
-    def _split(self) -> Call:
+    def split_call(self) -> Call:
         model = self._packed(bf16=True, copied=True)
         for module in model.modules():
             if isinstance(module, nn.Linear):
@@ -196,13 +196,13 @@ class Layers:
         model.to(torch.bfloat16)
         return self._call(model)
 
-    def _compiled(self, budget: float) -> Call:
+    def compiled_call(self, budget: float) -> Call:
         def backend(graph: Any, inputs: Any) -> Any:
             """A function of its own for every budget: compiled code is found again by it."""
             with torch._functorch.config.patch(activation_memory_budget=budget):
                 return lookup_backend(self.backend)(graph, inputs)
 
-        call = self._split()
+        call = self.split_call()
         compiled = torch.compile(call.layer, backend=backend, dynamic=True, fullgraph=True)
         return call._replace(layer=compiled)
 

@@ -355,8 +355,8 @@ def test_companded_moments_keep_two_digits_and_never_lose_a_second_moment() -> N
         torch.zeros(32),
         torch.zeros(32),
     )
-    adamw_torch._encode(moments, m, v)
-    got_m, got_v = adamw_torch._decoded(moments)
+    adamw_torch.encode_moments(moments, m, v)
+    got_m, got_v = adamw_torch.decoded_moments(moments)
 
     def root(x: Tensor, power: int) -> Tensor:
         groups = x.abs().double().view(-1, 128)
