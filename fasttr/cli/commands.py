@@ -23,6 +23,7 @@ COMMANDS = {
         "train on preferences: fasttr train --config run.yaml, or flags; --print_config shows all "
         "settings",
     ),
+    "reward": Command("fasttr.cli.reward", "train a reward model on pairs or ranked completions"),
     "eval": Command(
         "fasttr.cli.evaluate",
         "log-probs and rewards of a split, by itself or against a fixed anchor; or samples for a "

@@ -11,22 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fasttr.batch import PackedBatch, TreeSource
-from fasttr.losses import Loss, Objective
-from fasttr.metrics.sums import (
-    as_metrics,
-    binomial_stderr,
-    by_name,
-    means,
-    pack_sums,
-    zeros,
-)
+from fasttr.losses import Loss
+from fasttr.losses.objective import AnyObjective
+from fasttr.metrics.ledger import Ledger
+from fasttr.metrics.sums import binomial_stderr
 from fasttr.models.packed import PackedModel
 from fasttr.packing.plan import Plan, pack_rows
 from fasttr.reference.logp_table import LogpTable
@@ -70,16 +65,17 @@ class EvaluationSplit:
 def evaluate(
     model: PackedModel,
     split: EvaluationSplit,
-    objective: Objective,
-    after: Callable[[PackedBatch, Tensor], None] | None = None,
+    objective: AnyObjective,
+    ledger: Ledger,
+    after: Callable[[PackedBatch, Any], None] | None = None,
 ) -> dict[str, float]:
     """Means over all rows of the split, under `eval_` names.
 
-    `after` is called after every pack with the model's log-probs (N,) of it.
+    `after` is called after every pack with the model's output of it.
     """
     loss, rows = objective.loss, np.arange(len(split.trees))
     step = objective.of_rows(split.trees, rows)
-    sums = zeros(model.device)
+    sums = ledger.zeros(model.device)
     against_anchor = _AgainstAnchor([], [])
     for host_batch in split.packs():
         batch = host_batch.to(model.device)
@@ -87,17 +83,17 @@ def evaluate(
         if split.ref_logps is not None:
             ref_logp = split.ref_logps.get(batch.rows).to(model.device)
         out = model(batch, step.loss_fn(batch), ref_logp, normalizer=step.normalizer, stats=True)
-        sums += pack_sums(out, ref_logp, batch, loss)
+        sums = ledger.merged(sums, ledger.of_pack(out, ref_logp, batch))
         if split.anchor_logps is not None:
             anchor = split.anchor_logps.get(batch.rows).to(model.device)
             against_anchor.logratios.append(out.logp - anchor)
             against_anchor.labels.append(batch.labels)
         if after is not None:
-            after(batch, out.logp)
-    line = as_metrics(by_name(means(sums)), loss, prefix="eval_")
-    if "eval_rewards/accuracies" in line:
-        share = line["eval_rewards/accuracies"]
-        line["eval_rewards/accuracies_stderr"] = binomial_stderr(share, len(rows))
+            after(batch, out)
+    line = ledger.metrics(ledger.means(sums), prefix="eval_")
+    for share in ("eval_rewards/accuracies", "eval_accuracy"):
+        if share in line:
+            line[f"{share}_stderr"] = binomial_stderr(line[share], len(rows))
     if split.anchor_logps is not None:
         line.update(against_anchor.metrics(loss))
     return line

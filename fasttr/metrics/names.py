@@ -18,6 +18,8 @@ class Metric(NamedTuple):
 
 _PAIRS = "losses of pairs, and of unpaired rows (desirable for chosen, undesirable for rejected)"
 _REFERENCE = "losses with a reference"
+_REWARD = "reward models"
+_WEIGHTED = "reward models with weight_column"
 _LINE = "every line of metrics"
 
 METRICS = (
@@ -61,6 +63,24 @@ METRICS = (
         "share",
         "losses of pairs, and sft",
     ),
+    Metric("mean_reward", "mean score of the completions", "of the reward", _REWARD),
+    Metric("min_reward", "lowest score of a completion in the step", "of the reward", _REWARD),
+    Metric("max_reward", "highest score of a completion in the step", "of the reward", _REWARD),
+    Metric(
+        "accuracy",
+        "share of pairs of a row's completions that the scores put in order; a tie counts as wrong",
+        "share",
+        _REWARD,
+    ),
+    Metric("margin", "best minus worst completion's score", "of the reward", _REWARD),
+    Metric(
+        "weights/ess",
+        "effective number of rows of the step: square of the sum of the weights over the sum of "
+        "their squares",
+        "rows",
+        _WEIGHTED,
+    ),
+    Metric("weights/max_share", "largest weight over their sum", "share", _WEIGHTED),
     Metric("ref/updates", "how often the reference has moved", "updates", _REFERENCE),
     Metric(
         "ref/age_steps", "optimizer steps since the reference's window began", "steps", _REFERENCE
@@ -94,6 +114,7 @@ METRICS = (
     Metric(
         "eval_rewards/accuracies_stderr", "standard error of that share", "share", "losses of pairs"
     ),
+    Metric("eval_accuracy_stderr", "standard error of that share", "share", _REWARD),
     Metric(
         "eval_anchor/logratios/chosen",
         "mean log-ratio of chosen completions to the initial policy, which does not move",

@@ -168,25 +168,26 @@ def means(sums: Tensor) -> Tensor:
 class Averages:
     """Means of steps, averaged over the steps that have them, until a line is written."""
 
-    def __init__(self, device: torch.device):
-        self.sums = torch.zeros(2, len(SUMS), device=device)  # values; how many steps had one
+    def __init__(self, device: torch.device, names: tuple[str, ...] = NAMES):
+        self.names = names
+        self.sums = torch.zeros(2, len(names), device=device)  # values; how many steps had one
 
     def add(self, step_means: Tensor) -> None:
         is_there = ~step_means.isnan()
-        is_there[NAMES.index("loss")] = True  # a loss that is not a number is never left out
+        is_there[self.names.index("loss")] = True  # a loss that is not a number is never left out
         values = torch.where(is_there, step_means, 0.0)
         self.sums += torch.stack([values, is_there.to(self.sums.dtype)])
 
-    def read(self) -> dict[str, float]:
-        """By the names of SUMS; waits for the device."""
-        values = by_name(self.sums[0] / self.sums[1])
+    def take(self) -> Tensor:
+        """In the order of the names, on the device; what is added from here on is averaged anew."""
+        values = self.sums[0] / self.sums[1]
         self.sums.zero_()
         return values
 
 
-def by_name(vector: Tensor) -> dict[str, float]:
-    """A vector in the order of SUMS as numbers; waits for the device."""
-    return dict(zip(NAMES, vector.tolist(), strict=True))
+def by_name(vector: Tensor, names: tuple[str, ...] = NAMES) -> dict[str, float]:
+    """A vector in the order of its names as numbers; waits for the device."""
+    return dict(zip(names, vector.tolist(), strict=True))
 
 
 def as_metrics(means_of: dict[str, float], loss: Loss, prefix: str = "") -> dict[str, float]:

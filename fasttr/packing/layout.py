@@ -52,7 +52,8 @@ def pack(trees: Sequence[Tree], group_sizes: Sequence[int] | None = None) -> Pac
         raise ValueError(
             f"pack: got groups of {int(sizes.sum())} trees in all; wanted {len(trees)}"
         )
-    parts = _parts_of(trees)
+    parts = _parts_of(_of_one_prompt(trees))
+    completions_B = np.array([len(tree.completions) for tree in trees])
     predicting, target_T, lengths_N = _predicting_rows(parts)
     cu_rows = _offsets(sizes)
     return PackedBatch(
@@ -62,9 +63,9 @@ def pack(trees: Sequence[Tree], group_sizes: Sequence[int] | None = None) -> Pac
         predicting=predicting,
         target=torch.from_numpy(parts.ids_T[target_T]),
         cu_completions=_offsets(lengths_N),
-        cu_groups=_offsets(parts.completions_B)[cu_rows],
+        cu_groups=_offsets(completions_B)[cu_rows],
         cu_rows=tuple(cu_rows.tolist()),
-        cu_ld_parts=_offsets(_ld_parts(parts, lengths_N)),
+        cu_ld_parts=_offsets(_ld_parts(parts, completions_B, lengths_N)),
         token_counts=torch.from_numpy(parts.length_N),
         weights=torch.tensor([tree.weight for tree in trees], dtype=torch.float32),
         labels=torch.tensor([tree.label for tree in trees], dtype=torch.bool),
@@ -80,12 +81,23 @@ class _Parts(NamedTuple):
     ids_T: np.ndarray
     length_P: np.ndarray
     is_prompt_P: np.ndarray  # bool
-    completions_B: np.ndarray  # completions of each tree
     ordinal_N: np.ndarray  # place of a completion in its tree, from 0
     length_N: np.ndarray
     start_N: np.ndarray  # its first token's place in the pack
     prompt_length_N: np.ndarray
     prompt_start_N: np.ndarray
+
+
+def _of_one_prompt(trees: Sequence[Tree]) -> list[Tree]:
+    """Consecutive trees of one prompt as one tree, so that the prompt lies in the pack once."""
+    joined: list[Tree] = []
+    for tree in trees:
+        if joined and np.array_equal(joined[-1].prompt_ids, tree.prompt_ids):
+            completions = joined[-1].completions + tree.completions
+            joined[-1] = joined[-1]._replace(completions=completions)
+        else:
+            joined.append(tree)
+    return joined
 
 
 def _parts_of(trees: Sequence[Tree]) -> _Parts:
@@ -100,7 +112,6 @@ def _parts_of(trees: Sequence[Tree]) -> _Parts:
         ids_T=np.concatenate(pieces).astype(np.int64),
         length_P=length_P,
         is_prompt_P=is_prompt_P,
-        completions_B=completions_B,
         ordinal_N=_ramp(completions_B),
         length_N=length_P[~is_prompt_P],
         start_N=start_P[~is_prompt_P],
@@ -150,10 +161,10 @@ def _predicting_rows(parts: _Parts) -> tuple[RowGather, np.ndarray, np.ndarray]:
     return _gather(source_R, len(parts.ids_T)), target_R, lengths_N
 
 
-def _ld_parts(parts: _Parts, lengths_N: np.ndarray) -> np.ndarray:
+def _ld_parts(parts: _Parts, completions_B: np.ndarray, lengths_N: np.ndarray) -> np.ndarray:
     """(2N,) predicting rows of each completion up to its tree's shortest length, and beyond."""
-    first_N = np.cumsum(parts.completions_B) - parts.completions_B
-    shortest_N = np.repeat(np.minimum.reduceat(parts.length_N, first_N), parts.completions_B)
+    first_N = np.cumsum(completions_B) - completions_B
+    shortest_N = np.repeat(np.minimum.reduceat(parts.length_N, first_N), completions_B)
     unpredicted_N = parts.length_N - lengths_N
     upto_N = shortest_N - unpredicted_N
     return np.stack([upto_N, lengths_N - upto_N], axis=1).reshape(-1)

@@ -17,6 +17,8 @@ import torch
 from fasttr.batch import PackedBatch, TreeSource
 from fasttr.packing.layout import first_fit_decreasing, pack
 
+SWEEP_ROWS = 256  # rows packed together
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -36,6 +38,9 @@ class Plan:
     shuffle: bool = True  # else the order of the data, in every epoch
     group_rows: int = 1  # consecutive rows of a step whose loss is computed together share a pack
     multiple_of: int = 1  # an epoch's last rows that do not fill this many are left out
+    # (n,) the number of each row's prompt: prompts are shuffled in place of rows, and the rows of
+    # one follow each other and share it, but where a step ends between them.
+    prompts: np.ndarray | None = field(default=None, repr=False)
 
     @property
     def rows_per_epoch(self) -> int:
@@ -56,12 +61,18 @@ class Plan:
         epoch, within = divmod(step, self.steps_per_epoch)
         first = within * self.train_batch_size
         batch = slice(first, min(first + self.train_batch_size, self.rows_per_epoch))
+        if self.prompts is not None:
+            rank = epoch_order(int(self.prompts.max()) + 1, self.seed, epoch).argsort()
+            return rank[self.prompts].argsort(kind="stable")[batch]
         if self.shuffle:
             return epoch_order(len(self.trees), self.seed, epoch)[batch]
         return np.arange(batch.start, batch.stop)
 
     def packs(self, step: int) -> list[PackedBatch]:
         """The packs of one step. Their number and content follow from the lengths alone."""
+        if self.prompts is not None:
+            rows = self.rows(step)
+            return pack_by_prompt(self.trees, rows, self.prompts[rows], self.max_tokens_per_batch)
         return pack_rows(self.trees, self.rows(step), self.max_tokens_per_batch, self.group_rows)
 
     def windows(self, every: int | None, start: int = 0) -> Iterator[range]:
@@ -108,3 +119,48 @@ def pack_rows(
         chosen = [trees[int(row)] for group in members for row in groups[group]]
         packs.append(pack(chosen, [len(groups[group]) for group in members]))
     return packs
+
+
+def pack_by_prompt(
+    trees: TreeSource, rows: np.ndarray, prompts: np.ndarray, budget: int
+) -> list[PackedBatch]:
+    """Pack some rows, those of one prompt together as far as `budget` tokens allow.
+
+    `prompts` (len(rows),): the number of each row's prompt; those of one prompt stand together.
+    """
+    runs: list[list[int]] = []
+    sizes: list[int] = []
+    own = trees.completion_lengths[rows].sum(axis=1, dtype=np.int64)
+    newest = None
+    for row, prompt, tokens in zip(rows.tolist(), prompts.tolist(), own.tolist(), strict=True):
+        if prompt == newest and sizes[-1] + tokens <= budget:
+            runs[-1].append(row)
+            sizes[-1] += tokens
+        else:
+            runs.append([row])
+            sizes.append(tokens + int(trees.prompt_lengths[row]))
+        newest = prompt
+    packs = []
+    for members in first_fit_decreasing(sizes, budget):
+        chosen = [trees[row] for run in members for row in runs[run]]
+        packs.append(pack(chosen))
+    return packs
+
+
+def prompt_numbers(trees: TreeSource) -> np.ndarray:
+    """(n,) a number for each row, the same for rows of the same prompt, by first appearance."""
+    numbers: dict[bytes, int] = {}
+    found = np.empty(len(trees), dtype=np.int64)
+    for row in range(len(trees)):
+        key = np.asarray(trees[row].prompt_ids, dtype=np.int32).tobytes()
+        found[row] = numbers.setdefault(key, len(numbers))
+    return found
+
+
+def sweep(trees: TreeSource, budget: int) -> Iterator[PackedBatch]:
+    """Packs of all rows, prompt by prompt, so that the rows of one share it."""
+    prompts = prompt_numbers(trees)
+    order = prompts.argsort(kind="stable")
+    for first in range(0, len(order), SWEEP_ROWS):
+        rows = order[first : first + SWEEP_ROWS]
+        yield from pack_by_prompt(trees, rows, prompts[rows], budget)

@@ -22,6 +22,8 @@ class _Shown(NamedTuple):
 _STEP_LINE = (
     _Shown("rewards/margins", "margin", "+.4f"),
     _Shown("rewards/accuracies", "accuracy", ".3f"),
+    _Shown("margin", "margin", "+.4f"),
+    _Shown("accuracy", "accuracy", ".3f"),
     _Shown("kl", "kl", ".3f"),
     _Shown("ref/updates", "updates", "d"),
     _Shown("grad_norm", "grad", ".3g"),
@@ -80,10 +82,9 @@ def announce_step(run: Run, line: dict[str, Any]) -> None:
 
 def announce_evaluation(run: Run, line: dict[str, Any]) -> None:
     parts = [f"evaluation at step {run.step}: loss {line['eval_loss']:.4f}"]
-    accuracy = line.get("eval_rewards/accuracies")
-    if accuracy is not None:
-        error = line["eval_rewards/accuracies_stderr"]
-        parts.append(f"accuracy {accuracy:.3f} +- {error:.3f}")
+    for share in ("eval_rewards/accuracies", "eval_accuracy"):
+        if share in line:
+            parts.append(f"accuracy {line[share]:.3f} +- {line[f'{share}_stderr']:.3f}")
     if "eval_rewards/margins" in line:
         parts.append(f"margin {line['eval_rewards/margins']:+.4f}")
     if "eval_anchor/rewards/margins" in line:

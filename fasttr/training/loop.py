@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,6 @@ from fasttr.console import say
 from fasttr.errors import FasttrError
 from fasttr.evaluation.split import evaluate
 from fasttr.metrics.log import MetricsLog
-from fasttr.metrics.sums import as_metrics
 from fasttr.metrics.throughput import Throughput
 from fasttr.models.given import give_back
 from fasttr.training import checkpoints
@@ -78,8 +77,15 @@ def train(
         has_eval_data=eval_dataset is not None,
     )
     given = Given(model, tokenizer, train_dataset, eval_dataset, loss)
+    return to_the_end(config, lambda: setup(config, given), callbacks)
+
+
+def to_the_end(
+    config: TrainConfig, set_up: Callable[[], Run], callbacks: Sequence[Callback]
+) -> TrainResult:
+    """Set a run up, alone in its folder, and train until it is over."""
     with StopSignal() as stop, _alone_in(config):
-        run = setup(config, given)
+        run = set_up()
         if checkpoints.is_finished(run):
             say(f"nothing to do: {run.output_dir} holds this run's end, step {run.step}")
             give_back(run.policy)
@@ -189,7 +195,7 @@ class _Loop:
 
     def write_line(self, metrics: StepMetrics, window: range) -> None:
         run = self.run
-        line = as_metrics(run.averages.read(), run.loss)
+        line = run.ledger.metrics(run.averages.take())
         line["grad_norm"] = float(metrics.gradient_norm)
         line["learning_rate"] = metrics.learning_rate
         line["num_tokens"] = run.num_tokens
@@ -217,7 +223,7 @@ class _Loop:
                 "evaluate: a callback asks for it in a window that was scored without the "
                 "evaluation rows; set may_evaluate = True on the callback"
             )
-        line = evaluate(run.policy, run.split, run.objective)
+        line = evaluate(run.policy, run.split, run.objective, run.ledger)
         self.log.write(run.step, line)
         announce_evaluation(run, line)
         self.callbacks.on_evaluate(run, line)

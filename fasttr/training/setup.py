@@ -17,6 +17,7 @@ from fasttr.environment import device_for
 from fasttr.errors import FasttrError
 from fasttr.evaluation.split import EvaluationSplit
 from fasttr.losses import Loss, as_loss
+from fasttr.metrics.ledger import PreferenceLedger
 from fasttr.metrics.sums import Averages
 from fasttr.metrics.trackers import require_trackers
 from fasttr.models.given import pack_model, read_weights_into
@@ -48,11 +49,11 @@ class Given(NamedTuple):
 
 def setup(config: TrainConfig, given: Given) -> Run:
     """Read rows and models, say what was found, and take up a checkpoint when asked to."""
-    device = _prepare_torch(config)
+    device = prepare_torch(config)
     require_trackers(config.report_to)
     resume = find_resume(config)
     source = str(resume.folder) if resume is not None else config.model_name_or_path
-    tokenizer = _checked_tokenizer(config, given, source)
+    tokenizer = checked_tokenizer(config, given, source)
     reader = RowReader(config, tokenizer)
     custom_loss = None if given.loss is None else as_loss(given.loss, config.beta)
     rows = reader.train(custom_loss or config.loss, given.train_dataset)
@@ -74,6 +75,7 @@ def setup(config: TrainConfig, given: Given) -> Run:
         device=device,
         tokenizer=tokenizer,
         objective=config.objective(loss),
+        ledger=PreferenceLedger(loss),
         trees=trees,
         plan=plan,
         policy=policy,
@@ -91,7 +93,7 @@ def setup(config: TrainConfig, given: Given) -> Run:
     return run
 
 
-def _prepare_torch(config: TrainConfig) -> torch.device:
+def prepare_torch(config: TrainConfig) -> torch.device:
     """The device of the run; seeds and switches that are global to the process."""
     device = device_for(config.use_cpu)
     if config.bf16 is None and device.type == "cpu":
@@ -106,7 +108,7 @@ def _prepare_torch(config: TrainConfig) -> torch.device:
     return device
 
 
-def _checked_tokenizer(config: TrainConfig, given: Given, source: str | None) -> Any:
+def checked_tokenizer(config: TrainConfig, given: Given, source: str | None) -> Any:
     """The tokenizer, after what cannot be trained has stopped: before any row is read."""
     if given.model is None:
         assert source is not None

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fasttr.losses import Loss
-from fasttr.metrics.sums import as_metrics, by_name, means, pack_sums, zeros
+from fasttr.metrics.ledger import Ledger
 from fasttr.metrics.throughput import Throughput
 from fasttr.training.run import Run
 
@@ -16,16 +15,16 @@ from fasttr.training.run import Run
 class StepMetrics(NamedTuple):
     """What one optimizer step did; on the device until it is read."""
 
-    step_means: Tensor  # in the order of fasttr.metrics.sums
+    step_means: Tensor  # in the order of the ledger's names
     gradient_norm: Tensor  # () before clipping
     learning_rate: float  # that the step used
     is_broken: Tensor  # () fp32: 1 when loss or gradient were not finite and nothing was changed
-    loss: Loss
+    ledger: Ledger
 
     def read(self) -> dict[str, float]:
         """Under TRL's names; waits for the device."""
         return {
-            **as_metrics(by_name(self.step_means), self.loss),
+            **self.ledger.metrics(self.step_means),
             "grad_norm": float(self.gradient_norm),
             "learning_rate": self.learning_rate,
         }
@@ -43,14 +42,18 @@ def train_step(run: Run, step: int, throughput: Throughput) -> StepMetrics:
     run.scheduler.step()
     run.optimizer.zero_grad(set_to_none=True)
     return StepMetrics(
-        means(sums), gradient_norm, learning_rate, is_broken.to(torch.float32), run.loss
+        run.ledger.means(sums),
+        gradient_norm,
+        learning_rate,
+        is_broken.to(torch.float32),
+        run.ledger,
     )
 
 
 def _backward(run: Run, step: int, throughput: Throughput) -> Tensor:
     """Gradients of all packs; returns the sums of their metrics."""
     objective = run.objective.of_rows(run.trees, run.plan.rows(step))
-    sums = zeros(run.device)
+    sums = run.ledger.zeros(run.device)
     for host_batch in run.plan.packs(step):
         batch = host_batch.to(run.device)
         ref_logp = None
@@ -60,7 +63,7 @@ def _backward(run: Run, step: int, throughput: Throughput) -> Tensor:
             batch, objective.loss_fn(batch), ref_logp, normalizer=objective.normalizer, stats=True
         )
         out.loss.backward()
-        sums += pack_sums(out, ref_logp, batch, run.loss)
+        sums = run.ledger.merged(sums, run.ledger.of_pack(out, ref_logp, batch))
         throughput.add(host_batch, len(host_batch.rows))
         run.num_tokens += host_batch.num_tokens
     return sums
