@@ -8,7 +8,7 @@ weights of its own: plain tensors, which the policy's own module borrows while a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from fasttr_kernels import multi_tensor_lerp_
@@ -27,9 +27,17 @@ class MovingReference:
         policy: the model being trained.
         initial: another model that window 0 is scored with, or None for the policy as it is now.
             FasttrError when a soft reference could not become an average of it and the policy.
+        fits_beside: whether a soft reference stays on the policy's device between windows; else it
+            rests in the host's memory.
     """
 
-    def __init__(self, schedule: Schedule, policy: PackedModel, initial: PackedModel | None = None):
+    def __init__(
+        self,
+        schedule: Schedule,
+        policy: PackedModel,
+        initial: PackedModel | None = None,
+        fits_beside: Callable[[PackedModel], bool] | None = None,
+    ):
         self.schedule = schedule
         self.policy = policy
         self.updates = 0
@@ -38,7 +46,8 @@ class MovingReference:
         if isinstance(schedule, Soft):
             self.weights = _weights_of(policy) if initial is None else _taken_from(initial, policy)
             self._initial = None
-            if schedule.every > 1 and not _fits_beside(policy):
+            self._rests_beside = schedule.every == 1 or (fits_beside or _fits_beside)(policy)
+            if not self._rests_beside:
                 self.weights = {name: x.cpu() for name, x in self.weights.items()}
 
     @contextlib.contextmanager
@@ -69,14 +78,14 @@ class MovingReference:
             return
         alpha = self.schedule.alpha
         policy = {name: p.data for name, p in self.policy.named_parameters()}
-        beside = [name for name, x in self.weights.items() if x.device == policy[name].device]
-        multi_tensor_lerp_(
-            [self.weights[name] for name in beside], [policy[name] for name in beside], alpha
-        )
-        for name in self.weights.keys() - set(beside):
-            visiting = self.weights[name].to(policy[name].device)
+        if self._rests_beside:
+            moved = list(self.weights.values())
+            multi_tensor_lerp_(moved, [policy[name] for name in self.weights], alpha)
+            return
+        for name, resting in self.weights.items():
+            visiting = resting.to(policy[name].device, copy=True)
             multi_tensor_lerp_([visiting], [policy[name]], alpha)
-            self.weights[name].copy_(visiting)
+            resting.copy_(visiting)
 
     @contextlib.contextmanager
     def _lent(self, weights: dict[str, Tensor]) -> Iterator[None]:
