@@ -56,6 +56,7 @@ class RankedTrees:
         self.margin = margin
         self.positions = positions
         self._shift = self._shifts(has_prompt)  # (n,) tokens that go from completions to the prompt
+        self.largest_id = source.largest_id
         own = source.completion_lengths[members, sides]
         self.prompt_lengths = (source.prompt_lengths[members[:, 0]] + self._shift).astype(np.int32)
         self.completion_lengths = (own - self._shift[:, None]).astype(np.int32)
@@ -87,7 +88,7 @@ class RankedTrees:
     def select(self, rows: np.ndarray) -> RankedTrees:
         """Some rows, in a given order."""
         picked = object.__new__(RankedTrees)
-        picked.source = self.source
+        picked.source, picked.largest_id = self.source, self.source.largest_id
         picked.members, picked.sides = self.members[rows], self.sides[rows]
         picked.margin = None if self.margin is None else self.margin[rows]
         picked.positions = self.positions[rows]

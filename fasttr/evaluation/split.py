@@ -21,7 +21,7 @@ from fasttr.batch import PackedBatch, TreeSource
 from fasttr.losses import Loss
 from fasttr.losses.objective import AnyObjective
 from fasttr.metrics.ledger import Ledger
-from fasttr.metrics.sums import binomial_stderr
+from fasttr.metrics.sums import binomial_stderr, by_name
 from fasttr.models.packed import PackedModel
 from fasttr.packing.plan import Plan, pack_rows
 from fasttr.reference.logp_table import LogpTable
@@ -90,7 +90,7 @@ def evaluate(
             against_anchor.labels.append(batch.labels)
         if after is not None:
             after(batch, out)
-    line = ledger.metrics(ledger.means(sums), prefix="eval_")
+    line = ledger.metrics(by_name(ledger.means(sums), ledger.names), prefix="eval_")
     for share in ("eval_rewards/accuracies", "eval_accuracy"):
         if share in line:
             line[f"{share}_stderr"] = binomial_stderr(line[share], len(rows))

@@ -37,8 +37,8 @@ class Ledger(Protocol):
         """Means of a step, still on the device."""
         ...
 
-    def metrics(self, means: Tensor, prefix: str = "") -> dict[str, float]:
-        """Under their names in metrics.jsonl; waits for the device."""
+    def metrics(self, means: dict[str, float], prefix: str = "") -> dict[str, float]:
+        """Means by name, under their names in metrics.jsonl."""
         ...
 
 
@@ -62,8 +62,8 @@ class PreferenceLedger:
     def means(self, total: Tensor) -> Tensor:
         return sums.means(total)
 
-    def metrics(self, means: Tensor, prefix: str = "") -> dict[str, float]:
-        return sums.as_metrics(sums.by_name(means), self._loss, prefix)
+    def metrics(self, means: dict[str, float], prefix: str = "") -> dict[str, float]:
+        return sums.as_metrics(means, self._loss, prefix)
 
 
 class RewardLedger:
@@ -129,9 +129,8 @@ class RewardLedger:
         ]
         return torch.stack(values)
 
-    def metrics(self, means: Tensor, prefix: str = "") -> dict[str, float]:
-        found = sums.by_name(means, self.names)
-        del found["rows"]
+    def metrics(self, means: dict[str, float], prefix: str = "") -> dict[str, float]:
+        found = {name: value for name, value in means.items() if name != "rows"}
         if "weight" in found:
             total, square = found.pop("weight"), found.pop("weight_square")
             found["weights/ess"] = total**2 / square if square else 0.0

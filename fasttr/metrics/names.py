@@ -63,24 +63,6 @@ METRICS = (
         "share",
         "losses of pairs, and sft",
     ),
-    Metric("mean_reward", "mean score of the completions", "of the reward", _REWARD),
-    Metric("min_reward", "lowest score of a completion in the step", "of the reward", _REWARD),
-    Metric("max_reward", "highest score of a completion in the step", "of the reward", _REWARD),
-    Metric(
-        "accuracy",
-        "share of pairs of a row's completions that the scores put in order; a tie counts as wrong",
-        "share",
-        _REWARD,
-    ),
-    Metric("margin", "best minus worst completion's score", "of the reward", _REWARD),
-    Metric(
-        "weights/ess",
-        "effective number of rows of the step: square of the sum of the weights over the sum of "
-        "their squares",
-        "rows",
-        _WEIGHTED,
-    ),
-    Metric("weights/max_share", "largest weight over their sum", "share", _WEIGHTED),
     Metric("ref/updates", "how often the reference has moved", "updates", _REFERENCE),
     Metric(
         "ref/age_steps", "optimizer steps since the reference's window began", "steps", _REFERENCE
@@ -114,7 +96,6 @@ METRICS = (
     Metric(
         "eval_rewards/accuracies_stderr", "standard error of that share", "share", "losses of pairs"
     ),
-    Metric("eval_accuracy_stderr", "standard error of that share", "share", _REWARD),
     Metric(
         "eval_anchor/logratios/chosen",
         "mean log-ratio of chosen completions to the initial policy, which does not move",
@@ -150,9 +131,32 @@ METRICS = (
         "the last line",
     ),
 )
+# Of runs on reward models, beside those that every run has.
+REWARD_METRICS = (
+    Metric("mean_reward", "mean score of the completions", "of the reward", _REWARD),
+    Metric("min_reward", "lowest score of a completion in the step", "of the reward", _REWARD),
+    Metric("max_reward", "highest score of a completion in the step", "of the reward", _REWARD),
+    Metric(
+        "accuracy",
+        "share of pairs of a row's completions that the scores put in order; a tie counts as wrong",
+        "share",
+        _REWARD,
+    ),
+    Metric("margin", "best minus worst completion's score", "of the reward", _REWARD),
+    Metric(
+        "weights/ess",
+        "effective number of rows of the step: square of the sum of the weights over the sum of "
+        "their squares",
+        "rows",
+        _WEIGHTED,
+    ),
+    Metric("weights/max_share", "largest weight over their sum", "share", _WEIGHTED),
+    Metric("eval_accuracy_stderr", "standard error of that share", "share", _REWARD),
+)
 NAMES = frozenset(metric.name for metric in METRICS)
+ALL_NAMES = NAMES | {metric.name for metric in REWARD_METRICS}
 
 
 def is_known(name: str) -> bool:
-    """Whether a key of metrics.jsonl is in the table; an evaluation's may drop its `eval_`."""
-    return name in NAMES or name.removeprefix("eval_") in NAMES
+    """Whether a key of metrics.jsonl is in a table; an evaluation's may drop its `eval_`."""
+    return name in ALL_NAMES or name.removeprefix("eval_") in ALL_NAMES

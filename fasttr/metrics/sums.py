@@ -178,9 +178,9 @@ class Averages:
         values = torch.where(is_there, step_means, 0.0)
         self.sums += torch.stack([values, is_there.to(self.sums.dtype)])
 
-    def take(self) -> Tensor:
-        """In the order of the names, on the device; what is added from here on is averaged anew."""
-        values = self.sums[0] / self.sums[1]
+    def read(self) -> dict[str, float]:
+        """By their names; waits for the device."""
+        values = by_name(self.sums[0] / self.sums[1], self.names)
         self.sums.zero_()
         return values
 

@@ -26,26 +26,28 @@ RIDGE = 1e-3
 ARMS = ("fixed", "weighted", "shuffled", "fresh")
 
 
-def _counts() -> np.ndarray:
-    """(S, 4) how many of each letter, in every way that eight letters can be."""
+def all_counts(length: int) -> np.ndarray:
+    """(S, 4) how many of each letter, in every way that so many letters can be."""
     found = []
-    for a in range(LENGTH + 1):
-        for b in range(LENGTH + 1 - a):
-            found += [(LENGTH - a - b - c, a, b, c) for c in range(LENGTH + 1 - a - b)]
+    for a in range(length + 1):
+        for b in range(length + 1 - a):
+            found += [(length - a - b - c, a, b, c) for c in range(length + 1 - a - b)]
     return np.array(found)
 
 
-COUNTS = _counts()
+COUNTS = all_counts(LENGTH)
 FEATURES = COUNTS[:, 1:].astype(np.float64)  # (S, F)
 
 
-def _sft_logp() -> np.ndarray:
-    factorials = np.array([math.lgamma(n + 1) for n in range(LENGTH + 1)])
-    orders = factorials[LENGTH] - factorials[COUNTS].sum(axis=1)
-    return orders + COUNTS @ np.log(PROBABILITIES)
+def logp_of_counts(counts: np.ndarray) -> np.ndarray:
+    """(S,) under the SFT policy."""
+    length = int(counts[0].sum())
+    factorials = np.array([math.lgamma(n + 1) for n in range(length + 1)])
+    orders = factorials[length] - factorials[counts].sum(axis=1)
+    return orders + counts @ np.log(PROBABILITIES)
 
 
-SFT_LOGP = _sft_logp()  # (S,)
+SFT_LOGP = logp_of_counts(COUNTS)
 
 
 def _saturating(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:

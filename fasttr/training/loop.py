@@ -203,7 +203,7 @@ class _Loop:
 
     def write_line(self, metrics: StepMetrics, window: range) -> None:
         run = self.run
-        line = run.ledger.metrics(run.averages.take())
+        line = run.ledger.metrics(run.averages.read())
         line["grad_norm"] = float(metrics.gradient_norm)
         line["learning_rate"] = metrics.learning_rate
         line["num_tokens"] = run.num_tokens

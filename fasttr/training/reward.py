@@ -25,6 +25,7 @@ from fasttr.evaluation.split import EvaluationSplit
 from fasttr.metrics.ledger import RewardLedger
 from fasttr.metrics.sums import Averages
 from fasttr.metrics.trackers import require_trackers
+from fasttr.models.checks import check_ids
 from fasttr.models.load import ModelConfig
 from fasttr.models.reward import (
     RewardModel,
@@ -99,10 +100,14 @@ def _set_up(config: RewardConfig, given: Given) -> Run:
     config = dataclasses.replace(config, max_tokens_per_batch=config.token_budget(device))
     plan = config.plan(trees, loss, device)
     if resume is not None:
-        check_resume(resume, config, loss, trees.fingerprint, plan.total_steps)
+        check_resume(resume, config, loss, plan)
     announce_plan(config, loss, plan)
     _require_padding(tokenizer, config, trees)
     policy = _model(config.model(device), config.seed, resume)
+    for rows in (trees, split_trees):
+        if rows is not None:
+            key, name = "model_name_or_path", str(config.model_name_or_path)
+            check_ids(policy, rows.largest_id, key, name)
     set_padding(policy, tokenizer)
     optimizer = config.optimizer().optimizer(policy.model)
     ledger = RewardLedger(objective.loss, has_weights=config.weight_column is not None)

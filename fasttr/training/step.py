@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttr.metrics.ledger import Ledger
+from fasttr.metrics.sums import by_name
 from fasttr.metrics.throughput import Throughput
 from fasttr.training.run import Run
 
@@ -24,7 +25,7 @@ class StepMetrics(NamedTuple):
     def read(self) -> dict[str, float]:
         """Under TRL's names; waits for the device."""
         return {
-            **self.ledger.metrics(self.step_means),
+            **self.ledger.metrics(by_name(self.step_means, self.ledger.names)),
             "grad_norm": float(self.gradient_norm),
             "learning_rate": self.learning_rate,
         }

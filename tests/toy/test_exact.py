@@ -24,17 +24,15 @@ def finals(runs):
     return np.array([stages[-1].gold for stages in runs])
 
 
-def test_probabilities_of_counts_are_sums_over_texts(monkeypatch):
-    """All 4^8 texts would be many: the counts of texts of three letters are summed by hand."""
+def test_probabilities_of_counts_are_sums_over_texts():
+    """All 4^8 texts would be many: those of three letters."""
     by_count = {}
     for text in itertools.product(range(4), repeat=3):
         key = tuple(text.count(letter) for letter in range(4))
         probability = math.prod(exact.PROBABILITIES[letter] for letter in text)
         by_count[key] = by_count.get(key, 0.0) + probability
-    monkeypatch.setattr(exact, "LENGTH", 3)
-    counts = exact._counts()
-    monkeypatch.setattr(exact, "COUNTS", counts)
-    found = np.exp(exact._sft_logp())
+    counts = exact.all_counts(3)
+    found = np.exp(exact.logp_of_counts(counts))
     assert len(counts) == len(by_count) == 20
     wanted = [by_count[tuple(count)] for count in counts.tolist()]
     np.testing.assert_allclose(found, wanted, rtol=1e-12)
