@@ -15,6 +15,7 @@ class Command(NamedTuple):
 
     module: str
     summary: str
+    function: str = "run"
 
 
 COMMANDS = {
@@ -24,6 +25,16 @@ COMMANDS = {
         "settings",
     ),
     "reward": Command("fasttr.cli.reward", "train a reward model on pairs or ranked completions"),
+    "grpo": Command(
+        "fasttr.cli.online",
+        "on-policy training with group-relative advantages: as trl grpo",
+        "run_grpo",
+    ),
+    "rloo": Command(
+        "fasttr.cli.online",
+        "on-policy training with leave-one-out advantages: as trl rloo",
+        "run_rloo",
+    ),
     "eval": Command(
         "fasttr.cli.evaluate",
         "log-probs and rewards of a split, by itself or against a fixed anchor; or samples for a "
@@ -56,7 +67,8 @@ def main(argv: list[str] | None = None) -> None:
         if command is None:
             near = did_you_mean(args[0], COMMANDS)
             raise FasttrError(f"got command {args[0]!r}; wanted one of {', '.join(COMMANDS)}{near}")
-        importlib.import_module(command.module).run(args[1:])
+        module = importlib.import_module(command.module)
+        getattr(module, command.function)(args[1:])
     except FasttrError as error:
         print(f"fasttr: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -153,10 +153,42 @@ REWARD_METRICS = (
     Metric("weights/max_share", "largest weight over their sum", "share", _WEIGHTED),
     Metric("eval_accuracy_stderr", "standard error of that share", "share", _REWARD),
 )
+_CLIP = "losses with a clip range"
+_LENGTH = "of the completions of a rollout"
+# Of runs on rollouts; NAME is that of a source of rewards.
+ONLINE_METRICS = (
+    Metric("reward", "mean of the weighted rewards of a rollout", "of the reward", "always"),
+    Metric("reward_std", "their standard deviation", "of the reward", "always"),
+    Metric("frac_reward_zero_std", "share of prompts whose rewards are equal", "share", "always"),
+    Metric("rewards/NAME/mean", "mean of one source", "of the reward", "always"),
+    Metric("rewards/NAME/std", "its standard deviation", "of the reward", "always"),
+    Metric(
+        "kl",
+        "estimate of KL(policy || reference) a token: the log-ratio with rloo, else k3",
+        "nats",
+        "beta above 0",
+    ),
+    Metric("entropy", "mean entropy of the policy at completion tokens", "nats", "always"),
+    Metric("clip_ratio/low_mean", "share of tokens clipped from below", "share", _CLIP),
+    Metric("clip_ratio/low_min", "least such share of a completion", "share", _CLIP),
+    Metric("clip_ratio/high_mean", "share of tokens clipped from above", "share", _CLIP),
+    Metric("clip_ratio/high_max", "largest such share of a completion", "share", _CLIP),
+    Metric("clip_ratio/region_mean", "share of tokens clipped", "share", _CLIP),
+    Metric("completions/mean_length", "mean length " + _LENGTH, "tokens", "always"),
+    Metric("completions/min_length", "least length " + _LENGTH, "tokens", "always"),
+    Metric("completions/max_length", "largest length " + _LENGTH, "tokens", "always"),
+    Metric("completions/clipped_ratio", "share that did not end", "share", "always"),
+    Metric("completions/mean_terminated_length", "mean length of those that ended", "tokens", ""),
+    Metric("completions/min_terminated_length", "least length of those that ended", "tokens", ""),
+    Metric("completions/max_terminated_length", "largest length of those that ended", "tokens", ""),
+    Metric("perf/generation_share", "share of the time spent on rollouts", "share", _LINE),
+)
 NAMES = frozenset(metric.name for metric in METRICS)
-ALL_NAMES = NAMES | {metric.name for metric in REWARD_METRICS}
+ALL_NAMES = NAMES | {metric.name for metric in (*REWARD_METRICS, *ONLINE_METRICS)}
 
 
 def is_known(name: str) -> bool:
     """Whether a key of metrics.jsonl is in a table; an evaluation's may drop its `eval_`."""
+    if name.startswith("rewards/") and name.endswith(("/mean", "/std")):
+        name = f"rewards/NAME/{name.rpartition('/')[2]}"
     return name in ALL_NAMES or name.removeprefix("eval_") in ALL_NAMES

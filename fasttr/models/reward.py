@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ from fasttr.packing.plan import sweep
 
 HEAD = "score.weight"
 CLASSIFIER = "ForSequenceClassification"
+CALIBRATION = "reward_calibration.json"  # beside the weights, which stay as they are
 
 
 class RewardOutput(NamedTuple):
@@ -162,6 +164,17 @@ def load_scorer(config: ModelConfig) -> RewardModel:
             "before EOS, as transformers does"
         )
     return packed.requires_grad_(False).eval()
+
+
+def read_calibration(folder: str | Path) -> float:
+    """The mean score of responses that should score 0, or 0 where none was measured."""
+    path = Path(folder) / CALIBRATION
+    if not path.is_file():
+        return 0.0
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["mean"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise FasttrError(f"{path} is broken: {error}; run the calibration again") from error
 
 
 def score_all(model: RewardModel, trees: TreeSource, budget: int) -> np.ndarray:

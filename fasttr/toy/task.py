@@ -67,6 +67,12 @@ def gold_reward(prompt: str, completion: str) -> float:
     return max(LOWEST, min(matches, n) / n - OVERSHOOT * overshoot**2)
 
 
+def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """Gold rewards as on-policy training asks for them: `--reward_funcs gold`."""
+    pairs = zip(prompts, completions, strict=True)
+    return [gold_reward(prompt, completion) for prompt, completion in pairs]
+
+
 def is_held_out(prompt: str) -> bool:
     """Whether its letters are kept from training."""
     return sum(map(LETTERS.index, parse_prompt(prompt)[1])) % HELD_OUT_MODULUS == 0

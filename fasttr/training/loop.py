@@ -87,9 +87,13 @@ def train(
 
 
 def to_the_end(
-    config: TrainConfig, set_up: Callable[[], Run], callbacks: Sequence[Callback]
+    config: TrainConfig,
+    set_up: Callable[[], Any],
+    callbacks: Sequence[Callback],
+    loop: Callable[..., Any] | None = None,
 ) -> TrainResult:
-    """Set a run up, alone in its folder, and train until it is over."""
+    """Set a run up, alone in its folder, and train until it is over; `loop` is another than that of
+    rows that are there from the start."""
     with StopSignal() as stop, _alone_in(config):
         run = set_up()
         if checkpoints.is_finished(run):
@@ -104,7 +108,7 @@ def to_the_end(
             settings=run.config.as_dict(),
         )
         try:
-            return _Loop(run, log, stop, Callbacks(callbacks)).all_steps()
+            return (loop or _Loop)(run, log, stop, Callbacks(callbacks)).all_steps()
         finally:
             log.close()
             give_back(run.policy)
@@ -258,16 +262,8 @@ class _Loop:
             checkpoints.save(self.run, self.callbacks)
 
     def save_and_leave(self, signum: int) -> None:
-        run = self.run
         self.guard.verify()
-        saved = ""
-        if run.step > 0:
-            saved = f"; saved {checkpoints.save(run, self.callbacks)}"
-        say(
-            f"stopped by a signal at step {run.step}{saved}; go on with "
-            "--resume_from_checkpoint true"
-        )
-        raise Interrupted(signum)
+        save_and_leave(self.run, self.callbacks, signum)
 
     def finish(self) -> TrainResult:
         run = self.run
@@ -294,6 +290,13 @@ class _Loop:
             "train_runtime": seconds,
             "train_pairs_per_second": rows / seconds,
         }
+
+
+def save_and_leave(run: Run, callbacks: Callbacks, signum: int) -> None:
+    """Save where there is something to save, and end the process as the signal asks."""
+    saved = f"; saved {checkpoints.save(run, callbacks)}" if run.step > 0 else ""
+    say(f"stopped by a signal at step {run.step}{saved}; go on with --resume_from_checkpoint true")
+    raise Interrupted(signum)
 
 
 @contextlib.contextmanager

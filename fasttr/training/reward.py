@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from fasttr.metrics.trackers import require_trackers
 from fasttr.models.checks import check_ids
 from fasttr.models.load import ModelConfig
 from fasttr.models.reward import (
+    CALIBRATION,
     RewardModel,
     choose_padding,
     load_reward_model,
@@ -45,8 +45,6 @@ from fasttr.training.checkpoints import Resume, check_resume, find_resume, take_
 from fasttr.training.loop import TrainResult, to_the_end
 from fasttr.training.run import Run
 from fasttr.training.setup import Given, checked_tokenizer, prepare_torch
-
-CALIBRATION = "reward_calibration.json"
 
 
 def train_reward(
@@ -179,16 +177,3 @@ class _Calibrate(Callback):
         }
         files.write_json(run.output_dir / CALIBRATION, facts)
         say(f"calibration: {facts['rows']} responses score {facts['mean']:.4f} on average")
-
-
-def read_calibration(folder: str | Path) -> float:
-    """The mean score that is taken off, 0 where none was written."""
-    import json
-
-    path = Path(folder) / CALIBRATION
-    if not path.is_file():
-        return 0.0
-    try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["mean"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise FasttrError(f"{path} is broken: {error}; run the calibration again") from error

@@ -33,7 +33,12 @@ class StepMetrics(NamedTuple):
 
 def train_step(run: Run, step: int, throughput: Throughput) -> StepMetrics:
     """Forward and backward over the packs of `step` (counted from 0), then one update."""
-    sums = _backward(run, step, throughput)
+    return update(run, _backward(run, step, throughput))
+
+
+def update(run: Run, sums: Tensor) -> StepMetrics:
+    """One step of the optimizer on the gradients that are there; nothing changes where they, or the
+    loss that `sums` begins with, are not finite."""
     gradient_norm = _clip(run.policy, run.config.max_grad_norm)
     is_broken = ~torch.isfinite(gradient_norm) | ~torch.isfinite(sums[0])
     learning_rate = run.scheduler.get_last_lr()[0]

@@ -10,7 +10,8 @@ from fasttr.cli import main
 from fasttr.config.reward_config import RewardConfig
 from fasttr.errors import FasttrError
 from fasttr.metrics.names import REWARD_METRICS, is_known
-from fasttr.training.reward import CALIBRATION, train_reward
+from fasttr.models.reward import CALIBRATION
+from fasttr.training.reward import train_reward
 from tests.runs import evaluations, lines, same_weights, settings, steps, timeless
 
 
