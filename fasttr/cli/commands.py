@@ -35,6 +35,10 @@ COMMANDS = {
         "on-policy training with leave-one-out advantages: as trl rloo",
         "run_rloo",
     ),
+    "ocrm": Command(
+        "fasttr.cli.ocrm",
+        "off-policy-corrected reward models, in stages; with --demo on generated data",
+    ),
     "eval": Command(
         "fasttr.cli.evaluate",
         "log-probs and rewards of a split, by itself or against a fixed anchor; or samples for a "
