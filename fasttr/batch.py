@@ -9,8 +9,9 @@ data), G groups of trees, m completions of a tree.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ class Tree(NamedTuple):
     weight: float = 1.0  # multiplies the row's loss; the normalizer stays the row count
     label: bool = True  # of an unpaired row: desirable or not
     per_completion: Mapping[str, np.ndarray] = {}  # name -> (m,) numbers that a loss reads
+    # (m,) how many of the prompt's first tokens each completion goes without. Given, the tree is
+    # taken apart: every completion has a prompt of its own, and none is shared.
+    prompt_skips: tuple[int, ...] | None = None
 
 
 class TreeSource(Protocol):
@@ -33,6 +37,7 @@ class TreeSource(Protocol):
 
     prompt_lengths: np.ndarray  # (n,) int32
     completion_lengths: np.ndarray  # (n, m) int32
+    prompt_skips: np.ndarray | None  # (n, m) int32, those of the trees, 0 where a prompt is shared
     positions: np.ndarray  # (n,) place of each row in the data set as it was read
     largest_id: int  # of all tokens
     fingerprint: str  # changes when any token, order or option that made them changes
@@ -40,6 +45,13 @@ class TreeSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, row: int) -> Tree: ...
+
+
+def own_prompt_lengths(trees: TreeSource, rows: np.ndarray | Sequence[int]) -> np.ndarray:
+    """(len(rows), m) how many tokens of prompt each completion of some rows sees."""
+    m = trees.completion_lengths.shape[1]
+    lengths = np.repeat(trees.prompt_lengths[rows, None].astype(np.int64), m, axis=1)
+    return lengths if trees.prompt_skips is None else lengths - trees.prompt_skips[rows]
 
 
 class RowGather(NamedTuple):
@@ -51,9 +63,6 @@ class RowGather(NamedTuple):
     sources: Tensor  # (S,) int32, the source row of each output row
     offsets: Tensor  # (T + 1,) int32
     readers: Tensor  # (S,) int32
-
-    def to(self, device: torch.device) -> RowGather:
-        return RowGather(*(_to(x, device) for x in self))
 
 
 class AttentionLayout(NamedTuple):
@@ -67,13 +76,6 @@ class AttentionLayout(NamedTuple):
     cu_k: Tensor  # (segments + 1,) int32
     on_host: Tensor  # (2, segments + 1) int32: both once more, where Python reads them
     keys: RowGather  # packed rows -> key rows
-
-    def to(self, device: torch.device) -> AttentionLayout:
-        return self._replace(
-            cu_q=_to(self.cu_q, device),
-            cu_k=_to(self.cu_k, device),
-            keys=self.keys.to(device),
-        )
 
     def lengths(self) -> tuple[list[int], list[int]]:
         """Queries and keys of each segment."""
@@ -100,25 +102,62 @@ class PackedBatch(NamedTuple):
     labels: Tensor  # (B,) bool
     per_completion: dict[str, Tensor]  # name -> (N,) fp32, of the trees
     rows: tuple[int, ...]  # (B,) data-set rows
-    num_tokens: int  # tokens of an unshared layout: the prompt once per completion
 
     def to(self, device: torch.device) -> PackedBatch:
-        """Move what the model and the loss read; the offsets stay on the host."""
+        """Move what the model and the loss read; the offsets stay on the host. To a GPU it is one
+        copy, which nothing waits for."""
+        attention = self.attention
+        alone = {name: getattr(self, name) for name in _ALONE}
+        tensors = [
+            *alone.values(),
+            attention.cu_q,
+            attention.cu_k,
+            *attention.keys,
+            *self.predicting,
+            *self.per_completion.values(),
+        ]
+        if device.type == "cuda" and not self.input_ids.is_cuda:
+            buffer = one_buffer(tensors, pinned=True).to(device, non_blocking=True)
+            moved = iter(views_of(buffer, tensors))
+        else:
+            moved = iter([x.to(device) for x in tensors])
+        moved_alone: dict[str, Any] = {name: next(moved) for name in alone}
         return self._replace(
-            input_ids=_to(self.input_ids, device),
-            position_ids=_to(self.position_ids, device),
-            attention=self.attention.to(device),
-            predicting=self.predicting.to(device),
-            target=_to(self.target, device),
-            token_counts=_to(self.token_counts, device),
-            weights=_to(self.weights, device),
-            labels=_to(self.labels, device),
-            per_completion={name: _to(x, device) for name, x in self.per_completion.items()},
+            **moved_alone,
+            attention=attention._replace(
+                cu_q=next(moved), cu_k=next(moved), keys=RowGather(*itertools.islice(moved, 3))
+            ),
+            predicting=RowGather(*itertools.islice(moved, 3)),
+            per_completion={name: next(moved) for name in self.per_completion},
         )
 
 
-def _to(x: Tensor, device: torch.device) -> Tensor:
-    """To the device without waiting for it: a copy from pageable memory would be staged."""
-    if device.type == "cuda" and not x.is_cuda:
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
+# Tensors of a pack that are read on the device and stand alone.
+_ALONE = ("input_ids", "position_ids", "target", "token_counts", "weights", "labels")
+_ALIGNED = 16  # bytes at which every tensor of a buffer starts
+
+
+def one_buffer(tensors: Sequence[Tensor], pinned: bool = False) -> Tensor:
+    """The bytes of some tensors behind each other, uint8 on the host."""
+    starts, size = _starts_and_size(tensors)
+    buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+    for start, x in zip(starts, tensors, strict=True):
+        # numpy takes no part in torch's threads: small copies are fastest so.
+        content = np.ascontiguousarray(x.numpy()).reshape(-1).view(np.uint8)
+        buffer.numpy()[start : start + len(content)] = content
+    return buffer
+
+
+def views_of(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """What `one_buffer` of these tensors holds, wherever the buffer lies now."""
+    starts, _ = _starts_and_size(like)
+    return [
+        buffer[start : start + x.nbytes].view(x.dtype).view(x.shape)
+        for start, x in zip(starts, like, strict=True)
+    ]
+
+
+def _starts_and_size(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
+    sizes = [-(-x.nbytes // _ALIGNED) * _ALIGNED for x in tensors]
+    starts = list(itertools.accumulate(sizes, initial=0))
+    return starts[:-1], starts[-1]

@@ -14,14 +14,19 @@ from torch import Tensor
 
 from fasttr.errors import FasttrError, one_line
 from fasttr.metrics.sums import Averages
+from fasttr.models.halves import remainders
+from fasttr.models.packed import PackedModel
+from fasttr.optim.adamw import schedule_state, take_up_schedule
+from fasttr.optim.update import state_tensors, take_up_state
 from fasttr.reference.logp_table import LogpTable
 from fasttr.reference.moving import MovingReference
 
-FORMAT = 1
+FORMAT = 2
+# 1 had fp32 weights in its folder and no remainders.
+READABLE = (1, FORMAT)
 STATE_DIR = "fasttr"
 _FACTS = "state.json"
-_TENSOR_FILES = ("state", "optimizer", "reference")
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_TENSOR_FILES = ("state", "optimizer", "reference", "remainders")
 # What every state.json holds: `capture` writes the first four, the trainer config and data.
 _WRITTEN = ("step", "updates", "window_scored", "num_tokens", "config", "data", "files")
 
@@ -31,8 +36,9 @@ class RunState(NamedTuple):
 
     facts: dict[str, Any]  # JSON: counters, configuration, fingerprints
     tensors: dict[str, Tensor]  # log-prob tables, metric sums, random state
-    optimizer: dict[str, Tensor]  # NAME.exp_avg, NAME.exp_avg_sq, NAME.step
+    optimizer: dict[str, Tensor]  # NAME.KEY, such as NAME.exp_avg of AdamW
     reference: dict[str, Tensor]  # weights of a soft reference, else empty
+    remainders: dict[str, Tensor]  # what bf16 weights of the folder leave out, else empty
 
 
 class Resumable(Protocol):
@@ -48,6 +54,8 @@ class Resumable(Protocol):
     def device(self) -> torch.device: ...
     @property
     def reference(self) -> MovingReference: ...
+    @property
+    def policy(self) -> PackedModel: ...
     @property
     def optimizer(self) -> torch.optim.Optimizer: ...
     @property
@@ -75,14 +83,20 @@ def capture(run: Resumable, facts: Mapping[str, Any]) -> RunState:
         "updates": run.reference.updates,
         "window_scored": run.window_scored,
         "num_tokens": run.num_tokens,
+        "schedule": schedule_state(run.scheduler),
     }
     return RunState(
-        {**own, **facts}, tensors, _moments(run.optimizer), dict(run.reference.weights or {})
+        facts={**own, **facts},
+        tensors=tensors,
+        optimizer=state_tensors(run.optimizer),
+        reference=run.reference.named_tensors(),
+        remainders=remainders(run.policy, run.optimizer),
     )
 
 
 def apply(state: RunState, run: Resumable) -> None:
-    """Take up a saved state; the policy's weights have been read from the same folder."""
+    """Take up a saved state; the policy's weights have been read from the same folder, and its
+    remainders."""
     facts, tensors = state.facts, state.tensors
     run.step = facts["step"]
     run.window_scored = facts["window_scored"]
@@ -96,11 +110,9 @@ def apply(state: RunState, run: Resumable) -> None:
     for name, table in run.tables.items():
         if f"{name}.rows" in tensors:
             table.values[tensors[f"{name}.rows"].numpy()] = tensors[f"{name}.logp"].numpy()
-    if run.reference.weights is not None:
-        for name, weight in run.reference.weights.items():
-            weight.copy_(state.reference[name])
-    _take_up_moments(run.optimizer, state.optimizer)
-    _take_up_schedule(run.scheduler, run.optimizer, run.step)
+    run.reference.take_up(state.reference)
+    take_up_state(run.optimizer, state.optimizer)
+    take_up_schedule(run.scheduler, run.optimizer, run.step, facts.get("schedule"))
 
 
 def write_state(folder: Path, state: RunState) -> None:
@@ -109,7 +121,7 @@ def write_state(folder: Path, state: RunState) -> None:
 
     inner = folder / STATE_DIR
     inner.mkdir()
-    contents = (state.tensors, state.optimizer, state.reference)
+    contents = (state.tensors, state.optimizer, state.reference, state.remainders)
     for name, tensors in zip(_TENSOR_FILES, contents, strict=True):
         if tensors:
             on_host = {key: x.detach().cpu().contiguous() for key, x in tensors.items()}
@@ -128,7 +140,13 @@ def read_state(folder: Path) -> RunState:
     for name in _TENSOR_FILES:
         file = folder / STATE_DIR / f"{name}.safetensors"
         parts[name] = load_file(file) if file.is_file() else {}
-    return RunState(facts, parts["state"], parts["optimizer"], parts["reference"])
+    return RunState(
+        facts=facts,
+        tensors=parts["state"],
+        optimizer=parts["optimizer"],
+        reference=parts["reference"],
+        remainders=parts["remainders"],
+    )
 
 
 def weights_digest(model: torch.nn.Module) -> str:
@@ -169,8 +187,8 @@ def _what_is_broken(facts: Any) -> str | None:
     """Why the content of a state.json cannot be taken up, or None."""
     if not isinstance(facts, dict):
         return f"it holds {type(facts).__name__}, wanted an object"
-    if facts.get("format") != FORMAT:
-        return f"it has format {facts.get('format')}, wanted {FORMAT}"
+    if facts.get("format") not in READABLE:
+        return f"it has format {facts.get('format')}, wanted {FORMAT} or {READABLE[0]}"
     missing = [name for name in _WRITTEN if name not in facts]
     if missing:
         return f"it lacks {missing[0]}"
@@ -216,29 +234,3 @@ def _of_each(names: Any, work: Any) -> dict[str, str]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state under the parameters' names."""
-    found = {}
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["names"], group["params"], strict=True):
-            for key, value in optimizer.state[parameter].items():
-                found[f"{name}.{key}"] = value
-    return found
-
-
-def _take_up_moments(optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["names"], group["params"], strict=True):
-            optimizer.state[parameter] = {
-                key: moments[f"{name}.{key}"].to(parameter.device) for key in _MOMENTS
-            }
-
-
-def _take_up_schedule(scheduler: Any, optimizer: torch.optim.Optimizer, step: int) -> None:
-    rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-    scheduler.last_epoch = step
-    scheduler._last_lr = [base * factor(step) for base, factor in rates]
-    for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
-        group["lr"] = rate

@@ -24,6 +24,15 @@ COMMANDS = {
         "train on preferences: fasttr train --config run.yaml, or flags; --print_config shows all "
         "settings",
     ),
+    "dpo": Command("fasttr.cli.train", "as trl dpo: train on pairs", "run_dpo"),
+    "kto": Command(
+        "fasttr.cli.train", "as trl kto: train on unpaired rows, or on pairs taken apart", "run_kto"
+    ),
+    "sft": Command(
+        "fasttr.cli.train",
+        "as trl sft: train on completions of prompts, conversations, or the chosen side of pairs",
+        "run_sft",
+    ),
     "reward": Command("fasttr.cli.reward", "train a reward model on pairs or ranked completions"),
     "grpo": Command(
         "fasttr.cli.online",

@@ -79,6 +79,8 @@ class RankedReader:
             split=split,
             dataset_format=config.dataset_format,
             max_length=max_length,
+            columns=config.columns or {},
+            drops_identical=config.drop_identical_sides,
             weight_column=config.weight_column if sides == 2 else None,
             sides=sides,
             max_dropped_fraction=config.max_dropped_fraction,

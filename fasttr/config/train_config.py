@@ -28,11 +28,12 @@ from fasttr.config.common import (
 )
 from fasttr.data.load import DataConfig
 from fasttr.errors import FasttrError
-from fasttr.losses import DIVERGENCES, Loss, Objective, make_loss
+from fasttr.losses import DIVERGENCES, BaseLoss, Loss, Objective, WeightedSum, Wpo, make_loss
 from fasttr.metrics.trackers import TrackerConfig
 from fasttr.models.load import ModelConfig
 from fasttr.optim.adamw import OptimizerConfig
 from fasttr.packing.plan import Plan
+from fasttr.packing.tiers import AUTO, SHARED
 from fasttr.reference.schedule import Fixed, Hard, Schedule, Soft
 from fasttr.settings import (
     above,
@@ -57,6 +58,7 @@ LOSS_SETTINGS = (
     "desirable_weight",
     "undesirable_weight",
 )
+WPO_SETTINGS = ("use_weighting", "wpo_max_weight")
 
 # The settings of the TR paper (arXiv:2404.09656), one preset for each of its two updates.
 _PAPER = {
@@ -117,6 +119,15 @@ class LossSettings:
     undesirable_weight: float = setting(
         1.0, at_least(0), "factor on the losses of undesirable rows", in_eval=True
     )
+    use_weighting: bool = setting(
+        False,
+        None,
+        "weigh each pair by how likely the policy is to write its sides (WPO, arXiv:2406.11827)",
+        in_eval=True,
+    )
+    wpo_max_weight: float | None = setting(
+        None, above(0), "most that WPO weighs a pair; 1 in the paper's code", in_eval=True
+    )
     group_size: int | None = setting(
         None,
         whole(1),
@@ -173,11 +184,25 @@ class TrainConfig(
 
     @property
     def loss(self) -> Loss:
-        settings = {key: getattr(self, key) for key in LOSS_SETTINGS}
+        settings = {key: getattr(self, key) for key in LOSS_SETTINGS + WPO_SETTINGS}
         try:
             return make_loss(self.loss_names, self.loss_weights, **settings)
         except ValueError as error:
             raise FasttrError(str(error)) from error
+
+    def unread_loss_settings(self, loss: Loss) -> list[str]:
+        """Settings of losses that are off their defaults and that none of `loss` reads."""
+        weighed = loss.loss if isinstance(loss, Wpo) else loss
+        parts = weighed.losses if isinstance(weighed, WeightedSum) else (weighed,)
+        if not all(isinstance(part, BaseLoss) for part in parts):
+            return []  # a loss of one's own: nobody knows what it reads
+        read = {field.name for part in parts for field in dataclasses.fields(part)}  # type: ignore[arg-type]
+        defaults = settings_of(type(self))
+        return [
+            name
+            for name in LOSS_SETTINGS
+            if name not in read and getattr(self, name) != defaults[name].default
+        ]
 
     @property
     def schedule(self) -> Schedule:
@@ -211,16 +236,23 @@ class TrainConfig(
     def objective(self, loss: Loss) -> Objective:
         return Objective(loss, average_over=self.group_size)
 
-    def data(self, name: str | None = None, split: str = "train", sides: int = 2) -> DataConfig:
-        """How to read and encode a split of a data set, or rows that are already here."""
+    def data(self, loss: Loss, name: str | None = None, split: str = "train") -> DataConfig:
+        """How to read and encode, for a loss, a split of a data set or rows that are here."""
         return DataConfig(
             name=name or "the rows",
             config=self.dataset_config,
             split=split,
             dataset_format=self.dataset_format,
+            columns=self.columns or {},
             max_length=self.max_length,
+            max_prompt_length=self.max_prompt_length,
+            max_completion_length=self.max_completion_length,
+            keeps_end=self.truncation_mode == "keep_end",
             weight_column=self.weight_column,
-            sides=sides,
+            # Both sides of a pair are kept, unless the loss reads the chosen one alone.
+            sides=1 if loss.completions == 1 and not loss.unpaired else 2,
+            takes_pairs_apart=loss.unpaired,
+            drops_identical=self.drop_identical_sides,
             max_dropped_fraction=self.max_dropped_fraction,
             max_boundary_mismatch=self.max_boundary_mismatch,
             num_proc=self.dataset_num_proc,
@@ -238,6 +270,11 @@ class TrainConfig(
             use_liger_kernel=self.use_liger_kernel,
             max_length=self.max_length,
             ld_alpha=self.ld_alpha,
+            tier=SHARED if self.attention_tier == AUTO else self.attention_tier,
+            trust_remote_code=self.trust_remote_code,
+            router_aux_loss_coef=(self.router_aux_loss_coef or 0.0) if name is None else 0.0,
+            chat_template=self.chat_template,
+            eos_token=self.eos_token,
         )
 
     def optimizer(self) -> OptimizerConfig:
@@ -246,9 +283,14 @@ class TrainConfig(
             weight_decay=self.weight_decay,
             betas=(self.adam_beta1, self.adam_beta2),
             eps=self.adam_epsilon,
+            name=self.optim,
+            arguments=self.optim_args,
             schedule=self.lr_scheduler_type,
             schedule_kwargs=self.lr_scheduler_kwargs,
             warmup_steps=self.warmup_steps,
+            moments=self.adam_moments,
+            keeps_masters=self.dtype != "bfloat16",
+            seed=self.seed,
         )
 
     def plan(self, trees: TreeSource, loss: Loss, device: torch.device) -> Plan:
@@ -261,7 +303,10 @@ class TrainConfig(
             seed=self.seed if self.data_seed is None else self.data_seed,
             shuffle=self.train_sampling_strategy == "random",
             group_rows=self.group_rows(loss),
+            micro_batch_size=self.micro_batch_size,
             multiple_of=self._full_batch if self.dataloader_drop_last else 1,
+            separate_groups=bool(self.router_aux_loss_coef),
+            tier=SHARED if self.attention_tier == AUTO else self.attention_tier,
         )
         if plan.rows_per_epoch == 0:
             raise FasttrError(
@@ -274,14 +319,19 @@ class TrainConfig(
         return TrackerConfig(self.report_to, self.run_name, self.project)
 
     def computes_in_bf16(self, device: torch.device) -> bool:
-        return device.type == "cuda" if self.bf16 is None else self.bf16
+        if self.bf16 is not None:
+            return self.bf16
+        return device.type == "cuda" or self.dtype == "bfloat16"
 
     def token_budget(self, device: torch.device) -> int:
         return self.max_tokens_per_batch or (8192 if device.type == "cuda" else 1024)
 
     def group_rows(self, loss: Loss) -> int:
-        """Rows that must share a pack: the group of a loss that couples rows, else one."""
-        return self._full_batch if loss.coupled else 1
+        """Rows that must share a pack: the group of a loss that couples rows, a micro-batch whose
+        router has a loss, else one."""
+        if loss.coupled:
+            return self._full_batch
+        return (self.micro_batch_size or self.train_batch_size) if self.router_aux_loss_coef else 1
 
     @property
     def _full_batch(self) -> int:
@@ -297,11 +347,14 @@ class TrainConfig(
         return [name for name, one in settings_of(cls).items() if not one.may_change]
 
     def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """All settings as they are written to files: without the access token."""
+        return {**dataclasses.asdict(self), "hub_token": None}
 
     def differences(self, saved: dict[str, Any]) -> list[str]:
         """What binds a resumed run and differs from the configuration it was saved with."""
         now = self.as_dict()
+        # A setting that is younger than the checkpoint had what is its default now.
+        saved = {**{name: one.default for name, one in settings_of(type(self)).items()}, **saved}
         bound = self.bound_on_resume()
         if self.evaluates and self.eval_steps is None:
             bound.append("logging_steps")  # it says when to evaluate

@@ -9,6 +9,7 @@ Legend: N completions of a pack, B rows, m completions of a row.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from fasttr.metrics.ledger import Ledger
 from fasttr.metrics.sums import binomial_stderr, by_name
 from fasttr.models.packed import PackedModel
 from fasttr.packing.plan import Plan, pack_rows
+from fasttr.packing.tiers import SHARED
 from fasttr.reference.logp_table import LogpTable
 
 BLOCK = 64  # rows packed together, about
@@ -36,18 +38,19 @@ class EvaluationSplit:
     trees: TreeSource
     max_tokens_per_batch: int
     group_rows: int = 1
+    tier: str = SHARED
     ref_logps: LogpTable | None = None  # of the window's reference
     anchor_logps: LogpTable | None = None  # of the initial policy
 
     @classmethod
     def of(cls, trees: TreeSource, loss: Loss, plan: Plan) -> EvaluationSplit:
         """A split that is packed as the training rows of `plan` are."""
-        split = cls(trees, plan.max_tokens_per_batch, plan.group_rows)
+        split = cls(trees, plan.max_tokens_per_batch, plan.group_rows, plan.tier)
         return split.with_tables(loss) if loss.needs_reference else split
 
     def with_tables(self, loss: Loss) -> EvaluationSplit:
         tables = [LogpTable(len(self.trees), loss.completions) for _ in range(2)]
-        return EvaluationSplit(self.trees, self.max_tokens_per_batch, self.group_rows, *tables)
+        return dataclasses.replace(self, ref_logps=tables[0], anchor_logps=tables[1])
 
     def lacks_reference(self) -> bool:
         """Whether the window's reference has not scored all rows."""
@@ -58,7 +61,9 @@ class EvaluationSplit:
         block = max(BLOCK // self.group_rows, 1) * self.group_rows
         for first in range(0, len(self.trees), block):
             rows = np.arange(first, min(first + block, len(self.trees)))
-            yield from pack_rows(self.trees, rows, self.max_tokens_per_batch, self.group_rows)
+            yield from pack_rows(
+                self.trees, rows, self.max_tokens_per_batch, self.group_rows, tier=self.tier
+            )
 
 
 @torch.no_grad()
@@ -68,8 +73,9 @@ def evaluate(
     objective: AnyObjective,
     ledger: Ledger,
     after: Callable[[PackedBatch, Any], None] | None = None,
+    name: str = "",
 ) -> dict[str, float]:
-    """Means over all rows of the split, under `eval_` names.
+    """Means over all rows of the split, under `eval_` names, or `eval_NAME_` where it has a name.
 
     `after` is called after every pack with the model's output of it.
     """
@@ -77,26 +83,35 @@ def evaluate(
     step = objective.of_rows(split.trees, rows)
     sums = ledger.zeros(model.device)
     against_anchor = _AgainstAnchor([], [])
-    for host_batch in split.packs():
-        batch = host_batch.to(model.device)
-        ref_logp = None
-        if split.ref_logps is not None:
-            ref_logp = split.ref_logps.get(batch.rows).to(model.device)
-        out = model(batch, step.loss_fn(batch), ref_logp, normalizer=step.normalizer, stats=True)
-        sums = ledger.merged(sums, ledger.of_pack(out, ref_logp, batch))
-        if split.anchor_logps is not None:
-            anchor = split.anchor_logps.get(batch.rows).to(model.device)
-            against_anchor.logratios.append(out.logp - anchor)
-            against_anchor.labels.append(batch.labels)
-        if after is not None:
-            after(batch, out)
-    line = ledger.metrics(by_name(ledger.means(sums), ledger.names), prefix="eval_")
-    for share in ("eval_rewards/accuracies", "eval_accuracy"):
+    with model.weights_still():
+        for host_batch in split.packs():
+            batch = host_batch.to(model.device)
+            ref_logp = None
+            if split.ref_logps is not None:
+                ref_logp = split.ref_logps.get(batch.rows).to(model.device)
+            out = model(
+                batch,
+                step.loss_fn(batch),
+                ref_logp,
+                normalizer=step.normalizer,
+                stats=True,
+                head_means=step.head_means,
+            )
+            sums = ledger.merged(sums, ledger.of_pack(out, ref_logp, batch))
+            if split.anchor_logps is not None:
+                anchor = split.anchor_logps.get(batch.rows).to(model.device)
+                against_anchor.logratios.append(out.logp - anchor)
+                against_anchor.labels.append(batch.labels)
+            if after is not None:
+                after(batch, out)
+    line = ledger.metrics(by_name(ledger.means(sums)[0], ledger.names))
+    for share in ("rewards/accuracies", "accuracy"):
         if share in line:
             line[f"{share}_stderr"] = binomial_stderr(line[share], len(rows))
     if split.anchor_logps is not None:
         line.update(against_anchor.metrics(loss))
-    return line
+    prefix = f"eval_{name}_" if name else "eval_"
+    return {prefix + metric: value for metric, value in line.items()}
 
 
 class _AgainstAnchor(NamedTuple):
@@ -115,15 +130,16 @@ class _AgainstAnchor(NamedTuple):
             found["logratios/rejected"] = float(rejected.mean())
         if len(chosen) and len(rejected):
             found["rewards/margins"] = loss.beta * float(chosen.mean() - rejected.mean())
-        if not loss.unpaired:
+        if loss.completions > 1 and not loss.unpaired:
             share = float((chosen > rejected).float().mean())
             found["rewards/accuracies"] = share
             found["rewards/accuracies_stderr"] = binomial_stderr(share, len(chosen))
-        return {f"eval_anchor/{name}": value for name, value in found.items()}
+        return {f"anchor/{name}": value for name, value in found.items()}
 
     def _sides(self, loss: Loss) -> tuple[Tensor, Tensor]:
         logratio_Bm = torch.cat(self.logratios).view(-1, loss.completions)
         if not loss.unpaired:
-            return logratio_Bm[:, 0], logratio_Bm[:, 1]
+            rejected_Bm = logratio_Bm[:, 1:2]
+            return logratio_Bm[:, 0], rejected_Bm.flatten()
         label_B = torch.cat(self.labels)
         return logratio_Bm[label_B, 0], logratio_Bm[~label_B, 0]

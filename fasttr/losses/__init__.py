@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from fasttr.errors import did_you_mean
 from fasttr.losses.base import (
     BaseLoss,
     CustomLoss,
@@ -21,6 +22,7 @@ from fasttr.losses.base import (
     LossInputs,
     Scored,
     WeightedSum,
+    Wpo,
     as_loss,
 )
 from fasttr.losses.coupled import Aot, AotUnpaired, ApoZeroUnpaired, Kto, KtoPaired, kl_estimate
@@ -72,6 +74,21 @@ LOSSES: dict[str, type[BaseLoss]] = {
     "apo_zero_unpaired": ApoZeroUnpaired,
 }
 
+# What is meant by names that other tools, and older TRL, have.
+OTHER_NAMES = {
+    "dpo": "DPO is called sigmoid",
+    "tr_dpo": "TR-DPO is sigmoid with ref_update: soft (or hard)",
+    "tr-dpo": "TR-DPO is sigmoid with ref_update: soft (or hard)",
+    "nll": "the likelihood of chosen completions is called sft",
+    "slic": "SLiC is called hinge",
+    "kto_pair": "KTO on pairs is called kto_paired, or fasttr kto takes pairs apart",
+    "aot_pair": "it is called aot now",
+    "bco": "TRL 1.16 has no bco for unpaired rows; bco_pair is for pairs",
+    "sppo": "it is called sppo_hard",
+    "exo": "it is called exo_pair",
+    "nca": "it is called nca_pair",
+}
+
 __all__ = [
     "DIVERGENCES",
     "LOSSES",
@@ -84,6 +101,7 @@ __all__ = [
     "Scored",
     "StepObjective",
     "WeightedSum",
+    "Wpo",
     "as_loss",
     "group_loss",
     "kl_estimate",
@@ -93,13 +111,19 @@ __all__ = [
 
 
 def make_loss(
-    names: Sequence[str], weights: Sequence[float] | None = None, **settings: Any
+    names: Sequence[str],
+    weights: Sequence[float] | None = None,
+    *,
+    use_weighting: bool = False,
+    wpo_max_weight: float | None = None,
+    **settings: Any,
 ) -> Loss:
     """The loss of `loss_type` names and the settings of a configuration that it reads.
 
-    Raises ValueError (got, wanted) on an unknown name, on weights that do not match, on unpaired
-    losses in a list, and on a setting that none of the named losses reads although it differs from
-    its default.
+    With `use_weighting` its rows have WPO's weights. Raises ValueError (got, wanted) on an unknown
+    name, on weights that do not match, on unpaired losses in a list, on a loss that WPO cannot
+    weigh by row, and on a setting that none of the named losses reads although it differs from its
+    default.
     """
     classes = _classes(names)
     if weights is not None and len(weights) != len(names):
@@ -109,15 +133,17 @@ def make_loss(
     _check_label_smoothing(names, classes, settings.get("label_smoothing", 0.0))
     _check_divergence(names, classes, settings.get("f_divergence_type", "reverse_kl"))
     losses = tuple(_built(cls, settings) for cls in classes)
-    if len(losses) == 1 and weights is None:
-        return losses[0]
-    return WeightedSum(losses, tuple(weights) if weights is not None else (1.0,) * len(losses))
+    loss: Loss = losses[0]
+    if len(losses) > 1 or weights is not None:
+        loss = WeightedSum(losses, tuple(weights) if weights is not None else (1.0,) * len(losses))
+    _check_weighting(names, loss, use_weighting, wpo_max_weight)
+    return Wpo(loss, wpo_max_weight) if use_weighting else loss
 
 
 def _classes(names: Sequence[str]) -> list[type[BaseLoss]]:
     for name in names:
         if name not in LOSSES:
-            raise ValueError(f"loss_type: got {name!r}; wanted one of {', '.join(LOSSES)}")
+            raise ValueError(f"loss_type: got {name!r}; {_meant_by(name)}")
     if not names or len(set(names)) < len(names):
         raise ValueError(
             f"loss_type: got {list(names)}; wanted one name, or a list of different ones"
@@ -128,6 +154,16 @@ def _classes(names: Sequence[str]) -> list[type[BaseLoss]]:
             f"loss_type: got {list(names)}; an unpaired loss stands alone: wanted one name"
         )
     return classes
+
+
+def _meant_by(name: str) -> str:
+    """What an unknown name may stand for, else the names that there are."""
+    if name in OTHER_NAMES:
+        return OTHER_NAMES[name]
+    parts = [part.strip() for part in name.split(",")]
+    if len(parts) > 1 and all(part in LOSSES for part in parts):
+        return f"a list is written [{', '.join(parts)}]"
+    return f"wanted one of {', '.join(LOSSES)}{did_you_mean(name, LOSSES)}"
 
 
 def _built(cls: type[BaseLoss], settings: dict[str, Any]) -> BaseLoss:
@@ -154,6 +190,23 @@ def _check_label_smoothing(
     if wanted is not None:
         raise ValueError(
             f"label_smoothing: got {value} with {', '.join(names)}; wanted a number {wanted}"
+        )
+
+
+def _check_weighting(
+    names: Sequence[str], loss: Loss, use_weighting: bool, wpo_max_weight: float | None
+) -> None:
+    if not use_weighting:
+        if wpo_max_weight is not None:
+            raise ValueError(
+                f"wpo_max_weight: got {wpo_max_weight} without use_weighting, which has the "
+                "weights that it bounds; write use_weighting: true too"
+            )
+        return
+    if loss.unpaired or loss.coupled or loss.averages_tokens:
+        raise ValueError(
+            f"use_weighting: got true with {', '.join(names)}; it weighs pairs one by one: wanted "
+            "losses other than sft, aot and those of groups or unpaired rows"
         )
 
 

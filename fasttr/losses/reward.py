@@ -90,6 +90,7 @@ class RewardStep(NamedTuple):
 
     loss: RewardLoss
     normalizer: int
+    head_means: tuple[str, ...] = ()  # no vocabulary, no statistics of it
 
     def loss_fn(self, batch: PackedBatch) -> ScoreLossFn:
         """The loss of one pack, which is on the device, as a `RewardModel` calls it."""

@@ -56,6 +56,12 @@ METRICS = (
     ),
     Metric("logits/chosen", "mean logit over the vocabulary, at chosen tokens", "", "always"),
     Metric("logits/rejected", "the same at rejected tokens", "", _PAIRS),
+    Metric(
+        "aux_loss",
+        "the loss that keeps experts equally busy, before its coefficient",
+        "",
+        "a mixture of experts whose router_aux_loss_coef is not 0",
+    ),
     Metric("entropy", "mean entropy of the policy at completion tokens", "nats", "always"),
     Metric(
         "mean_token_accuracy",
@@ -188,7 +194,12 @@ ALL_NAMES = NAMES | {metric.name for metric in (*REWARD_METRICS, *ONLINE_METRICS
 
 
 def is_known(name: str) -> bool:
-    """Whether a key of metrics.jsonl is in a table; an evaluation's may drop its `eval_`."""
+    """Whether a key of metrics.jsonl is in a table; that of an evaluation has `eval_` before it, or
+    `eval_NAME_` with the name of its set."""
     if name.startswith("rewards/") and name.endswith(("/mean", "/std")):
         name = f"rewards/NAME/{name.rpartition('/')[2]}"
-    return name in ALL_NAMES or name.removeprefix("eval_") in ALL_NAMES
+    base = name.removeprefix("eval_")
+    parts = base.split("_")
+    of_a_set = ["_".join(parts[i:]) for i in range(len(parts))] if base != name else []
+    known = ALL_NAMES
+    return name in known or any(one in known or f"eval_{one}" in known for one in of_a_set)

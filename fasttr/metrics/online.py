@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fasttr.batch import PackedBatch
+from fasttr.metrics.sums import MicroBatches
 
 OF_STEPS = (
     "loss",
@@ -41,14 +43,21 @@ class OnlineLedger:
         of_sources = [f"rewards/{name}/{what}" for name in sources for what in ("mean", "std")]
         self.names: tuple[str, ...] = (*OF_STEPS, *OF_ROLLOUTS, *of_sources)
 
-    def zeros(self, device: torch.device) -> Tensor:
-        return torch.zeros(len(self.names), device=device)
+    def zeros(self, device: torch.device, micro_batches: int = 1) -> Tensor:
+        return torch.zeros(micro_batches, len(self.names), device=device)
 
     def vector(self, values: Mapping[str, float]) -> Tensor:
-        """Means by name as a vector, on the host."""
-        return torch.tensor([values.get(name, float("nan")) for name in self.names])
+        """(1, len(names)) means by name, on the host."""
+        return torch.tensor([[values.get(name, float("nan")) for name in self.names]])
 
-    def of_pack(self, out: Any, ref_logp: Tensor | None, batch: PackedBatch) -> Tensor:
+    def of_pack(
+        self,
+        out: Any,
+        ref_logp: Tensor | None,
+        batch: PackedBatch,
+        micro_batches: MicroBatches | None = None,
+        router_loss: Tensor | None = None,
+    ) -> Tensor:
         raise TypeError("the means of a step on rollouts are made by the step itself")
 
     def merged(self, total: Tensor, of_pack: Tensor) -> Tensor:
@@ -57,5 +66,5 @@ class OnlineLedger:
     def means(self, total: Tensor) -> Tensor:
         return total
 
-    def metrics(self, means: Mapping[str, float], prefix: str = "") -> dict[str, float]:
-        return {prefix + name: value for name, value in means.items() if value == value}
+    def metrics(self, means: Mapping[str, float]) -> dict[str, float]:
+        return {name: value for name, value in means.items() if not math.isnan(value)}

@@ -30,11 +30,13 @@ from fasttr.models.load import (
     checkpoint_activations,
     dropout_rates,
     load_config,
-    load_tokenizer,
+    tokenizer_of,
 )
-from fasttr.models.packed import PackedModel
+from fasttr.models.packed import HeadWeight, PackedModel
+from fasttr.models.probe import probe
 from fasttr.packing.layout import pack
 from fasttr.packing.plan import sweep
+from fasttr.packing.tiers import SHARED
 
 HEAD = "score.weight"
 CLASSIFIER = "ForSequenceClassification"
@@ -62,11 +64,12 @@ class RewardModel(PackedModel):
         ref_logp: Tensor | None = None,
         normalizer: float = 1.0,
         stats: bool = False,
+        **_: Any,
     ) -> RewardOutput:
         """Scores of a pack on this module's device; with `loss_fn` its share of the loss too.
 
-        There is no reference and nothing further is counted: `ref_logp` and `stats` are for calls
-        that any packed model takes.
+        There is no reference and no vocabulary: what else a call of a packed model takes means
+        nothing here.
         """
         with self.autocast():
             hidden_TD = self.hidden_states(batch)
@@ -81,6 +84,9 @@ class RewardModel(PackedModel):
 
     def logps(self, batch: PackedBatch) -> Tensor:
         raise TypeError("a reward model has no log-probs; wanted scores")
+
+    def head_weight(self) -> HeadWeight:
+        return HeadWeight(self.model.score.weight, None)
 
     def score_rows(self, hidden_TD: Tensor) -> Tensor:
         """(T,) fp32: the score at every row, as a critic reads it."""
@@ -118,8 +124,10 @@ def load_reward_model(config: ModelConfig, seed: int | None = None) -> RewardMod
     right before it is read); None refuses a folder without a head. FasttrError for a folder with
     several labels, with missing weights, or that no score could be made of.
     """
-    hf_config = load_config(config.name, config.revision, config.key)
+    hf_config = config.read()
     checks.check_rope(hf_config, config.name, config.max_length)
+    support = probe(hf_config, trust_remote_code=config.trust_remote_code)
+    support.require(SHARED, config.key, config.name)
     is_reward = any(kind.endswith(CLASSIFIER) for kind in hf_config.architectures or ())
     if is_reward and hf_config.num_labels != 1:
         raise FasttrError(
@@ -156,7 +164,7 @@ def load_scorer(config: ModelConfig) -> RewardModel:
     """A trained reward model that scores as transformers would, frozen."""
     packed = load_reward_model(dataclasses.replace(config, gradient_checkpointing=False))
     pad, eos = packed.model.config.pad_token_id, packed.model.config.eos_token_id
-    tokenizer = load_tokenizer(config.name, config.revision, config.key)
+    tokenizer = tokenizer_of(config)
     if pad is not None and pad in (eos, tokenizer.eos_token_id):
         packed.ignored_id = pad
         say(
@@ -246,7 +254,7 @@ def _read_weights(config: ModelConfig, hf_config: Any, *, has_head: bool) -> Any
             attn_implementation=attention.register(),
             use_safetensors=True,
             revision=config.revision,
-            trust_remote_code=False,
+            trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -283,7 +291,7 @@ def _check_score(packed: RewardModel, config: ModelConfig) -> None:
     # Without a padding token transformers reads the last row, as is done here.
     model.config.pad_token_id = None
     with packed.autocast():
-        own = model(**packed.attention_inputs(batch)).logits.float()[0, 0]
+        own = model(**packed.rows.inputs(batch)).logits.float()[0, 0]
     model.config.pad_token_id = own_pad
     score = packed.scores(batch)[0]
     allowed = 2e-2 if packed.bf16 else 1e-4

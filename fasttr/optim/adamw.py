@@ -1,17 +1,24 @@
-"""AdamW from torch and schedules from transformers, with TRL's parameter groups."""
+"""An optimizer by its name and schedules from transformers, with TRL's parameter groups."""
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fasttr.errors import FasttrError
+from fasttr.optim.matrices import matrices
+from fasttr.optim.named import OPTIMIZERS, Arguments, parse_arguments
+from fasttr.optim.update import MasterAdamW
 
-# Schedules of transformers that are known before training; the others need a metric at every step.
+PLATEAU = "reduce_lr_on_plateau"
+# Schedules of transformers that are known before training, and the one that follows evaluations.
 SCHEDULES = (
     "linear",
     "cosine",
@@ -23,28 +30,61 @@ SCHEDULES = (
     "cosine_with_min_lr",
     "cosine_warmup_with_min_lr",
     "warmup_stable_decay",
+    PLATEAU,
 )
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and the schedule of its rate."""
+    """An optimizer and the schedule of its rate."""
 
     learning_rate: float = 1e-6
     weight_decay: float = 0.0  # decoupled; none on biases and norms
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    name: str = "adamw_torch_fused"
+    arguments: str | None = None  # what an optimizer other than AdamW reads, as optim_args
     schedule: str = "linear"
     schedule_kwargs: dict[str, Any] | None = None
     warmup_steps: float = 0  # below 1 a share of all steps, rounded up
+    moments: str = "fp32"  # how AdamW's are held: fp32, bf16 or int8
+    keeps_masters: bool = True  # bf16 weights have the other 16 bits of fp32 beside them
+    seed: int = 0  # of stochastic rounding
 
-    def optimizer(self, model: nn.Module) -> torch.optim.AdamW:
-        """Over all trainable parameters; `found_inf` set on it makes a step a no-op without a host
-        read."""
-        groups = parameter_groups(model, self.weight_decay)
-        return torch.optim.AdamW(
-            groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=True
-        )
+    def optimizer(self, model: nn.Module, bf16: bool = False) -> torch.optim.Optimizer:
+        """Over all trainable parameters; step it by `fasttr.optim.update.update`.
+
+        Under bf16 compute the matrices become bf16 in place where AdamW is the optimizer (see
+        `MasterAdamW`); all other parameters, and all of other optimizers, stay fp32 leaves.
+        """
+        own = parse_arguments(self.name, self.arguments)
+        kind = OPTIMIZERS[self.name]
+        if kind.is_adamw and (bf16 or self.moments != "fp32"):
+            return self._master_adamw(model, matrices(model) if bf16 else set())
+        wanted = Arguments(self.learning_rate, self.betas, self.eps, own)
+        return kind.build(parameter_groups(model, self.weight_decay), wanted)
+
+    def _master_adamw(self, model: nn.Module, split: set[nn.Parameter]) -> MasterAdamW:
+        groups = parameter_groups(model, self.weight_decay, split)
+        options: dict[str, Any] = {
+            "lr": self.learning_rate,
+            "betas": self.betas,
+            "eps": self.eps,
+            "moments": self.moments,
+            "split": False,  # but for the groups that say otherwise
+            "seed": self.seed,
+        }
+        if self.keeps_masters:
+            return MasterAdamW.from_fp32(groups, **options)
+        for p in split:
+            p.grad = None
+            p.data = p.data.to(torch.bfloat16)
+        return MasterAdamW([{**group, "split": False} for group in groups], **options)
+
+    def check_schedule(self) -> None:
+        """Raise FasttrError where the schedule cannot be made, before there is a model."""
+        parameter = nn.Parameter(torch.zeros(()))
+        self.scheduler(torch.optim.SGD([parameter], lr=self.learning_rate), total_steps=100)
 
     def scheduler(self, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
         """transformers' schedule of that name."""
@@ -66,22 +106,75 @@ class OptimizerConfig:
             ) from error
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Every trainable parameter once, in two groups: no decay on biases and on norms."""
-    decayed: dict[str, nn.Parameter] = {}
-    plain: dict[str, nn.Parameter] = {}
+def after_step(scheduler: Any) -> None:
+    """A schedule moves on with every step, unless it follows evaluations."""
+    if not isinstance(scheduler, ReduceLROnPlateau):
+        scheduler.step()
+
+
+def after_evaluation(scheduler: Any, value: float) -> None:
+    """Tell a schedule that follows evaluations what one has found."""
+    if isinstance(scheduler, ReduceLROnPlateau):
+        scheduler.step(value)
+
+
+def schedule_state(scheduler: Any) -> dict[str, Any] | None:
+    """What a schedule that follows evaluations has seen, as JSON values; None for any other one."""
+    if not isinstance(scheduler, ReduceLROnPlateau):
+        return None
+    names = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
+    state: dict[str, Any] = {name: getattr(scheduler, name) for name in names}
+    state["best"] = None if math.isinf(state["best"]) else float(state["best"])
+    return state | {"rates": scheduler.get_last_lr()}
+
+
+def take_up_schedule(
+    scheduler: Any,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    state: dict[str, Any] | None,
+) -> None:
+    """Put a schedule where it was after `step` steps."""
+    scheduler.last_epoch = step
+    if state is None:
+        rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        scheduler._last_lr = [base * factor(step) for base, factor in rates]
+    else:
+        scheduler._last_lr = state["rates"]
+        scheduler.num_bad_epochs = state["num_bad_epochs"]
+        scheduler.cooldown_counter = state["cooldown_counter"]
+        scheduler.last_epoch = state["last_epoch"]
+        if state["best"] is not None:
+            scheduler.best = state["best"]
+    for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = rate
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, split: AbstractSet[nn.Parameter] = frozenset()
+) -> list[dict[str, Any]]:
+    """Every trainable parameter once, with its name: no decay on biases and on norms.
+
+    Those of `split` have groups of their own. A group without parameters is left out, but for the
+    first two.
+    """
+    kinds: dict[tuple[bool, bool], dict[str, nn.Parameter]] = {
+        (decays, is_split): {} for is_split in (False, True) for decays in (True, False)
+    }
+    undecayed = _undecayed(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            group = plain if _is_undecayed(name) else decayed
-            group[name] = parameter
-    groups: list[dict[str, Any]] = [
-        {
-            "params": list(decayed.values()),
-            "names": list(decayed),
-            "weight_decay": weight_decay,
-        },
-        {"params": list(plain.values()), "names": list(plain), "weight_decay": 0.0},
-    ]
+            kinds[name not in undecayed, parameter in split][name] = parameter
+    groups: list[dict[str, Any]] = []
+    for (decays, is_split), found in kinds.items():
+        if not found and is_split:
+            continue
+        group: dict[str, Any] = {
+            "params": list(found.values()),
+            "names": list(found),
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        groups.append({**group, "split": is_split} if split else group)
     wanted = sum(p.numel() for p in model.parameters() if p.requires_grad)
     counted = sum(p.numel() for group in groups for p in group["params"])
     if counted != wanted:
@@ -89,5 +182,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return groups
 
 
-def _is_undecayed(name: str) -> bool:
-    return any(part == "bias" or "norm" in part for part in name.lower().split("."))
+# Of names in lower case: what transformers' trainer leaves undecayed.
+_UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|[._])norm($|\.)")
+
+
+def _undecayed(model: nn.Module) -> set[str]:
+    """Biases and norms as transformers' trainer tells them: by name, layer norms by type too."""
+    by_name = {name for name, _ in model.named_parameters() if _UNDECAYED.search(name.lower())}
+    norms = [part for part in model.modules() if isinstance(part, nn.LayerNorm)]
+    by_type = {p for norm in norms for p in norm.parameters()}
+    return by_name | {name for name, p in model.named_parameters() if p in by_type}

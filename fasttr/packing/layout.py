@@ -1,12 +1,13 @@
 """Trees to packs: where every token, key and predicting row lies in a pack.
 
-Layout of a tree: [prompt | c1 | c2 | ...], once. The queries stay in that order, cut into the
-segments (prompt + c1), (c2), ...; the keys are gathered so that segment i sees (prompt + ci).
-Causal, aligned at the end: exact for any attention kernel that takes separate query and key
-offsets.
+Layout of a tree: [prompt | c1 | c2 | ...], once; of one whose completions do not share their prompt
+[prompt 1 | c1 | prompt 2 | c2 | ...]: a stem is a prompt with the completions that share it.
+The queries stay in that order, cut into the segments (prompt + c1), (c2), ...; the keys are
+gathered so that segment i sees (prompt + ci). Causal, aligned at the end: exact for any attention
+kernel that takes separate query and key offsets.
 
-Legend: T packed tokens, S gathered key rows, R predicting rows, N completions, B trees, G groups,
-P parts (every prompt and every completion).
+Legend: T packed tokens, S gathered key rows, R predicting rows, N completions, B trees, M stems, G
+groups, P parts (every prompt and every completion).
 """
 
 from __future__ import annotations
@@ -52,8 +53,7 @@ def pack(trees: Sequence[Tree], group_sizes: Sequence[int] | None = None) -> Pac
         raise ValueError(
             f"pack: got groups of {int(sizes.sum())} trees in all; wanted {len(trees)}"
         )
-    parts = _parts_of(_of_one_prompt(trees))
-    completions_B = np.array([len(tree.completions) for tree in trees])
+    parts = _parts_of(trees)
     predicting, target_T, lengths_N = _predicting_rows(parts)
     cu_rows = _offsets(sizes)
     return PackedBatch(
@@ -63,15 +63,14 @@ def pack(trees: Sequence[Tree], group_sizes: Sequence[int] | None = None) -> Pac
         predicting=predicting,
         target=torch.from_numpy(parts.ids_T[target_T]),
         cu_completions=_offsets(lengths_N),
-        cu_groups=_offsets(completions_B)[cu_rows],
+        cu_groups=_offsets(parts.completions_B)[cu_rows],
         cu_rows=tuple(cu_rows.tolist()),
-        cu_ld_parts=_offsets(_ld_parts(parts, completions_B, lengths_N)),
+        cu_ld_parts=_offsets(_ld_parts(parts, lengths_N)),
         token_counts=torch.from_numpy(parts.length_N),
         weights=torch.tensor([tree.weight for tree in trees], dtype=torch.float32),
         labels=torch.tensor([tree.label for tree in trees], dtype=torch.bool),
         per_completion=_per_completion(trees),
         rows=tuple(tree.row for tree in trees),
-        num_tokens=int((parts.prompt_length_N + parts.length_N).sum()),
     )
 
 
@@ -81,7 +80,8 @@ class _Parts(NamedTuple):
     ids_T: np.ndarray
     length_P: np.ndarray
     is_prompt_P: np.ndarray  # bool
-    ordinal_N: np.ndarray  # place of a completion in its tree, from 0
+    completions_B: np.ndarray  # completions of each tree
+    ordinal_N: np.ndarray  # place of a completion in its stem, from 0
     length_N: np.ndarray
     start_N: np.ndarray  # its first token's place in the pack
     prompt_length_N: np.ndarray
@@ -89,35 +89,57 @@ class _Parts(NamedTuple):
 
 
 def _of_one_prompt(trees: Sequence[Tree]) -> list[Tree]:
-    """Consecutive trees of one prompt as one tree, so that the prompt lies in the pack once."""
+    """Consecutive trees that share one prompt as one tree, so that it lies in the pack once."""
     joined: list[Tree] = []
     for tree in trees:
-        if joined and np.array_equal(joined[-1].prompt_ids, tree.prompt_ids):
-            completions = joined[-1].completions + tree.completions
-            joined[-1] = joined[-1]._replace(completions=completions)
+        before = joined[-1] if joined else None
+        if before is not None and _shares(before, tree):
+            joined[-1] = before._replace(completions=before.completions + tree.completions)
         else:
             joined.append(tree)
     return joined
 
 
+def _shares(a: Tree, b: Tree) -> bool:
+    is_taken_apart = a.prompt_skips is not None or b.prompt_skips is not None
+    return not is_taken_apart and np.array_equal(a.prompt_ids, b.prompt_ids)
+
+
 def _parts_of(trees: Sequence[Tree]) -> _Parts:
-    pieces = [ids for tree in trees for ids in (tree.prompt_ids, *tree.completions)]
+    stems = [stem for tree in _of_one_prompt(trees) for stem in _stems(tree)]
+    pieces = [ids for stem in stems for ids in (stem.prompt_ids, *stem.completions)]
     length_P = np.array([len(ids) for ids in pieces], dtype=np.int64)
     start_P = np.cumsum(length_P) - length_P
-    completions_B = np.array([len(tree.completions) for tree in trees])
-    prompt_place_B = np.cumsum(1 + completions_B) - (1 + completions_B)
+    completions_M = np.array([len(stem.completions) for stem in stems])
+    prompt_place_M = np.cumsum(1 + completions_M) - (1 + completions_M)
     is_prompt_P = np.zeros(len(pieces), dtype=bool)
-    is_prompt_P[prompt_place_B] = True
+    is_prompt_P[prompt_place_M] = True
     return _Parts(
         ids_T=np.concatenate(pieces).astype(np.int64),
         length_P=length_P,
         is_prompt_P=is_prompt_P,
-        ordinal_N=_ramp(completions_B),
+        completions_B=np.array([len(tree.completions) for tree in trees]),
+        ordinal_N=_ramp(completions_M),
         length_N=length_P[~is_prompt_P],
         start_N=start_P[~is_prompt_P],
-        prompt_length_N=np.repeat(length_P[prompt_place_B], completions_B),
-        prompt_start_N=np.repeat(start_P[prompt_place_B], completions_B),
+        prompt_length_N=np.repeat(length_P[prompt_place_M], completions_M),
+        prompt_start_N=np.repeat(start_P[prompt_place_M], completions_M),
     )
+
+
+class _Stem(NamedTuple):
+    prompt_ids: np.ndarray
+    completions: tuple[np.ndarray, ...]
+
+
+def _stems(tree: Tree) -> list[_Stem]:
+    """A tree whose prompt is shared is one; else each completion has its own."""
+    if tree.prompt_skips is None:
+        return [_Stem(tree.prompt_ids, tree.completions)]
+    return [
+        _Stem(tree.prompt_ids[skip:], (completion,))
+        for skip, completion in zip(tree.prompt_skips, tree.completions, strict=True)
+    ]
 
 
 def _positions(parts: _Parts) -> np.ndarray:
@@ -161,10 +183,10 @@ def _predicting_rows(parts: _Parts) -> tuple[RowGather, np.ndarray, np.ndarray]:
     return _gather(source_R, len(parts.ids_T)), target_R, lengths_N
 
 
-def _ld_parts(parts: _Parts, completions_B: np.ndarray, lengths_N: np.ndarray) -> np.ndarray:
+def _ld_parts(parts: _Parts, lengths_N: np.ndarray) -> np.ndarray:
     """(2N,) predicting rows of each completion up to its tree's shortest length, and beyond."""
-    first_N = np.cumsum(completions_B) - completions_B
-    shortest_N = np.repeat(np.minimum.reduceat(parts.length_N, first_N), completions_B)
+    first_N = np.cumsum(parts.completions_B) - parts.completions_B
+    shortest_N = np.repeat(np.minimum.reduceat(parts.length_N, first_N), parts.completions_B)
     unpredicted_N = parts.length_N - lengths_N
     upto_N = shortest_N - unpredicted_N
     return np.stack([upto_N, lengths_N - upto_N], axis=1).reshape(-1)

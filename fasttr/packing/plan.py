@@ -14,8 +14,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from fasttr.batch import PackedBatch, TreeSource
+from fasttr.batch import PackedBatch, Tree, TreeSource, own_prompt_lengths
 from fasttr.packing.layout import first_fit_decreasing, pack
+from fasttr.packing.tiers import SHARED, bins_of_groups, tree_sizes, unshared
 
 SWEEP_ROWS = 256  # rows packed together
 
@@ -24,8 +25,9 @@ SWEEP_ROWS = 256  # rows packed together
 class Plan:
     """Optimizer steps over a data set.
 
-    An epoch's remainder is a shorter last step, normalised by its own row count. `max_steps` above
-    0 wins over `num_train_epochs`, which may be a fraction.
+    An epoch's remainder is a shorter last step, normalised by its own row count, or, with
+    `micro_batch_size`, the mean of its micro-batches' means. `max_steps` above 0 wins over
+    `num_train_epochs`, which may be a fraction.
     """
 
     trees: TreeSource = field(repr=False)
@@ -37,10 +39,13 @@ class Plan:
     seed: int = 42
     shuffle: bool = True  # else the order of the data, in every epoch
     group_rows: int = 1  # consecutive rows of a step whose loss is computed together share a pack
+    micro_batch_size: int | None = None  # rows whose mean counts as that of any other so many
     multiple_of: int = 1  # an epoch's last rows that do not fill this many are left out
     # (n,) the number of each row's prompt: prompts are shuffled in place of rows, and the rows of
     # one follow each other and share it, but where a step ends between them.
     prompts: np.ndarray | None = field(default=None, repr=False)
+    separate_groups: bool = False  # no two groups share a pack
+    tier: str = SHARED  # one of packing.tiers.TIERS: how rows share a call of the model
 
     @property
     def rows_per_epoch(self) -> int:
@@ -70,10 +75,30 @@ class Plan:
 
     def packs(self, step: int) -> list[PackedBatch]:
         """The packs of one step. Their number and content follow from the lengths alone."""
+        rows = self.rows(step)
+        weights = self._row_weights(rows)
         if self.prompts is not None:
-            rows = self.rows(step)
-            return pack_by_prompt(self.trees, rows, self.prompts[rows], self.max_tokens_per_batch)
-        return pack_rows(self.trees, self.rows(step), self.max_tokens_per_batch, self.group_rows)
+            prompts = self.prompts[rows]
+            return pack_by_prompt(self.trees, rows, prompts, self.max_tokens_per_batch, weights)
+        return pack_rows(
+            self.trees,
+            rows,
+            0 if self.separate_groups else self.max_tokens_per_batch,
+            self.group_rows,
+            weights,
+            self.tier,
+        )
+
+    def micro_batches(self, rows: np.ndarray) -> np.ndarray:
+        """(len(rows),) the micro-batch of each row of a step, counted from 0."""
+        return np.arange(len(rows)) // (self.micro_batch_size or max(len(rows), 1))
+
+    def _row_weights(self, rows: np.ndarray) -> np.ndarray | None:
+        """Factors that make a step's mean over its rows the mean of its micro-batches' means."""
+        members = np.bincount(self.micro_batches(rows))
+        if members.size == 0 or (members == members[0]).all():
+            return None
+        return (len(rows) / (len(members) * members))[self.micro_batches(rows)]
 
     def windows(self, every: int | None, start: int = 0) -> Iterator[range]:
         """Steps [0, every), [every, 2 every), ... from the window that holds `start`.
@@ -97,53 +122,70 @@ def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
     return torch.randperm(rows, generator=generator).numpy()
 
 
-def tree_sizes(trees: TreeSource, rows: np.ndarray | Sequence[int]) -> np.ndarray:
-    """Packed tokens of each tree: the prompt once and every completion."""
-    completions = trees.completion_lengths[rows].sum(axis=1, dtype=np.int64)
-    return trees.prompt_lengths[rows] + completions
+def unshared_tokens(trees: TreeSource, rows: np.ndarray, completions: int) -> int:
+    """Tokens of the first so many completions of some rows, each with its prompt."""
+    prompts = own_prompt_lengths(trees, rows)[:, :completions]
+    own = trees.completion_lengths[rows, :completions]
+    return int(prompts.sum() + own.sum(dtype=np.int64))
 
 
 def pack_rows(
-    trees: TreeSource, rows: np.ndarray | Sequence[int], budget: int, group_rows: int = 1
+    trees: TreeSource,
+    rows: np.ndarray | Sequence[int],
+    budget: int,
+    group_rows: int = 1,
+    weights: np.ndarray | None = None,
+    tier: str = SHARED,
 ) -> list[PackedBatch]:
-    """Pack some rows, first-fit decreasing under `budget` tokens.
+    """Pack some rows under `budget` tokens of the model.
 
-    Each run of `group_rows` rows stays together.
+    Each run of `group_rows` rows stays together. `weights` (len(rows),) multiply those of the rows.
     """
     rows = np.asarray(rows)
+    places = np.arange(len(rows))
     starts = np.arange(0, len(rows), group_rows)
-    groups = np.split(rows, starts[1:])
-    sizes = np.add.reduceat(tree_sizes(trees, rows), starts)
+    groups = np.split(places, starts[1:])
     packs = []
-    for members in first_fit_decreasing(sizes.tolist(), budget):
-        chosen = [trees[int(row)] for group in members for row in groups[group]]
+    for members in bins_of_groups(tier, trees, rows, starts, budget):
+        chosen = [
+            _weighted(trees[int(rows[place])], weights, place)
+            for group in members
+            for place in groups[group]
+        ]
+        if tier != SHARED:
+            chosen = [unshared(tree) for tree in chosen]
         packs.append(pack(chosen, [len(groups[group]) for group in members]))
     return packs
 
 
 def pack_by_prompt(
-    trees: TreeSource, rows: np.ndarray, prompts: np.ndarray, budget: int
+    trees: TreeSource,
+    rows: np.ndarray,
+    prompts: np.ndarray,
+    budget: int,
+    weights: np.ndarray | None = None,
 ) -> list[PackedBatch]:
     """Pack some rows, those of one prompt together as far as `budget` tokens allow.
 
     `prompts` (len(rows),): the number of each row's prompt; those of one prompt stand together.
+    `weights` (len(rows),) multiply those of the rows.
     """
     runs: list[list[int]] = []
     sizes: list[int] = []
     own = trees.completion_lengths[rows].sum(axis=1, dtype=np.int64)
     newest = None
-    for row, prompt, tokens in zip(rows.tolist(), prompts.tolist(), own.tolist(), strict=True):
+    for place, (prompt, tokens) in enumerate(zip(prompts.tolist(), own.tolist(), strict=True)):
         if prompt == newest and sizes[-1] + tokens <= budget:
-            runs[-1].append(row)
+            runs[-1].append(place)
             sizes[-1] += tokens
         else:
-            runs.append([row])
-            sizes.append(tokens + int(trees.prompt_lengths[row]))
+            runs.append([place])
+            sizes.append(tokens + int(trees.prompt_lengths[rows[place]]))
         newest = prompt
     packs = []
     for members in first_fit_decreasing(sizes, budget):
-        chosen = [trees[row] for run in members for row in runs[run]]
-        packs.append(pack(chosen))
+        places = [place for run in members for place in runs[run]]
+        packs.append(pack([_weighted(trees[int(rows[p])], weights, p) for p in places]))
     return packs
 
 
@@ -164,3 +206,7 @@ def sweep(trees: TreeSource, budget: int) -> Iterator[PackedBatch]:
     for first in range(0, len(order), SWEEP_ROWS):
         rows = order[first : first + SWEEP_ROWS]
         yield from pack_by_prompt(trees, rows, prompts[rows], budget)
+
+
+def _weighted(tree: Tree, weights: np.ndarray | None, place: int) -> Tree:
+    return tree if weights is None else tree._replace(weight=tree.weight * float(weights[place]))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fasttr.data.formats import read_prompt
+from fasttr.data.reading import read_prompt
 from fasttr.data.tokens import Messages
 from fasttr.errors import FasttrError
 from fasttr.packing.plan import epoch_order

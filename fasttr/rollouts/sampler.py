@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fasttr.data.tokens import Messages, encode_texts
 from fasttr.errors import FasttrError, one_line
-from fasttr.models.given import plain_attention
+from fasttr.models.attention import own_attention
 from fasttr.models.packed import PackedModel
 
 
@@ -107,7 +107,9 @@ def draw(
         pad = ends[0] if ends else 0
     input_ids_BL, mask_BL = _left_padded(prompts, pad)
     devices = [model.device] if model.device.type == "cuda" else []
-    with _generating(causal_lm), torch.random.fork_rng(devices=devices), model.autocast():
+    # Every token reads all weights: what must be cast is cast once for all of them.
+    autocast = model.autocast(keeps_copies=True)
+    with _generating(causal_lm), torch.random.fork_rng(devices=devices), autocast:
         torch.manual_seed(sampling.seed)
         rows = causal_lm.generate(
             input_ids=input_ids_BL.to(model.device),
@@ -159,7 +161,7 @@ def _end_ids(causal_lm: Any, tokenizer: Any) -> list[int]:
 def _generating(causal_lm: Any) -> Iterator[None]:
     """Within, the model attends as transformers does, with a cache, and is not in training mode."""
     packed, training = causal_lm.config._attn_implementation, causal_lm.training
-    causal_lm.set_attn_implementation(plain_attention(causal_lm.config))
+    causal_lm.set_attn_implementation(own_attention(causal_lm))
     causal_lm.eval()
     try:
         yield

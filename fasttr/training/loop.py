@@ -23,9 +23,13 @@ from fasttr.evaluation.split import evaluate
 from fasttr.metrics.log import MetricsLog
 from fasttr.metrics.throughput import Throughput
 from fasttr.models.given import give_back
+from fasttr.optim import update
+from fasttr.optim.adamw import PLATEAU, after_evaluation
 from fasttr.training import checkpoints
 from fasttr.training.announce import announce_evaluation, announce_step
+from fasttr.training.best import value_of
 from fasttr.training.callbacks import Callback, Callbacks
+from fasttr.training.hub import hub_callbacks
 from fasttr.training.intervals import Intervals
 from fasttr.training.run import Run
 from fasttr.training.setup import Given, setup
@@ -67,8 +71,9 @@ def train(
     Args:
         model: a loaded transformers model, trained in place, instead of `model_name_or_path`.
         tokenizer: its tokenizer; by default that of the model's own folder or hub id.
-        train_dataset, eval_dataset: a `datasets.Dataset`, a list of dicts with the columns of a
-            preference set, or a TreeSource, instead of `dataset_name` and its test split.
+        train_dataset, eval_dataset: a `datasets.Dataset` or `IterableDataset`, a list of dicts
+            with the columns of a preference set, or a TreeSource, instead of `dataset_name` and its
+            test split; to evaluate on also a mapping of names to such rows.
         loss: a `fasttr.losses.Loss`, or any function of `LossInputs` that returns a number for each
             row, instead of `loss_type`.
         callbacks: see `fasttr.Callback`.
@@ -95,10 +100,11 @@ def to_the_end(
     """Set a run up, alone in its folder, and train until it is over; `loop` is another than that of
     rows that are there from the start."""
     with StopSignal() as stop, _alone_in(config):
+        callbacks = [*callbacks, *hub_callbacks(config)]
         run = set_up()
         if checkpoints.is_finished(run):
             say(f"nothing to do: {run.output_dir} holds this run's end, step {run.step}")
-            give_back(run.policy)
+            _give_back(run)
             return TrainResult(run.output_dir, run.step, {}, run.policy.model, run.tokenizer)
         checkpoints.own_output_dir(run)
         log = MetricsLog(
@@ -111,7 +117,7 @@ def to_the_end(
             return (loop or _Loop)(run, log, stop, Callbacks(callbacks)).all_steps()
         finally:
             log.close()
-            give_back(run.policy)
+            _give_back(run)
 
 
 class _Loop:
@@ -147,8 +153,11 @@ class _Loop:
                 self.score(window)  # the only place where the reference's weights are used
 
                 for step in window[run.step - window.start :]:
+                    is_last = (
+                        schedule.every is not None and step + 1 == window.start + schedule.every
+                    )
                     with self.throughput.step():
-                        metrics = train_step(run, step, self.throughput)
+                        metrics = train_step(run, step, self.throughput, moves=is_last)
                     run.step = step + 1
                     self.take_note(step, metrics)
                     bar.update()
@@ -158,12 +167,12 @@ class _Loop:
                         self.write_line(metrics, window)
 
                     # once in a while: evaluate, against the reference of this window
-                    is_saved = self.intervals.saves(run.step)
+                    is_saved = self.intervals.saves(run.step) or "save" in run.requests
                     if self.intervals.evaluates(run.step) or "evaluate" in run.requests:
                         is_saved |= self.evaluate(is_saved)
 
                     # the window is over: the reference moves
-                    if schedule.every is not None and run.step == window.start + schedule.every:
+                    if is_last:
                         self.move()
 
                     # once in a while: save
@@ -200,8 +209,8 @@ class _Loop:
         run = self.run
         self.guard.verify()
         self.guard.note(run.step, run.trees.positions[run.plan.rows(step)], metrics.is_broken)
-        run.averages.add(metrics.step_means)
-        run.total_loss += metrics.step_means[0]
+        run.averages.add(metrics.micro_means)
+        run.total_loss += metrics.micro_means[0, 0]
         self.stillness.note(metrics.gradient_norm)
         self.callbacks.on_step(run, metrics)
 
@@ -226,20 +235,26 @@ class _Loop:
         """Evaluate; whether that calls for a checkpoint."""
         run = self.run
         run.requests.discard("evaluate")
-        if run.split is None:
+        if not run.splits:
             raise FasttrError(
                 "evaluate: a callback asks for it and there are no rows; give eval_strategy and "
                 "rows to evaluate on"
             )
-        if run.loss.needs_reference and run.split.lacks_reference():
+        lacks_reference = any(split.lacks_reference() for split in run.splits.values())
+        if run.loss.needs_reference and lacks_reference:
             raise FasttrError(
                 "evaluate: a callback asks for it in a window that was scored without the "
                 "evaluation rows; set may_evaluate = True on the callback"
             )
-        line = evaluate(run.policy, run.split, run.objective, run.ledger)
+        line: dict[str, float] = {}
+        for name, split in run.splits.items():
+            found = evaluate(run.policy, split, run.objective, run.ledger, name=name)
+            announce_evaluation(run, found, name)
+            line |= found
         self.log.write(run.step, line)
-        announce_evaluation(run, line)
         self.callbacks.on_evaluate(run, line)
+        if run.config.lr_scheduler_type == PLATEAU:
+            after_evaluation(run.scheduler, value_of(line, run.config.best_metric))
         if run.best is None or not (is_saved or run.best.saves_itself):
             return False
         return run.best.note(line, run.step) and run.best.saves_itself
@@ -297,6 +312,12 @@ def save_and_leave(run: Run, callbacks: Callbacks, signum: int) -> None:
     saved = f"; saved {checkpoints.save(run, callbacks)}" if run.step > 0 else ""
     say(f"stopped by a signal at step {run.step}{saved}; go on with --resume_from_checkpoint true")
     raise Interrupted(signum)
+
+
+def _give_back(run: Run) -> None:
+    """The model as it was found, with its trained weights in fp32."""
+    update.give_back(run.optimizer)
+    give_back(run.policy)
 
 
 @contextlib.contextmanager

@@ -30,9 +30,14 @@ from fasttr.metrics.sums import Averages
 from fasttr.metrics.throughput import Throughput
 from fasttr.metrics.trackers import require_trackers
 from fasttr.models.checks import check_ids
+from fasttr.models.halves import add_remainders
 from fasttr.models.load import load_model
 from fasttr.models.packed import PackedModel
 from fasttr.models.policy import policy_loss
+from fasttr.optim.update import begin_step
+from fasttr.packing.ahead import PacksAhead
+from fasttr.packing.plan import unshared_tokens
+from fasttr.packing.tiers import SHARED
 from fasttr.reference.logp_table import LogpTable
 from fasttr.reference.resident import ResidentReference
 from fasttr.rollouts.engine import TransformersEngine
@@ -46,7 +51,7 @@ from fasttr.training.intervals import Intervals
 from fasttr.training.loop import TrainResult, save_and_leave, to_the_end
 from fasttr.training.run import Run
 from fasttr.training.setup import Given, checked_tokenizer, prepare_torch
-from fasttr.training.step import StepMetrics, update
+from fasttr.training.step import StepMetrics, finish_step
 from fasttr.training.stopping import FiniteGuard, StopSignal, check_weights
 
 
@@ -95,12 +100,16 @@ def _set_up(config: OnlineConfig, functions: Sequence[Any], rows: Any) -> Online
     require_trackers(config.report_to)
     resume = find_resume(config)
     source = str(resume.folder) if resume is not None else config.model_name_or_path
-    tokenizer = checked_tokenizer(config, Given(), source)
-    config = dataclasses.replace(config, max_tokens_per_batch=config.token_budget(device))
+    tokenizer = checked_tokenizer(config, Given(), device, source)
+    config = dataclasses.replace(
+        config, max_tokens_per_batch=config.token_budget(device), attention_tier=SHARED
+    )
     of_policy = config.model(device)
     if resume is not None:
         of_policy = dataclasses.replace(of_policy, name=str(resume.folder), revision="main")
     policy = load_model(of_policy)
+    if resume is not None:
+        add_remainders(policy.model, resume.state.remainders)
     plan = _plan(config, _prompts(config, tokenizer, policy, rows))
     loss: Any = config.policy_loss
     if resume is not None:
@@ -108,7 +117,7 @@ def _set_up(config: OnlineConfig, functions: Sequence[Any], rows: Any) -> Online
         check_resume(resume, config, loss, trained_on)
     sources = _sources(config, tokenizer, device, functions)
     reference = ResidentReference(config.schedule, _reference(config, device))
-    optimizer = config.optimizer().optimizer(policy.model)
+    optimizer = config.optimizer().optimizer(policy.model, policy.bf16)
     ledger = OnlineLedger([one.name for one in sources])
     budget = config.token_budget(device)
     engine = TransformersEngine(
@@ -127,12 +136,13 @@ def _set_up(config: OnlineConfig, functions: Sequence[Any], rows: Any) -> Online
         ledger=ledger,
         trees=untyped[0].trees,
         plan=untyped[0],
+        packs=PacksAhead(lambda step: [], 0),  # a rollout's packs are made when it is there
         policy=policy,
         reference=untyped[1],
         optimizer=optimizer,
         scheduler=config.optimizer().scheduler(optimizer, plan.total_steps),
         window_logps=LogpTable(0, config.num_generations),
-        split=None,
+        splits={},
         best=None,
         averages=Averages(torch.device("cpu"), ledger.names),
         total_loss=torch.zeros((), device=device),
@@ -242,7 +252,9 @@ def policy_step(run: OnlineRun, experience: Experience, within: int) -> StepMetr
     completions = len(prompts) * config.num_generations
     normalizer = loss.normalizer(completions, tokens)
     found = _StepSums(loss)
-    for host_batch in collector.packs(experience.rollout, within):
+    packs = list(collector.packs(experience.rollout, within))
+    begin_step(run.optimizer, len(packs))
+    for host_batch in packs:
         batch = host_batch.to(run.device)
 
         def loss_fn(logp: Tensor, rows: slice, those: slice, batch: Any = batch) -> Tensor:
@@ -259,9 +271,10 @@ def policy_step(run: OnlineRun, experience: Experience, within: int) -> StepMetr
         out.loss.backward()
         everything = experience.inputs(batch, out.token_logp, slice(None), slice(None))
         found.add(out, everything)
-        run.num_tokens += host_batch.num_tokens
+    trees = experience.rollout.trees
+    run.num_tokens += unshared_tokens(trees, prompts, config.num_generations)
     values = experience.metrics | found.means()
-    return update(run, run.ledger.vector(values).to(run.device))  # type: ignore[attr-defined]
+    return finish_step(run, run.ledger.vector(values).to(run.device))  # type: ignore[attr-defined]
 
 
 class _StepSums:
@@ -368,8 +381,8 @@ class _OnlineLoop:
         self.guard.verify()
         rows = run.trees.positions[run.plan.rows(run.step - 1)]
         self.guard.note(run.step, rows, metrics.is_broken)
-        run.averages.add(metrics.step_means.cpu())
-        run.total_loss += metrics.step_means[0]
+        run.averages.add(metrics.micro_means.cpu())
+        run.total_loss += metrics.micro_means[0, 0]
         self.callbacks.on_step(run, metrics)
 
         # once in a while: a line of metrics
@@ -379,7 +392,7 @@ class _OnlineLoop:
         # once in a while: the reference moves
         reference: Any = run.reference
         if reference.moves_after(run.step):
-            reference.move(run.policy)
+            reference.move(run.policy, run.optimizer)
             self.callbacks.on_move(run)
 
     def write_line(self, metrics: StepMetrics) -> None:

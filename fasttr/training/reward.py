@@ -25,6 +25,7 @@ from fasttr.metrics.ledger import RewardLedger
 from fasttr.metrics.sums import Averages
 from fasttr.metrics.trackers import require_trackers
 from fasttr.models.checks import check_ids
+from fasttr.models.halves import add_remainders
 from fasttr.models.load import ModelConfig
 from fasttr.models.reward import (
     CALIBRATION,
@@ -34,7 +35,9 @@ from fasttr.models.reward import (
     score_all,
     set_padding,
 )
+from fasttr.packing.ahead import PacksAhead
 from fasttr.packing.plan import Plan
+from fasttr.packing.tiers import SHARED
 from fasttr.reference.logp_table import LogpTable
 from fasttr.reference.moving import MovingReference
 from fasttr.reference.schedule import Fixed
@@ -83,7 +86,8 @@ def _set_up(config: RewardConfig, given: Given) -> Run:
     require_trackers(config.report_to)
     resume = find_resume(config)
     source = str(resume.folder) if resume is not None else config.model_name_or_path
-    tokenizer = checked_tokenizer(config, given, source)
+    tokenizer = checked_tokenizer(config, given, device, source)
+    config = dataclasses.replace(config, attention_tier=SHARED)
     reader = RankedReader(config, tokenizer)
     trees = reader.train(given.train_dataset)
     split_trees = reader.evaluation(given.eval_dataset) if config.evaluates else None
@@ -107,7 +111,7 @@ def _set_up(config: RewardConfig, given: Given) -> Run:
             key, name = "model_name_or_path", str(config.model_name_or_path)
             check_ids(policy, rows.largest_id, key, name)
     set_padding(policy, tokenizer)
-    optimizer = config.optimizer().optimizer(policy.model)
+    optimizer = config.optimizer().optimizer(policy.model, policy.bf16)
     ledger = RewardLedger(objective.loss, has_weights=config.weight_column is not None)
     run = Run(
         config=config,
@@ -117,12 +121,13 @@ def _set_up(config: RewardConfig, given: Given) -> Run:
         ledger=ledger,
         trees=trees,
         plan=plan,
+        packs=PacksAhead(plan.packs, plan.total_steps),
         policy=policy,
         reference=MovingReference(Fixed(), policy),
         optimizer=optimizer,
         scheduler=config.optimizer().scheduler(optimizer, plan.total_steps),
         window_logps=LogpTable(0, m),
-        split=_split(split_trees, plan),
+        splits=_splits(split_trees, plan),
         best=Best.of(config),
         averages=Averages(device, ledger.names),
         total_loss=torch.zeros((), device=device),
@@ -149,11 +154,14 @@ def _require_padding(tokenizer: Any, config: RewardConfig, trees: TreeSource) ->
 def _model(config: ModelConfig, seed: int, resume: Resume | None) -> RewardModel:
     if resume is None:
         return load_reward_model(config, seed)
-    return load_reward_model(dataclasses.replace(config, name=str(resume.folder), revision="main"))
+    resumed = dataclasses.replace(config, name=str(resume.folder), revision="main")
+    packed = load_reward_model(resumed)
+    add_remainders(packed.model, resume.state.remainders)
+    return packed
 
 
-def _split(trees: TreeSource | None, plan: Plan) -> EvaluationSplit | None:
-    return None if trees is None else EvaluationSplit(trees, plan.max_tokens_per_batch)
+def _splits(trees: TreeSource | None, plan: Plan) -> dict[str, EvaluationSplit]:
+    return {} if trees is None else {"": EvaluationSplit(trees, plan.max_tokens_per_batch)}
 
 
 class _Calibrate(Callback):

@@ -17,6 +17,7 @@ from fasttr.losses.objective import AnyObjective
 from fasttr.metrics.ledger import Ledger
 from fasttr.metrics.sums import Averages
 from fasttr.models.packed import PackedModel
+from fasttr.packing.ahead import PacksAhead
 from fasttr.packing.plan import Plan
 from fasttr.reference.logp_table import LogpTable
 from fasttr.reference.moving import MovingReference
@@ -34,12 +35,13 @@ class Run:
     ledger: Ledger
     trees: TreeSource
     plan: Plan
+    packs: PacksAhead  # of the plan
     policy: PackedModel
     reference: MovingReference
     optimizer: torch.optim.Optimizer
     scheduler: Any
     window_logps: LogpTable  # of the reference, for the rows of the current window
-    split: EvaluationSplit | None  # what is evaluated on
+    splits: dict[str, EvaluationSplit]  # what is evaluated on, by its name; "" for one without
     best: Best | None  # None: no checkpoint is called the best
     averages: Averages  # since the last line of metrics
     total_loss: Tensor  # () over all steps
@@ -62,10 +64,12 @@ class Run:
     def tables(self) -> dict[str, LogpTable]:
         """The log-probs that resuming needs, by their names in a checkpoint."""
         found = {"scores": self.window_logps}
-        if self.split is not None and self.split.ref_logps is not None:
-            found["eval_scores"] = self.split.ref_logps
-        if self.split is not None and self.split.anchor_logps is not None:
-            found["anchor"] = self.split.anchor_logps
+        for name, split in self.splits.items():
+            ending = f"/{name}" if name else ""
+            if split.ref_logps is not None:
+                found[f"eval_scores{ending}"] = split.ref_logps
+            if split.anchor_logps is not None:
+                found[f"anchor{ending}"] = split.anchor_logps
         return found
 
     def ask(self, request: str) -> None:

@@ -5,18 +5,22 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fasttr.batch import PackedBatch
 from fasttr.metrics.ledger import Ledger
-from fasttr.metrics.sums import by_name
+from fasttr.metrics.sums import MicroBatches, by_name, over_micro_batches
 from fasttr.metrics.throughput import Throughput
+from fasttr.optim.adamw import after_step
+from fasttr.optim.update import begin_step, update
+from fasttr.packing.plan import unshared_tokens
 from fasttr.training.run import Run
 
 
 class StepMetrics(NamedTuple):
     """What one optimizer step did; on the device until it is read."""
 
-    step_means: Tensor  # in the order of the ledger's names
+    micro_means: Tensor  # (micro-batches of the step, values in the order of the ledger's names)
     gradient_norm: Tensor  # () before clipping
     learning_rate: float  # that the step used
     is_broken: Tensor  # () fp32: 1 when loss or gradient were not finite and nothing was changed
@@ -24,61 +28,81 @@ class StepMetrics(NamedTuple):
 
     def read(self) -> dict[str, float]:
         """Under TRL's names; waits for the device."""
+        means = by_name(over_micro_batches(self.micro_means), self.ledger.names)
         return {
-            **self.ledger.metrics(by_name(self.step_means, self.ledger.names)),
+            **self.ledger.metrics(means),
             "grad_norm": float(self.gradient_norm),
             "learning_rate": self.learning_rate,
         }
 
 
-def train_step(run: Run, step: int, throughput: Throughput) -> StepMetrics:
-    """Forward and backward over the packs of `step` (counted from 0), then one update."""
-    return update(run, _backward(run, step, throughput))
+def train_step(run: Run, step: int, throughput: Throughput, moves: bool = False) -> StepMetrics:
+    """Forward and backward over the packs of `step` (counted from 0), then one update.
+
+    `moves`: the reference moves after this step; where it can it does so in the update's own sweep.
+    """
+    return finish_step(run, run.ledger.means(_backward(run, step, throughput)), moves)
 
 
-def update(run: Run, sums: Tensor) -> StepMetrics:
-    """One step of the optimizer on the gradients that are there; nothing changes where they, or the
-    loss that `sums` begins with, are not finite."""
-    gradient_norm = _clip(run.policy, run.config.max_grad_norm)
-    is_broken = ~torch.isfinite(gradient_norm) | ~torch.isfinite(sums[0])
+def finish_step(run: Run, micro_means: Tensor, moves: bool = False) -> StepMetrics:
+    """The update on the gradients that are there; `micro_means` begin with the step's loss."""
     learning_rate = run.scheduler.get_last_lr()[0]
-    # With this flag up the fused kernel changes nothing: no weight, no moment.
-    run.optimizer.found_inf = is_broken.to(torch.float32)  # type: ignore[attr-defined]
-    run.optimizer.step()
-    run.scheduler.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    done = update(
+        run.optimizer,
+        run.policy,
+        loss=micro_means[0, 0],
+        max_grad_norm=run.config.max_grad_norm,
+        followers=run.reference.followers() if moves else None,
+    )
+    after_step(run.scheduler)
     return StepMetrics(
-        run.ledger.means(sums),
-        gradient_norm,
-        learning_rate,
-        is_broken.to(torch.float32),
-        run.ledger,
+        micro_means=micro_means,
+        gradient_norm=done.gradient_norm,
+        learning_rate=learning_rate,
+        is_broken=done.is_broken.to(torch.float32),
+        ledger=run.ledger,
     )
 
 
 def _backward(run: Run, step: int, throughput: Throughput) -> Tensor:
-    """Gradients of all packs; returns the sums of their metrics."""
-    objective = run.objective.of_rows(run.trees, run.plan.rows(step))
-    sums = run.ledger.zeros(run.device)
-    for host_batch in run.plan.packs(step):
+    """Gradients of all packs; returns the sums of their metrics, by micro-batch."""
+    packs = run.packs(step)
+    begin_step(run.optimizer, len(packs))
+    with run.policy.weights_still():
+        return _sums_of(run, step, packs, throughput)
+
+
+def _sums_of(run: Run, step: int, packs: list[PackedBatch], throughput: Throughput) -> Tensor:
+    rows = run.plan.rows(step)
+    objective = run.objective.of_rows(run.trees, rows)
+    micro_batches = run.plan.micro_batches(rows)
+    micro_batch_of = dict(zip(rows.tolist(), micro_batches.tolist(), strict=True))
+    number = int(micro_batches[-1]) + 1
+    sums = run.ledger.zeros(run.device, number)
+    head = run.policy.head_weight().weight
+    for host_batch in packs:
         batch = host_batch.to(run.device)
         ref_logp = None
         if run.loss.needs_reference:
             ref_logp = run.window_logps.get(batch.rows).to(run.device, non_blocking=True)
         out = run.policy(
-            batch, objective.loss_fn(batch), ref_logp, normalizer=objective.normalizer, stats=True
+            batch,
+            objective.loss_fn(batch),
+            ref_logp,
+            normalizer=objective.normalizer,
+            stats=True,
+            router_share=len(batch.rows) / len(rows),
+            # What earlier packs began; fp32 compute keeps the order of sums of other trainers.
+            head_grad=head.grad if run.policy.bf16 else None,
+            head_means=objective.head_means,
         )
         out.loss.backward()
-        sums = run.ledger.merged(sums, run.ledger.of_pack(out, ref_logp, batch))
+        places = torch.tensor([micro_batch_of[row] for row in batch.rows])
+        of_pack = MicroBatches(places.to(run.device, non_blocking=True), number)
+        found = run.ledger.of_pack(out, ref_logp, batch, of_pack, run.policy.router_loss)
+        sums = run.ledger.merged(sums, found)
         throughput.add(host_batch, len(host_batch.rows))
-        run.num_tokens += host_batch.num_tokens
+    # A mismatched completion of KTO is of another row and is not counted twice.
+    completions = 1 if run.loss.unpaired else run.loss.completions
+    run.num_tokens += unshared_tokens(run.trees, rows, completions)
     return sums
-
-
-def _clip(policy: nn.Module, max_grad_norm: float) -> Tensor:
-    """Clip the gradient's norm and return what it was; 0 clips nothing."""
-    trained = [p for p in policy.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-    if max_grad_norm > 0:
-        nn.utils.clip_grads_with_norm_(trained, max_grad_norm, norm)
-    return norm

@@ -5,6 +5,7 @@ Legend: n completions and C rows of a chunk.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -50,11 +51,8 @@ def loss_and_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """loss_fn(logp, *arguments) over the normalizer, without graph, and with `want` its gradient by
     logp."""
-    # Hooks of a checkpoint around the op would otherwise pack, and so run, this little graph once
-    # more.
-    neutral = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
     without_autocast = torch.autocast(logp.device.type, enabled=False)
-    with torch.set_grad_enabled(want), neutral, without_autocast:
+    with torch.set_grad_enabled(want), _without_hooks(), without_autocast:
         leaf = logp.detach().clone().requires_grad_(want)
         loss = loss_fn(leaf, *arguments)
         _check(loss, leaf, want)
@@ -67,6 +65,14 @@ def loss_and_gradient(
     if gradient is None:
         return loss, torch.zeros_like(logp)
     return loss, gradient / normalizer
+
+
+def _without_hooks() -> contextlib.AbstractContextManager[None]:
+    """Hooks of a checkpoint around the op would otherwise pack, and so run, the loss's little graph
+    once more. Where hooks are switched off there are none, and setting neutral ones would raise."""
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
 def _means(reads: tuple[str, ...], rows_C: RowLogps, cu: list[int]) -> dict[str, Tensor]:

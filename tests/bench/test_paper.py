@@ -282,7 +282,6 @@ def test_overoptimization_end_to_end_and_resumed(tmp_path, monkeypatch, capsys):
         "--out",
         str(tmp_path),
         "--losses",
-        "sigmoid",
         "kto_paired",
         "--beta",
         "0.5",
@@ -313,8 +312,8 @@ def test_overoptimization_end_to_end_and_resumed(tmp_path, monkeypatch, capsys):
     ]
     overoptimization.main(command)
     found = json.loads((tmp_path / "results.json").read_text())
-    assert len(found["runs"]) == 12
-    assert len(found["compared"]) == 4
+    assert len(found["runs"]) == 6
+    assert len(found["compared"]) == 2
     row = found["runs"][0]["rows"][-1]
     assert row["step"] == 2
     assert {"gold", "kl", "kl_stderr", "length", "logps_chosen", "logratio_rejected"} <= row.keys()

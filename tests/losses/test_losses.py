@@ -1,10 +1,14 @@
 """Losses: known values, and the fused head against the plain one in fp64 for every loss."""
 
+from __future__ import annotations
+
+import math
+
 import pytest
 import torch
 from fasttr_kernels import linear_preference_loss
 
-from fasttr.losses import LOSSES, IpoSum, LossInputs, Sigmoid, group_loss, make_loss
+from fasttr.losses import LOSSES, IpoSum, LossInputs, Orpo, Sigmoid, group_loss, make_loss
 
 
 def inputs(logp, ref=None, tokens=None, **more):
@@ -22,6 +26,17 @@ def test_an_update_of_the_reference_moves_the_target_margin_of_ipo_by_half_over_
         loss = IpoSum(beta=0.25)(LossInputs(logp, logp.detach(), torch.ones(2)))
         loss.sum().backward()
         assert logp.grad.tolist() == pytest.approx([-2 / (2 * 0.25), 2 / (2 * 0.25)])
+
+
+def test_orpos_odds_of_certain_tokens_are_those_of_one_minus_a_millionth():
+    """A completion whose every token is certain has infinite odds, and no gradient through them."""
+    logp = torch.tensor([0.0, -1.0], dtype=torch.float64, requires_grad=True)
+    loss = Orpo(beta=0.5)(LossInputs(logp, None, torch.ones(2)))
+    odds = math.log(1 - 1e-6) - math.log(1e-6) - (-1 - math.log(1 - math.exp(-1)))
+    assert loss.item() == pytest.approx(0.5 * math.log1p(math.exp(-odds)), rel=1e-5)
+    loss.sum().backward()
+    assert logp.grad[0] == -1  # of the likelihood
+    assert logp.grad.isfinite().all()
 
 
 def test_a_loss_with_a_reference_refuses_to_go_without():
@@ -88,3 +103,58 @@ def test_fused_head_equals_the_plain_head_in_fp64(name):
     for mine, theirs in zip(got, want, strict=True):
         assert (mine - theirs).abs().max() < 1e-12
         assert theirs.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("max_weight", [None, 0.5])
+@pytest.mark.parametrize("name", ["hinge", "sigmoid"])
+def test_wpo_weighs_a_pair_by_how_likely_the_policy_is_to_write_it(name, max_weight):
+    """The paper's equation typed again in fp64, through the fused head: exp of the means over both
+    sides' tokens of log p(token) - log sum_v p(v)^2, which trains nothing."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = [3, 1, 4, 6, 2, 5]
+    cu = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    hidden, weight = (0.3 * random(cu[-1], 6)).requires_grad_(), random(11, 6).requires_grad_()
+    target = torch.randint(11, (cu[-1],), generator=generator)
+    ref = random(6) - 8
+    loss = make_loss([name], use_weighting=True, wpo_max_weight=max_weight, beta=0.3)
+    out = linear_preference_loss(
+        hidden,
+        weight,
+        target,
+        torch.tensor(cu),
+        2,
+        group_loss(loss, torch.tensor(lengths), torch.ones(3, dtype=torch.float64)),
+        ref_logp=ref,
+        normalizer=3,
+        loss_reads=loss.head_means,
+    )
+    got = torch.autograd.grad(out.loss, (hidden, weight))
+
+    p = torch.softmax(hidden @ weight.T, dim=-1)
+    token = p.gather(1, target[:, None])[:, 0].log()
+    aligned = (token - (p * p).sum(dim=-1).log()).detach().split(lengths)
+    sides = torch.stack([one.mean().exp() for one in aligned])
+    weights = sides[0::2] * sides[1::2]
+    assert len({float(x) > 0.5 for x in weights}) == 2
+    if max_weight is not None:
+        weights = weights.clamp(max=max_weight)
+    ratio = torch.stack([one.sum() for one in token.split(lengths)]) - ref
+    h = 0.3 * (ratio[0::2] - ratio[1::2])
+    rows = {"hinge": (1 - h).clamp(min=0), "sigmoid": torch.log1p((-h).exp())}[name]
+    plain = (weights * rows).mean()
+    assert float(out.loss.detach()) == pytest.approx(float(plain.detach()), rel=1e-12)
+    for mine, wanted in zip(got, torch.autograd.grad(plain, (hidden, weight)), strict=True):
+        assert (mine - wanted).abs().max() < 1e-12
+        assert wanted.abs().max() > 1e-4
+
+
+def test_wpo_is_refused_where_rows_have_no_weight_of_their_own():
+    for names in (["sft"], ["sigmoid", "sft"], ["aot"], ["kto"], ["kto_paired"]):
+        with pytest.raises(ValueError, match=r"use_weighting: got true with .*it weighs pairs one"):
+            make_loss(names, use_weighting=True)
+    with pytest.raises(ValueError, match=r"wpo_max_weight: got 1\.0 without use_weighting"):
+        make_loss(["sigmoid"], wpo_max_weight=1.0)

@@ -1,6 +1,9 @@
 """The same rows, weights and reference through TRL's DPOTrainer: loss, gradient norm, metrics and
 parameters."""
 
+from __future__ import annotations
+
+import gc
 import json
 
 import pytest
@@ -82,7 +85,39 @@ DPO_CASES = {
     "sigmoid ld_alpha": {"ld_alpha": 0.4},
     "ipo ld_alpha": {"ld_alpha": 0.4},
     "list": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    "sigmoid weighted": {"use_weighting": True},
+    "ipo weighted": {"use_weighting": True, "ld_alpha": 0.4},
+    "list weighted": {"loss_type": ["ipo", "apo_zero"], "use_weighting": True},
 }
+# The other losses that take WPO's weights; TRL's backward stops with hinge, as its weight is
+# multiplied onto the loss in place.
+WEIGHTED_CASES = {
+    **{
+        name: {}
+        for name in (
+            "sigmoid_norm",
+            "ipo",
+            "nca_pair",
+            "bco_pair",
+            "sppo_hard",
+            "apo_zero",
+            "apo_down",
+        )
+    },
+    "discopop": {"max_length": 24},  # divided by a temperature of 0.05, rounding grows
+    "robust": {"label_smoothing": 0.1},
+    "exo_pair": {"label_smoothing": 0.1},
+    "sigmoid js_divergence": {"f_divergence_type": "js_divergence"},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _trl_is_imported():
+    """Its trainers collect garbage again and again: they need not look at their own modules."""
+    from trl import DPOTrainer, KTOTrainer  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 def trl_run(workspace, tmp_path, after_step=None, **changes):
@@ -115,7 +150,7 @@ def trl_run(workspace, tmp_path, after_step=None, **changes):
             "learning_rate": 0.0,
             "max_grad_norm": 0.0,
             "per_device_train_batch_size": 4,
-            "max_steps": 6,
+            "max_steps": 3,
             **changes,
         },
     )
@@ -169,8 +204,26 @@ def test_every_shared_metric_is_trls_with_a_perturbed_reference(workspace, tmp_p
     sft = case == "sft"
     reference = {} if sft else {"ref_model_name_or_path": str(workspace / "reference")}
     # An sft term in a list averages over TRL's micro-batch, which is the whole step here.
-    run(workspace, tmp_path / "ours", learning_rate=0.0, max_grad_norm=0.0, **changes, **reference)
+    run(
+        workspace,
+        tmp_path / "ours",
+        learning_rate=0.0,
+        max_grad_norm=0.0,
+        max_steps=3,
+        **changes,
+        **reference,
+    )
     assert_same_log(steps(tmp_path / "ours"), theirs, SHARED_SFT if sft else SHARED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", WEIGHTED_CASES)
+def test_wpo_weighs_every_loss_as_trl_does(workspace, tmp_path, case):
+    changes = {"loss_type": case.split()[0], "use_weighting": True, **WEIGHTED_CASES[case]}
+    theirs = trl_run(workspace, tmp_path, **changes)
+    reference = {"ref_model_name_or_path": str(workspace / "reference")}
+    run(workspace, tmp_path / "ours", learning_rate=0.0, max_grad_norm=0.0, **changes, **reference)
+    assert_same_log(steps(tmp_path / "ours"), theirs, SHARED)
 
 
 @pytest.mark.parametrize("case", ["kto", "kto weighted", "apo_zero_unpaired"])
@@ -189,6 +242,7 @@ def test_kto_is_trls_with_a_perturbed_reference(workspace, tmp_path, case):
         workspace,
         tmp_path / "ours",
         dataset_name=str(data),
+        max_steps=3,
         learning_rate=0.0,
         max_grad_norm=0.0,
         train_sampling_strategy="sequential",
