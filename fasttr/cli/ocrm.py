@@ -24,6 +24,7 @@ def run(args: list[str]) -> None:
     if "--demo" in args:
         _demo([word for word in args if word != "--demo"])
         return
+    arguments.require_one_process()
     config = parse_ocrm(args)
     from fasttr.training.ocrm import run_ocrm, table
 

@@ -29,6 +29,7 @@ def run_rloo(args: list[str]) -> None:
 
 
 def _train(command: str, args: list[str]) -> None:
+    arguments.require_one_process()
     config = parse_online(command, args)
     from fasttr.training.online import train_online
 

@@ -20,6 +20,7 @@ DESCRIPTION = (
 
 
 def run(args: list[str]) -> None:
+    arguments.require_one_process()
     config = parse_reward(args)
     from fasttr.training.reward import train_reward
 

@@ -231,7 +231,7 @@ def test_the_temperature_and_the_soft_cap_commute_with_the_head():
     model = packed(tiny_model("gemma2", implementation=attention.register()))
     tree = Tree(0, np.array([5, 6], dtype=np.int32), (np.array([7, 8, 9], dtype=np.int32),))
     batch = pack([tree])
-    logits = model.model(**model.attention_inputs(batch)).logits[0, 1:-1].float() / 0.7
+    logits = model.model(**model.rows.inputs(batch)).logits[0, 1:-1].float() / 0.7
     wanted = logits.log_softmax(-1).gather(1, torch.tensor([[7], [8], [9]]))[:, 0]
     torch.testing.assert_close(token_logps(model, batch, 0.7), wanted, rtol=1e-4, atol=1e-4)
     assert linear_policy_loss is not None
