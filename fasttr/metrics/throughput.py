@@ -33,7 +33,9 @@ class FlopCount(NamedTuple):
     def of(cls, model: Any) -> FlopCount:
         config = model.config
         embedding = model.get_input_embeddings().weight
-        head = model.get_output_embeddings().weight
+        output = model.get_output_embeddings()
+        # A reward model's head is a number a completion.
+        head = embedding[:0] if output is None else output.weight
         outside = embedding.numel() if head is embedding else embedding.numel() + head.numel()
         layers = sum(parameter.numel() for parameter in model.parameters()) - outside
         head_dim = getattr(config, "head_dim", None)
