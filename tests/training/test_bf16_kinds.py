@@ -36,7 +36,11 @@ def on_policy(workspace, folder, **changes):
         "ref_update_every": 2,
     }
     config = OnlineConfig(**settings(workspace, folder, **{**BF16, **own, **changes}))
-    train_online(config, reward_funcs=[lambda prompts, completions, **_: map(len, completions)])
+    train_online(config, reward_funcs=[vowels])
+
+
+def vowels(prompts, completions, **columns):
+    return [sum(text.count(v) for v in "aeiou") / 4 for text in completions]
 
 
 @pytest.mark.parametrize("kind", [reward_model, on_policy])
