@@ -22,7 +22,6 @@ ROOTS = {
 OF_OTHERS = {("fasttr/data/load.py", "_fingerprint")}
 # Files that still touch another one's.
 STILL = (
-    "bench/paper/overopt_plots.py",
     "tests/kernels/test_aot.py",
     "kernels/fasttr_kernels/aot.py",
 )
