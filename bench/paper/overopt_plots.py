@@ -10,7 +10,7 @@ import numpy as np
 
 from bench.paper.curves import ARMS, GRID, NAMES, Run, curve, reach, seeds_of, select
 from bench.paper.stats import interval
-from bench.paper.toy_plots import ARM_COLOURS, finish, new_figure, save_figure
+from bench.paper.toy_plots import ARM_COLOURS, finish_axes, new_figure, save_figure
 from fasttr.metrics.plots import INK
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -57,7 +57,7 @@ def plot_gold_against_kl(runs: Sequence[Run], path: Path) -> None:
         ax.set_xlabel(
             "KL to the initial policy, nats a completion (root scale)", fontsize=9, color=INK
         )
-        finish(ax)
+        finish_axes(ax)
     axes[0][0].set_ylabel("gold reward of fresh samples", fontsize=9, color=INK)
     for beta, marker in zip(betas, MARKERS, strict=False):
         axes[0][0].plot(
@@ -96,7 +96,7 @@ def plot_steps(runs: Sequence[Run], path: Path) -> None:
                     ]
                 )
                 _band(ax, steps, by_seed, ARM_COLOURS[arm], f"{arm} reference")
-            finish(ax)
+            finish_axes(ax)
             if column == 0:
                 ax.set_ylabel(label, fontsize=8, color=INK)
         axes[0][column].set_title(NAMES.get(loss, loss), fontsize=11, color=INK)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from bench.paper.mdp import History
-from fasttr.metrics.plots import BLUE, DPI, FAINT, GREEN, INK, ORANGE, PURPLE, VERMILION
+from fasttr.metrics.panels import BLUE, GREEN, ORANGE, PURPLE, VERMILION
+from fasttr.metrics.plots import DPI, FAINT, INK
 from fasttr.reference.schedule import Schedule, Soft
 
 ARM_COLOURS = {"fixed": BLUE, "soft": VERMILION, "hard": GREEN}
@@ -38,7 +39,7 @@ def plot_figure(
         below.set_xlabel("step", fontsize=9, color=INK)
         for ax in (above, below):
             ax.set_ylim(-0.03, 1.03)
-            finish(ax)
+            finish_axes(ax)
     axes[0][0].set_ylabel("probability", fontsize=9, color=INK)
     axes[1][0].set_ylabel("probability", fontsize=9, color=INK)
     keys = [ax.get_legend_handles_labels() for ax in (axes[0][0], axes[1][0])]
@@ -99,7 +100,7 @@ def plot_finals(
     ax.set_ylabel("probability", fontsize=9, color=INK)
     ax.set_ylim(-0.03, 1.03)
     ax.set_title(title, fontsize=10, color=INK, loc="left")
-    finish(ax)
+    finish_axes(ax)
     figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     save_figure(figure, path)
 
@@ -140,7 +141,7 @@ def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any,
     return figure, figure.subplots(rows, columns, squeeze=False, sharey="row")
 
 
-def finish(ax: Any) -> None:
+def finish_axes(ax: Any) -> None:
     ax.tick_params(labelsize=8, color=FAINT, labelcolor=INK)
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(FAINT)

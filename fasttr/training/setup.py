@@ -18,6 +18,7 @@ from fasttr.environment import device_for
 from fasttr.errors import FasttrError
 from fasttr.evaluation.split import EvaluationSplit
 from fasttr.losses import Loss, as_loss
+from fasttr.metrics.ledger import PreferenceLedger
 from fasttr.metrics.sums import Averages
 from fasttr.metrics.trackers import require_trackers
 from fasttr.models.checks import check_ids
@@ -58,12 +59,12 @@ def setup(config: TrainConfig, given: Given) -> Run:
 
     What can be refused without a row is refused first: tokenising takes long.
     """
-    device = _prepare_torch(config)
+    device = prepare_torch(config)
     require_trackers(config.report_to)
     config.optimizer().check_schedule()
     resume = find_resume(config)
     source = str(resume.folder) if resume is not None else config.model_name_or_path
-    tokenizer = _checked_tokenizer(config, given, device, source)
+    tokenizer = checked_tokenizer(config, given, device, source)
     candidates = _candidates(config, given, device, source)
     coefficient = coefficient_of(candidates[0].config, config.router_aux_loss_coef)
     config = dataclasses.replace(config, router_aux_loss_coef=coefficient)
@@ -95,6 +96,7 @@ def setup(config: TrainConfig, given: Given) -> Run:
         device=device,
         tokenizer=tokenizer,
         objective=config.objective(loss),
+        ledger=PreferenceLedger(loss),
         trees=trees,
         plan=plan,
         packs=PacksAhead(plan.packs, plan.total_steps),
@@ -113,7 +115,7 @@ def setup(config: TrainConfig, given: Given) -> Run:
     return run
 
 
-def _prepare_torch(config: TrainConfig) -> torch.device:
+def prepare_torch(config: TrainConfig) -> torch.device:
     """The device of the run; seeds and switches that are global to the process."""
     device = device_for(config.use_cpu)
     if config.bf16 is None and device.type == "cpu":
@@ -128,7 +130,7 @@ def _prepare_torch(config: TrainConfig) -> torch.device:
     return device
 
 
-def _checked_tokenizer(
+def checked_tokenizer(
     config: TrainConfig, given: Given, device: torch.device, source: str | None
 ) -> Any:
     """The tokenizer, after what cannot be trained has stopped: before any row is read."""
