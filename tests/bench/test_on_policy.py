@@ -5,7 +5,19 @@ from bench.harness import parsed
 
 
 def test_both_sides_agree_and_are_timed(tmp_path):
-    small = "--shapes 12:6 --width 32 --vocab 270 --completions 4 --seconds 0.1 --cpu".split()
+    small = [
+        "--shapes",
+        "12:6",
+        "--width",
+        "32",
+        "--vocab",
+        "270",
+        "--completions",
+        "4",
+        "--seconds",
+        "0.1",
+        "--cpu",
+    ]
     args = parsed(bench.on_policy, *small, "--out", str(tmp_path))
     found = bench.on_policy.BENCHMARK.run(args)["cases"]
     assert [case["kind"] for case in found] == ["reward", "policy"]
