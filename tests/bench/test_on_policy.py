@@ -1,4 +1,4 @@
-"""The benchmark of steps on given completions: both sides compute the same before they are timed."""
+"""The benchmark of steps on given completions: both sides compute the same, then are timed."""
 
 import bench.on_policy
 from bench.harness import parsed
