@@ -130,7 +130,7 @@ class _Loop:
         self.callbacks = callbacks
         self.intervals = Intervals.of(run.config, run.plan)
         self.guard = FiniteGuard(run.output_dir)
-        self.throughput = Throughput(run.policy.model, run.device)
+        self.throughput = Throughput(run.policy.model, run.device, tier=run.policy.tier)
         self.stillness = StillnessWatch()
         self.last_line: dict[str, float] = {}
         self.began_at = time.perf_counter()
