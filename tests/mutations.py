@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -34,7 +35,7 @@ MUTANTS = ROOT / "tests" / "mutants.toml"
 FOUND = ROOT / "runs" / "mutations.jsonl"
 FOLDERS = ("fasttr", "kernels", "tests", "bench", "docs", "examples")
 FILES = ("pyproject.toml", "README.md", "REFERENCE.md")
-LONGEST = 300  # seconds of a mutant's tests; what runs longer hangs, and is noticed
+LONGEST = 300  # seconds of a processor for a mutant's tests; what takes more hangs: it is noticed
 # What pytest's exit status says of a mutant; another one says that its tests did not run.
 KILLED, SURVIVED, NOT_TRIED = "killed", "survived", "not tried"
 VERDICTS = {0: SURVIVED, 1: KILLED}
@@ -111,7 +112,9 @@ def _tried(mutants: list[Mutant], jobs: int) -> Iterator[Finding]:
     """Each mutant in a copy of the tree, `jobs` of them at a time."""
     pending = list(reversed(mutants))
     running: list[tuple[Mutant, Trial]] = []
+    # The tree may change while this runs: what is found is of the tree as it was.
     original = {one.file: (ROOT / one.file).read_text() for one in mutants}
+    keys = {one.name: one.key() for one in mutants}
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         free = [_copied_to(Path(folder) / str(job)) for job in range(jobs)]
         while pending or running:
@@ -125,7 +128,7 @@ def _tried(mutants: list[Mutant], jobs: int) -> Iterator[Finding]:
                 (trial.tree / mutant.file).write_text(original[mutant.file])
                 free.append(trial.tree)
                 verdict, by = trial.verdict()
-                yield Finding(mutant.key(), mutant.name, verdict, by, trial.seconds)
+                yield Finding(keys[mutant.name], mutant.name, verdict, by, trial.seconds)
             time.sleep(PAUSE)
 
 
@@ -155,7 +158,7 @@ class Trial:
     The process is forked from this one, which has imported what takes long and is none of ours.
     """
 
-    def __init__(self, tree: Path, tests: list[str], longest: float, *, stops: bool = True):
+    def __init__(self, tree: Path, tests: list[str], longest: int, *, stops: bool = True):
         self.tree = tree
         self._output = tree / "output.txt"
         self._longest = longest
@@ -164,11 +167,13 @@ class Trial:
         self.seconds = 0.0
         self._pid = os.fork()
         if self._pid == 0:
+            resource.setrlimit(resource.RLIMIT_CPU, (longest, longest))
             _be_pytest(tree, ["-x", *tests] if stops else tests, self._output)
 
     def is_over(self) -> bool:
         pid, status = os.waitpid(self._pid, os.WNOHANG)
-        if pid == 0 and time.perf_counter() - self._began > self._longest:
+        waited = time.perf_counter() - self._began
+        if pid == 0 and waited > 20 * self._longest:  # it sleeps, or the machine is very busy
             os.killpg(self._pid, signal.SIGKILL)
             pid, status = os.waitpid(self._pid, 0)
         if pid != 0:
@@ -178,8 +183,8 @@ class Trial:
 
     def verdict(self) -> tuple[str, str]:
         """What became of the mutant, and by which test."""
-        if self._status == -signal.SIGKILL and self.seconds > self._longest:
-            return KILLED, f"no end after {self._longest} s"
+        if self._status in (-signal.SIGXCPU, -signal.SIGKILL):
+            return KILLED, f"no end after {self._longest} s of a processor"
         verdict = VERDICTS.get(self._status, NOT_TRIED)
         if verdict == SURVIVED:
             return verdict, ""

@@ -39,11 +39,7 @@ def run_sft(args: list[str]) -> None:
 
 
 def _train(args: list[str], method: str) -> None:
-    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
-        raise FasttrError(
-            "got several processes; one process trains until sharding is built: start without "
-            "torchrun"
-        )
+    arguments.require_one_process()
     config = parse_train(args, method)
     from fasttr.training.loop import train
 

@@ -49,6 +49,13 @@ class ModelSettings:
         "attention; none picks what the device has, else sdpa, eager, varlen, flash_attention_2",
         in_eval=True,
     )
+    compile: bool | None = setting(
+        None,
+        None,
+        "compile decoder layers with torch.compile; none means on a CUDA device, where they have a "
+        "whole graph",
+        in_eval=True,
+    )
     attention_tier: str = setting(
         AUTO,
         one_of(AUTO, *TIERS),

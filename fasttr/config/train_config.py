@@ -270,6 +270,7 @@ class TrainConfig(
             use_liger_kernel=self.use_liger_kernel,
             max_length=self.max_length,
             ld_alpha=self.ld_alpha,
+            compile=self.compile,
             tier=SHARED if self.attention_tier == AUTO else self.attention_tier,
             trust_remote_code=self.trust_remote_code,
             router_aux_loss_coef=(self.router_aux_loss_coef or 0.0) if name is None else 0.0,

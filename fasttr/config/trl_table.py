@@ -220,9 +220,9 @@ TRAINING = [
     _i("activation_checkpointing_kwargs", None, "any", "values do not depend on it"),
     _h("gradient_checkpointing", True, "bool"),
     _i("gradient_checkpointing_kwargs", None, "any", "values do not depend on it"),
-    _r("torch_compile", False, "bool", "not needed: the kernels are fused"),
-    _r("torch_compile_backend", None, "str?", "not needed: the kernels are fused"),
-    _r("torch_compile_mode", None, "str?", "not needed: the kernels are fused"),
+    _n("torch_compile", False, "bool", "compile", "false leaves the choice to compile"),
+    _r("torch_compile_backend", None, "str?", "layers are compiled with inductor: leave it out"),
+    _r("torch_compile_mode", None, "str?", "layers are compiled in the default mode: leave it out"),
     _h(
         "use_liger_kernel",
         False,

@@ -12,22 +12,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fasttr.batch import PackedBatch, TreeSource
-from fasttr.losses import Loss, Objective
-from fasttr.metrics.sums import (
-    as_metrics,
-    binomial_stderr,
-    by_name,
-    means,
-    pack_sums,
-    zeros,
-)
+from fasttr.losses import Loss
+from fasttr.losses.objective import AnyObjective
+from fasttr.metrics.ledger import Ledger
+from fasttr.metrics.sums import binomial_stderr, by_name
 from fasttr.models.packed import PackedModel
 from fasttr.packing.plan import Plan, pack_rows
 from fasttr.packing.tiers import SHARED
@@ -75,17 +70,18 @@ class EvaluationSplit:
 def evaluate(
     model: PackedModel,
     split: EvaluationSplit,
-    objective: Objective,
-    after: Callable[[PackedBatch, Tensor], None] | None = None,
+    objective: AnyObjective,
+    ledger: Ledger,
+    after: Callable[[PackedBatch, Any], None] | None = None,
     name: str = "",
 ) -> dict[str, float]:
     """Means over all rows of the split, under `eval_` names, or `eval_NAME_` where it has a name.
 
-    `after` is called after every pack with the model's log-probs (N,) of it.
+    `after` is called after every pack with the model's output of it.
     """
     loss, rows = objective.loss, np.arange(len(split.trees))
     step = objective.of_rows(split.trees, rows)
-    sums = zeros(model.device)
+    sums = ledger.zeros(model.device)
     against_anchor = _AgainstAnchor([], [])
     with model.weights_still():
         for host_batch in split.packs():
@@ -101,17 +97,17 @@ def evaluate(
                 stats=True,
                 head_means=step.head_means,
             )
-            sums += pack_sums(out, ref_logp, batch, loss)
+            sums = ledger.merged(sums, ledger.of_pack(out, ref_logp, batch))
             if split.anchor_logps is not None:
                 anchor = split.anchor_logps.get(batch.rows).to(model.device)
                 against_anchor.logratios.append(out.logp - anchor)
                 against_anchor.labels.append(batch.labels)
             if after is not None:
-                after(batch, out.logp)
-    line = as_metrics(by_name(means(sums)[0]), loss)
-    if "rewards/accuracies" in line:
-        share = line["rewards/accuracies"]
-        line["rewards/accuracies_stderr"] = binomial_stderr(share, len(rows))
+                after(batch, out)
+    line = ledger.metrics(by_name(ledger.means(sums)[0], ledger.names))
+    for share in ("rewards/accuracies", "accuracy"):
+        if share in line:
+            line[f"{share}_stderr"] = binomial_stderr(line[share], len(rows))
     if split.anchor_logps is not None:
         line.update(against_anchor.metrics(loss))
     prefix = f"eval_{name}_" if name else "eval_"

@@ -17,6 +17,7 @@ from fasttr.data.tokens import adjust
 from fasttr.errors import FasttrError, first_line
 from fasttr.hub import go_offline_if_unreachable
 from fasttr.models import attention, checks
+from fasttr.models.compiled import compile_layers
 from fasttr.models.halves import in_bf16, round_matrices
 from fasttr.models.packed import HeadSpec, PackedModel
 from fasttr.models.probe import probe
@@ -40,6 +41,7 @@ class ModelConfig:
     ld_alpha: float | None = None
     chat_template: str | None = None  # instead of the tokenizer's own
     eos_token: str | None = None
+    compile: bool | None = False  # decoder layers; None: on a CUDA device
     tier: str = SHARED  # how tokens reach it; refused where the probe does not find it exact
     trust_remote_code: bool = False
     router_aux_loss_coef: float = 0.0  # 0: the router's loss is not computed
@@ -91,6 +93,7 @@ def finish_packed(model: Any, config: ModelConfig) -> PackedModel:
         RouterLoss(model, config.router_aux_loss_coef) if config.router_aux_loss_coef else None,
     )
     checks.check_head(packed, config.key, config.name)
+    compile_layers(packed, config.compile)
     return packed
 
 

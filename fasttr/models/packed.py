@@ -79,6 +79,8 @@ class PackedModel(nn.Module):
         router: the auxiliary loss of a mixture of experts.
 
     Attributes:
+        scores_as_it_trains: score through the graph of the training forward. Compiled without
+            gradients a layer may round otherwise, and log-ratios would not begin at 0.
         router_loss: () what the router's loss was in the last forward with `router_share`, detached
             and before its coefficient.
     """
@@ -102,6 +104,7 @@ class PackedModel(nn.Module):
         self.rows = rows_of(tier, attention_backend)
         self.router = router
         self.router_loss: Tensor | None = None
+        self.scores_as_it_trains = False
         self.bf16 = bf16
         self.ld_alpha = ld_alpha
         self._cast_head: Tensor | None = None
@@ -199,10 +202,10 @@ class PackedModel(nn.Module):
             return out
         return out._replace(logp=self._joined(out.logp, self.ld_alpha))
 
-    @torch.no_grad()
     def logps(self, batch: PackedBatch) -> Tensor:
         """Summed log-probs of the completions of a pack, (N,) fp32 nats, without gradients."""
-        return self(batch.to(self.device)).logp
+        with torch.set_grad_enabled(self.scores_as_it_trains):
+            return self(batch.to(self.device)).logp
 
     def _of_joined_parts(
         self, loss_fn: LossFn, ref_logp: Tensor | None, batch: PackedBatch

@@ -33,6 +33,8 @@ class _Shown(NamedTuple):
 _STEP_LINE = (
     _Shown("rewards/margins", "margin", "+.4f"),
     _Shown("rewards/accuracies", "accuracy", ".3f"),
+    _Shown("margin", "margin", "+.4f"),
+    _Shown("accuracy", "accuracy", ".3f"),
     _Shown("kl", "kl", ".3f"),
     _Shown("ref/updates", "updates", "d"),
     _Shown("grad_norm", "grad", ".3g"),
@@ -157,10 +159,9 @@ def announce_evaluation(run: Run, metrics: dict[str, float], name: str) -> None:
     line = {metric.removeprefix(prefix): value for metric, value in metrics.items()}
     where = f" on {name}" if name else ""
     parts = [f"evaluation{where} at step {run.step}: loss {line['loss']:.4f}"]
-    accuracy = line.get("rewards/accuracies")
-    if accuracy is not None:
-        error = line["rewards/accuracies_stderr"]
-        parts.append(f"accuracy {accuracy:.3f} +- {error:.3f}")
+    for share in ("rewards/accuracies", "accuracy"):
+        if share in line:
+            parts.append(f"accuracy {line[share]:.3f} +- {line[f'{share}_stderr']:.3f}")
     if "rewards/margins" in line:
         parts.append(f"margin {line['rewards/margins']:+.4f}")
     if "anchor/rewards/margins" in line:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,6 @@ from fasttr.console import say
 from fasttr.errors import FasttrError
 from fasttr.evaluation.split import evaluate
 from fasttr.metrics.log import MetricsLog
-from fasttr.metrics.sums import as_metrics
 from fasttr.metrics.throughput import Throughput
 from fasttr.models.given import give_back
 from fasttr.optim import update
@@ -89,9 +88,20 @@ def train(
         has_eval_data=eval_dataset is not None,
     )
     given = Given(model, tokenizer, train_dataset, eval_dataset, loss)
+    return to_the_end(config, lambda: setup(config, given), callbacks)
+
+
+def to_the_end(
+    config: TrainConfig,
+    set_up: Callable[[], Any],
+    callbacks: Sequence[Callback],
+    loop: Callable[..., Any] | None = None,
+) -> TrainResult:
+    """Set a run up, alone in its folder, and train until it is over; `loop` is another than that of
+    rows that are there from the start."""
     with StopSignal() as stop, _alone_in(config):
         callbacks = [*callbacks, *hub_callbacks(config)]
-        run = setup(config, given)
+        run = set_up()
         if checkpoints.is_finished(run):
             say(f"nothing to do: {run.output_dir} holds this run's end, step {run.step}")
             _give_back(run)
@@ -104,7 +114,7 @@ def train(
             settings=run.config.as_dict(),
         )
         try:
-            return _Loop(run, log, stop, Callbacks(callbacks)).all_steps()
+            return (loop or _Loop)(run, log, stop, Callbacks(callbacks)).all_steps()
         finally:
             log.close()
             _give_back(run)
@@ -120,7 +130,7 @@ class _Loop:
         self.callbacks = callbacks
         self.intervals = Intervals.of(run.config, run.plan)
         self.guard = FiniteGuard(run.output_dir)
-        self.throughput = Throughput(run.policy.model, run.device)
+        self.throughput = Throughput(run.policy.model, run.device, tier=run.policy.tier)
         self.stillness = StillnessWatch()
         self.last_line: dict[str, float] = {}
         self.began_at = time.perf_counter()
@@ -206,7 +216,7 @@ class _Loop:
 
     def write_line(self, metrics: StepMetrics, window: range) -> None:
         run = self.run
-        line = as_metrics(run.averages.read(), run.loss)
+        line = run.ledger.metrics(run.averages.read())
         line["grad_norm"] = float(metrics.gradient_norm)
         line["learning_rate"] = metrics.learning_rate
         line["num_tokens"] = run.num_tokens
@@ -238,7 +248,7 @@ class _Loop:
             )
         line: dict[str, float] = {}
         for name, split in run.splits.items():
-            found = evaluate(run.policy, split, run.objective, name=name)
+            found = evaluate(run.policy, split, run.objective, run.ledger, name=name)
             announce_evaluation(run, found, name)
             line |= found
         self.log.write(run.step, line)
@@ -267,16 +277,8 @@ class _Loop:
             checkpoints.save(self.run, self.callbacks)
 
     def save_and_leave(self, signum: int) -> None:
-        run = self.run
         self.guard.verify()
-        saved = ""
-        if run.step > 0:
-            saved = f"; saved {checkpoints.save(run, self.callbacks)}"
-        say(
-            f"stopped by a signal at step {run.step}{saved}; go on with "
-            "--resume_from_checkpoint true"
-        )
-        raise Interrupted(signum)
+        save_and_leave(self.run, self.callbacks, signum)
 
     def finish(self) -> TrainResult:
         run = self.run
@@ -303,6 +305,13 @@ class _Loop:
             "train_runtime": seconds,
             "train_pairs_per_second": rows / seconds,
         }
+
+
+def save_and_leave(run: Run, callbacks: Callbacks, signum: int) -> None:
+    """Save where there is something to save, and end the process as the signal asks."""
+    saved = f"; saved {checkpoints.save(run, callbacks)}" if run.step > 0 else ""
+    say(f"stopped by a signal at step {run.step}{saved}; go on with --resume_from_checkpoint true")
+    raise Interrupted(signum)
 
 
 def _give_back(run: Run) -> None:

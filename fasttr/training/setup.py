@@ -18,10 +18,12 @@ from fasttr.environment import device_for
 from fasttr.errors import FasttrError
 from fasttr.evaluation.split import EvaluationSplit
 from fasttr.losses import Loss, as_loss
+from fasttr.metrics.ledger import PreferenceLedger
 from fasttr.metrics.sums import Averages
 from fasttr.metrics.trackers import require_trackers
 from fasttr.models.checks import check_ids
 from fasttr.models.choice import Candidate, choose_tier
+from fasttr.models.compiled import compile_layers
 from fasttr.models.given import pack_model, read_weights_into
 from fasttr.models.halves import add_remainders
 from fasttr.models.load import (
@@ -58,12 +60,12 @@ def setup(config: TrainConfig, given: Given) -> Run:
 
     What can be refused without a row is refused first: tokenising takes long.
     """
-    device = _prepare_torch(config)
+    device = prepare_torch(config)
     require_trackers(config.report_to)
     config.optimizer().check_schedule()
     resume = find_resume(config)
     source = str(resume.folder) if resume is not None else config.model_name_or_path
-    tokenizer = _checked_tokenizer(config, given, device, source)
+    tokenizer = checked_tokenizer(config, given, device, source)
     candidates = _candidates(config, given, device, source)
     coefficient = coefficient_of(candidates[0].config, config.router_aux_loss_coef)
     config = dataclasses.replace(config, router_aux_loss_coef=coefficient)
@@ -90,11 +92,14 @@ def setup(config: TrainConfig, given: Given) -> Run:
     if config.eos_token is not None:
         _end_with(policy, tokenizer)
     optimizer = config.optimizer().optimizer(policy.model, policy.bf16)
+    # Not before: the optimizer decides which weights are bf16, and graphs are made for dtypes.
+    compile_layers(policy, config.compile)
     run = Run(
         config=config,
         device=device,
         tokenizer=tokenizer,
         objective=config.objective(loss),
+        ledger=PreferenceLedger(loss),
         trees=trees,
         plan=plan,
         packs=PacksAhead(plan.packs, plan.total_steps),
@@ -113,7 +118,7 @@ def setup(config: TrainConfig, given: Given) -> Run:
     return run
 
 
-def _prepare_torch(config: TrainConfig) -> torch.device:
+def prepare_torch(config: TrainConfig) -> torch.device:
     """The device of the run; seeds and switches that are global to the process."""
     device = device_for(config.use_cpu)
     if config.bf16 is None and device.type == "cpu":
@@ -128,7 +133,7 @@ def _prepare_torch(config: TrainConfig) -> torch.device:
     return device
 
 
-def _checked_tokenizer(
+def checked_tokenizer(
     config: TrainConfig, given: Given, device: torch.device, source: str | None
 ) -> Any:
     """The tokenizer, after what cannot be trained has stopped: before any row is read."""
@@ -221,7 +226,8 @@ def _models(
     config: TrainConfig, device: torch.device, given: Given, resume: Resume | None
 ) -> tuple[PackedModel, PackedModel | None]:
     """The policy, and a first reference of its own where one is named and still needed."""
-    policy = _policy(config.model(device), given.model, resume)
+    wanted = dataclasses.replace(config.model(device), compile=False)
+    policy = _policy(wanted, given.model, resume)
     if config.ref_model_name_or_path is None or (
         resume is not None and config.ref_update != "soft"
     ):
@@ -232,8 +238,11 @@ def _models(
 def _named_reference(config: TrainConfig, device: torch.device) -> ModelConfig:
     model = config.model(device, config.ref_model_name_or_path)
     # A soft reference becomes an average of it, for which every bit counts.
-    is_trained = config.ref_update == "soft"
-    return dataclasses.replace(model, key="ref_model_name_or_path", is_trained=is_trained)
+    if config.ref_update == "soft":
+        model = dataclasses.replace(model, compile=False)
+    else:
+        model = dataclasses.replace(model, is_trained=False)
+    return dataclasses.replace(model, key="ref_model_name_or_path")
 
 
 def _check_ids(

@@ -142,16 +142,16 @@ class SplitAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        items = self._items(references, alpha)
+        items = self.items(references, alpha)
         if items and items[0].param.is_cuda:
             from fasttr_kernels import adamw_triton
 
             device = items[0].param.device
             # Nothing of a number on the host is waited for.
             factor = torch.full((), clip, device=device) if isinstance(clip, float | int) else clip
-            adamw_triton.launch(items, factor.to(device), float(alpha), self._seed())
+            adamw_triton.launch(items, factor.to(device), float(alpha), self.seed)
         else:
-            adamw_torch.update(items, float(clip), float(alpha), self._seed())
+            adamw_torch.update(items, float(clip), float(alpha), self.seed)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -171,10 +171,15 @@ class SplitAdamW(torch.optim.Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _seed(self) -> int:
+    @property
+    def seed(self) -> int:
+        """Of stochastic rounding, of all groups."""
         return int(self.param_groups[0]["seed"])
 
-    def _items(self, references: Sequence[Reference] | None, alpha: float) -> list[Item]:
+    def items(
+        self, references: Sequence[Reference] | None = None, alpha: float = 0.0
+    ) -> list[Item]:
+        """What a step is made of: flat views of each parameter with a gradient, and its state."""
         parameters = self._parameters()
         followed: Sequence[Reference | None] = [None] * len(parameters)
         if references is not None:

@@ -137,7 +137,7 @@ def _blocks(elements: int) -> Iterator[slice]:
 def _update_block(item: Item, block: slice, s: Scalars, step: int, alpha: float, seed: int) -> None:
     g = item.grad.float() * s.clip
     p = _weights(item) * s.decay
-    first, second = _decoded(item.moments)
+    first, second = decoded(item.moments)
     m = (first * s.beta1).add_(g * s.rest1)
     v = (second * s.beta2).add_((g * s.rest2).mul_(g))
     if item.moments.first.dtype == torch.bfloat16:
@@ -145,7 +145,7 @@ def _update_block(item: Item, block: slice, s: Scalars, step: int, alpha: float,
         item.moments.first.copy_(round_stochastic(m, low))
         item.moments.second.copy_(round_stochastic(v, high))
     else:
-        _encode(item.moments, m, v)
+        encode(item.moments, m, v)
     denominator = _sqrt(v).mul_(s.inverse).add_(s.eps)
     p.sub_(m.mul_(s.step_size).div_(denominator))
     if item.remainder is not None:
@@ -173,7 +173,7 @@ def _weights(item: Item) -> Tensor:
     return join_halves(item.param, item.remainder)
 
 
-def _decoded(moments: Moments) -> tuple[Tensor, Tensor]:
+def decoded(moments: Moments) -> tuple[Tensor, Tensor]:
     first, second, first_scale, second_scale = moments
     if first_scale is None or second_scale is None:
         return first.float(), second.float()
@@ -192,7 +192,7 @@ def _decoded(moments: Moments) -> tuple[Tensor, Tensor]:
 INVERSE_127, INVERSE_255 = (torch.tensor(1 / x).item() for x in (127, 255))
 
 
-def _encode(moments: Moments, m: Tensor, v: Tensor) -> None:
+def encode(moments: Moments, m: Tensor, v: Tensor) -> None:
     first, second, first_scale, second_scale = moments
     if first_scale is None or second_scale is None:
         first.copy_(m)

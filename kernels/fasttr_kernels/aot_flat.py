@@ -55,7 +55,7 @@ def _lerp_case(reference: str, policy: str, way: str) -> Case:
     moved = 2 * BYTES[reference] + BYTES[policy] + (4 if way == "split" else 0)
     return Case(
         name=joined("lerp", f"{reference} <- {policy}", way),
-        kernel=lerp_triton._lerp_kernel,
+        kernel=lerp_triton.lerp_kernel,
         arguments=arguments,
         divisible=("Table",),
         num_warps=lerp_triton.WARPS,

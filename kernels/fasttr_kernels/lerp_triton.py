@@ -65,7 +65,7 @@ def _block(
 
 
 @triton.jit(do_not_specialize=["alpha_bits", "seed", "n_tensors", "n_steps"])
-def _lerp_kernel(
+def lerp_kernel(
     Table,  # (n_tensors, FIELDS)
     alpha_bits,  # of fp64: a number with a point would arrive as fp32
     seed,
@@ -175,7 +175,7 @@ def launch(items: list[Item], alpha: float, stochastic: bool, seed: int) -> None
     for number, ((device, ref, pol, split, aligned), alike) in enumerate(kinds.items()):
         rows, units = table(alike)
         with torch.cuda.device_of(alike[0].reference):
-            _lerp_kernel[(units,)](
+            lerp_kernel[(units,)](
                 bits.to_device(rows, device),
                 alpha_bits,
                 # Launches would otherwise draw the same bits for the same position.

@@ -58,13 +58,13 @@ def step(
     opt: SplitAdamW, path: str, clip: float = 1.0, alpha: float = 0.0, references=None
 ) -> None:
     """A step by one of the two paths; on a CPU the kernel is interpreted."""
-    items = opt._items(references, alpha)
+    items = opt.items(references, alpha)
     if path == "torch":
-        adamw_torch.update(items, clip, alpha, opt._seed())
+        adamw_torch.update(items, clip, alpha, opt.seed)
     else:
         from fasttr_kernels import adamw_triton
 
-        adamw_triton.launch(items, torch.tensor(clip, device=DEVICE), alpha, opt._seed())
+        adamw_triton.launch(items, torch.tensor(clip, device=DEVICE), alpha, opt.seed)
 
 
 def everything(opt: SplitAdamW) -> list[Tensor]:
@@ -355,8 +355,8 @@ def test_companded_moments_keep_two_digits_and_never_lose_a_second_moment() -> N
         torch.zeros(32),
         torch.zeros(32),
     )
-    adamw_torch._encode(moments, m, v)
-    got_m, got_v = adamw_torch._decoded(moments)
+    adamw_torch.encode(moments, m, v)
+    got_m, got_v = adamw_torch.decoded(moments)
 
     def root(x: Tensor, power: int) -> Tensor:
         groups = x.abs().double().view(-1, 128)

@@ -94,8 +94,8 @@ def test_the_widest_access_is_read_from_ptx() -> None:
     @%p1 st.global.v2.b32 [ %rd2 + 0 ], { %r1, %r2 };
     st.shared.v4.b32 [ %r2 + 0 ], { %r1, %r2, %r3, %r4 };
     """
-    assert sass._widest("ld", ptx) == 16
-    assert sass._widest("st", ptx) == 8
+    assert sass.widest_access("ld", ptx) == 16
+    assert sass.widest_access("st", ptx) == 8
 
 
 def test_blocks_of_a_multiprocessor_by_each_of_its_limits() -> None:
@@ -137,7 +137,7 @@ for kernel in (logits_triton.logp_kernel, logits_triton.logit_grad_kernel):
         fn = fn.fn
     left_out = lambda p: p.is_constexpr or p.do_not_specialize_on_alignment
     print(" ".join(p.name for p in fn.params if not left_out(p)))
-params = lerp_triton._lerp_kernel.params
+params = lerp_triton.lerp_kernel.params
 print(" ".join(p.name for p in params if not (p.is_constexpr or p.do_not_specialize)))
 """
 

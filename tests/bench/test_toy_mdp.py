@@ -1,30 +1,23 @@
-"""The reproduction of the TR paper: the toy MDP, the over-optimisation study, the recipes for a
-GPU."""
+"""The toy MDP of the TR paper: its losses, references and pairs are the trainer's."""
 
 from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from bench.paper import curves, overoptimization, stats, toy_mdp
-from bench.paper.curves import Run
+from bench.paper import toy_mdp
 from bench.paper.mdp import Rnn, Tabular, Tree, align, draw_pairs, fit, rows_of, seed_losses
 from fasttr import batch
-from fasttr.cli.train import parse_train
 from fasttr.data.in_memory import ListTrees
 from fasttr.data.unpaired import Unpaired
 from fasttr.losses import make_loss
 from fasttr.reference.schedule import Fixed, Hard, Soft
-from fasttr.training.loop import train
-from tests.runs import lines
 
 TREE = Tree()
-RECIPES = sorted((Path(__file__).parents[2] / "fasttr" / "recipes").glob("*.yaml"))
 
 
 def toy(seeds: int = 3, pairs: int = 2, shared: int | None = 0):
@@ -32,9 +25,6 @@ def toy(seeds: int = 3, pairs: int = 2, shared: int | None = 0):
     initial = Rnn(TREE, list(range(seeds)))
     fit(initial, drawn, 10, 3e-3)
     return initial, drawn
-
-
-# -- the toy MDP
 
 
 def test_direction_of_both_pair_constructions_is_the_recorded_one():
@@ -197,215 +187,3 @@ def test_toy_command_writes_tables_pictures_and_what_is_not_known(tmp_path, caps
     with pytest.raises(SystemExit):
         toy_mdp.main(["--depth", "1", "--pairs", "2", "--seeds", "1", "--out", str(tmp_path)])
     assert "no room" in capsys.readouterr().err
-
-
-# -- intervals and words
-
-
-def test_intervals_over_seeds():
-    found = stats.interval([1.0, 2.0, 3.0, math.nan])
-    assert (found.mean, found.n, found.sign) == (2.0, 3, 0)
-    assert found.high - 2 == pytest.approx(4.303 / math.sqrt(3))
-    assert stats.t975(30) == pytest.approx(2.042, abs=1e-3)
-    assert stats.interval([1.0]).sign == 0
-    assert "no interval" in stats.interval([1.0]).text()
-    assert [
-        stats.words(stats.interval(x), "up", "down", "none")[:4]
-        for x in ([1, 1.1], [-1, -1.1], [-1, 1])
-    ] == [
-        "up (",
-        "down",
-        "none",
-    ]
-
-
-def made_up(
-    gold_fixed, gold_moving, kl_fixed=(0, 1, 2, 4), kl_moving=(0, 1, 2, 4), seeds=3
-) -> list[Run]:
-    runs = []
-    for seed in range(seeds):
-        for arm in curves.ARMS:
-            kl, gold = (kl_fixed, gold_fixed) if arm == "fixed" else (kl_moving, gold_moving)
-            rows = [
-                {
-                    "step": i,
-                    "kl": k,
-                    "gold": g + 0.001 * seed * (i + (arm == "hard")),
-                    "length": 9.0 + k,
-                }
-                for i, (k, g) in enumerate(zip(kl, gold, strict=True))
-            ]
-            runs.append(Run("sigmoid", arm, 0.1, seed, rows))
-    return runs
-
-
-def test_verdict_where_the_claim_holds():
-    said = curves.verdict(made_up((0.5, 0.6, 0.4, 0.1), (0.5, 0.6, 0.62, 0.63)))
-    assert "DPO, soft: **the claim holds here**" in said
-    assert "a moving reference gives less gold: nowhere shown" in said
-
-
-def test_verdict_where_it_does_not():
-    same = curves.verdict(made_up((0.5, 0.6, 0.4, 0.1), (0.5, 0.6, 0.4, 0.1)))
-    soft = next(line for line in same if line.startswith("DPO, soft: **"))
-    assert "not shown to be better" in soft
-    assert "the moving one falls as well" in soft
-    assert "a moving reference gives more gold: nowhere shown" in same
-    worse = curves.verdict(made_up((0.5, 0.6, 0.62, 0.63), (0.5, 0.5, 0.3, 0.0)))
-    soft = next(line for line in worse if line.startswith("DPO, soft: **"))
-    assert "the fixed reference is not shown to fall" in soft
-    assert "worse" in soft
-    assert any(
-        line.startswith("a moving reference gives less gold: DPO soft at equal KL")
-        for line in worse
-    )
-    assert curves.verdict(made_up((0.5, 0.1), (0.5, 0.6), (0, 1), (0, 1), seeds=1)) == [
-        "one seed has no interval: nothing is claimed; ask for two or more"
-    ]
-
-
-def test_further_along_the_same_curve_is_no_difference_at_equal_kl():
-    c = curves.compare(
-        made_up((0.5, 0.55, 0.6), (0.5, 0.6, 0.4), (0, 0.5, 1), (0, 1, 3)), "sigmoid", "soft"
-    )
-    assert c.equal_kl.mean == pytest.approx(0, abs=1e-3)
-    assert c.gold_at_end.sign == -1
-    assert c.kl_at_end.mean == pytest.approx(2)
-    assert c.fall_moving.mean == pytest.approx(0.2, abs=0.01)
-
-
-# -- the over-optimisation study
-
-
-def test_overoptimization_end_to_end_and_resumed(tmp_path, monkeypatch, capsys):
-    command = [
-        "--out",
-        str(tmp_path),
-        "--losses",
-        "kto_paired",
-        "--beta",
-        "0.5",
-        "--seeds",
-        "2",
-        "--steps",
-        "2",
-        "--checkpoint_every",
-        "1",
-        "--pairs",
-        "16",
-        "--test_pairs",
-        "4",
-        "--samples",
-        "4",
-        "--batch",
-        "8",
-        "--width",
-        "16",
-        "--sft_steps",
-        "3",
-        "--sft_pairs",
-        "64",
-        "--tau",
-        "1",
-        "--soft_every",
-        "1",
-    ]
-    overoptimization.main(command)
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert len(found["runs"]) == 6
-    assert len(found["compared"]) == 2
-    row = found["runs"][0]["rows"][-1]
-    assert row["step"] == 2
-    assert {"gold", "kl", "kl_stderr", "length", "logps_chosen", "logratio_rejected"} <= row.keys()
-    assert found["runs"][0]["rows"][0]["kl"] == 0
-    assert (tmp_path / "gold-against-kl.png").exists()
-    assert (tmp_path / "steps.png").exists()
-    assert "the claim" in (tmp_path / "verdict.md").read_text()
-
-    def no_more(config):
-        raise AssertionError("a finished run was repeated")
-
-    monkeypatch.setattr(overoptimization, "train", no_more)
-    overoptimization.main(command)
-    with pytest.raises(SystemExit, match="tau: 1 -> 2"):
-        overoptimization.main([*command, "--tau", "2"])
-
-
-# -- the recipes
-
-
-def rows_like(name: str) -> list[dict]:
-    """Rows in the shape of the data set that a recipe names."""
-    if "hh" in name:
-        asked = "\n\nHuman: how many{}?\n\nAssistant:"
-        return [
-            {"chosen": asked.format(i) + " many of them", "rejected": asked.format(i) + " no"}
-            for i in range(8)
-        ]
-    if "tldr" in name:
-        asked = "SUBREDDIT: r/x\n\nPOST: it was {}\n\nTL;DR:"
-        return [
-            {"prompt": asked.format(i), "chosen": " short", "rejected": " much longer"}
-            for i in range(8)
-        ]
-    user = [{"content": "how many?", "role": "user"}]
-    answers = (("chosen", "two"), ("rejected", "no"))
-    sides = {side: [*user, {"content": text, "role": "assistant"}] for side, text in answers}
-    return [
-        {
-            "prompt": "how many?",
-            "prompt_id": str(i),
-            **sides,
-            "messages": sides["chosen"],
-            "score_chosen": 8.0,
-            "score_rejected": 4.0,
-        }
-        for i in range(8)
-    ]
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipe_loads_and_takes_a_step(recipe, workspace, tmp_path):
-    config = parse_train(["--config", str(recipe)])
-    assert config.output_dir == f"runs/{recipe.stem}"
-    assert (config.max_length, config.max_grad_norm, config.num_train_epochs) == (1024, 2.0, 1.0)
-    if config.loss_type != "sft":
-        assert (config.beta, config.learning_rate, config.warmup_steps) == (0.05, 1e-6, 100)
-        assert config.ref_update == {"dpo": "none", "oft": "soft", "ard": "hard"}[recipe.stem[-3:]]
-    if "pythia" in recipe.stem and config.ref_update != "none":
-        assert config.schedule in (Soft(0.6, 64), Hard(512))
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows_like(recipe.stem)))
-    stand_in = {
-        "model_name_or_path": workspace / "model",
-        "dataset_name": file,
-        "eval_dataset_name": file,
-        "dataset_train_split": "train",
-        "output_dir": tmp_path / "run",
-        "max_steps": 1,
-        "train_batch_size": 4,
-        "use_cpu": "true",
-        "bf16": "false",
-        "warmup_steps": 0,
-        "eval_strategy": "steps",
-        "eval_steps": 1,
-        "disable_tqdm": "true",
-        "save_strategy": "no",
-    }
-    train(
-        parse_train(
-            ["--config", str(recipe), *(f"--{key}={value}" for key, value in stand_in.items())]
-        )
-    )
-    assert [line["eval_loss"] for line in lines(tmp_path / "run") if line.get("eval_loss")][-1] > 0
-
-
-def test_recipes_cover_the_study():
-    assert len(RECIPES) == 11
-    for recipe in RECIPES:
-        if not recipe.stem.endswith("sft"):
-            for flags in (
-                ["--loss_type", "ipo_sum"],
-                ["--loss_type", "kto_paired", "--group_size", "8"],
-            ):
-                parse_train(["--config", str(recipe), *flags])
