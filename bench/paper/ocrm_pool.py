@@ -234,16 +234,19 @@ def verdict(found: Found) -> list[str]:
     """Sentences that the intervals over seeds allow."""
     lines = []
     for reward, arms in found.items():
-        best = [max(one.gold) for one in arms["fixed"]]
+        against = {
+            "one reward model run on": [one.gold[-1] for one in arms["fixed"]],
+            "the best stage of one reward model": [max(one.gold) for one in arms["fixed"]],
+        }
         for arm in ("weighted", "shuffled", "fresh"):
-            over = _paired([one.gold[-1] for one in arms[arm]], best)
-            said = words(
-                over,
-                "more gold reward than the best stage of one reward model",
-                "less gold reward than the best stage of one reward model",
-                "no difference from the best stage of one reward model is shown",
-            )
-            lines.append(f"{reward}, {arm}: {said}")
+            for name, values in against.items():
+                said = words(
+                    _paired([one.gold[-1] for one in arms[arm]], values),
+                    f"more gold reward than {name}",
+                    f"less gold reward than {name}",
+                    f"no difference from {name} is shown",
+                )
+                lines.append(f"{reward}, {arm}: {said}")
     return lines
 
 

@@ -65,5 +65,5 @@ def test_the_table_and_the_verdict_name_every_arm(pool):
     found = study(pool, SETTINGS)
     assert table(found, SETTINGS).count("\n") == 1 + 4
     said = verdict(found)
-    assert len(said) == 3
+    assert len(said) == 6
     assert said[0].startswith("bag, weighted: ")
