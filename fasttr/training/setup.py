@@ -23,6 +23,7 @@ from fasttr.metrics.sums import Averages
 from fasttr.metrics.trackers import require_trackers
 from fasttr.models.checks import check_ids
 from fasttr.models.choice import Candidate, choose_tier
+from fasttr.models.compiled import compile_layers
 from fasttr.models.given import pack_model, read_weights_into
 from fasttr.models.halves import add_remainders
 from fasttr.models.load import (
@@ -91,6 +92,8 @@ def setup(config: TrainConfig, given: Given) -> Run:
     if config.eos_token is not None:
         _end_with(policy, tokenizer)
     optimizer = config.optimizer().optimizer(policy.model, policy.bf16)
+    # Not before: the optimizer decides which weights are bf16, and graphs are made for dtypes.
+    compile_layers(policy, config.compile)
     run = Run(
         config=config,
         device=device,
@@ -223,7 +226,8 @@ def _models(
     config: TrainConfig, device: torch.device, given: Given, resume: Resume | None
 ) -> tuple[PackedModel, PackedModel | None]:
     """The policy, and a first reference of its own where one is named and still needed."""
-    policy = _policy(config.model(device), given.model, resume)
+    wanted = dataclasses.replace(config.model(device), compile=False)
+    policy = _policy(wanted, given.model, resume)
     if config.ref_model_name_or_path is None or (
         resume is not None and config.ref_update != "soft"
     ):
@@ -234,8 +238,11 @@ def _models(
 def _named_reference(config: TrainConfig, device: torch.device) -> ModelConfig:
     model = config.model(device, config.ref_model_name_or_path)
     # A soft reference becomes an average of it, for which every bit counts.
-    is_trained = config.ref_update == "soft"
-    return dataclasses.replace(model, key="ref_model_name_or_path", is_trained=is_trained)
+    if config.ref_update == "soft":
+        model = dataclasses.replace(model, compile=False)
+    else:
+        model = dataclasses.replace(model, is_trained=False)
+    return dataclasses.replace(model, key="ref_model_name_or_path")
 
 
 def _check_ids(
