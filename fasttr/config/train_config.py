@@ -17,6 +17,7 @@ import torch
 from fasttr.batch import TreeSource
 from fasttr.config import rules
 from fasttr.config.common import (
+    AdapterSettings,
     ComputeSettings,
     DataSettings,
     EvaluationSettings,
@@ -31,8 +32,10 @@ from fasttr.errors import FasttrError
 from fasttr.losses import DIVERGENCES, Loss, Objective, make_loss
 from fasttr.metrics.trackers import TrackerConfig
 from fasttr.models.load import ModelConfig
+from fasttr.models.lora import AdapterConfig
 from fasttr.optim.adamw import OptimizerConfig
 from fasttr.packing.plan import Plan
+from fasttr.reference.low_rank import RankBound
 from fasttr.reference.schedule import Fixed, Hard, Schedule, Soft
 from fasttr.settings import (
     above,
@@ -154,6 +157,7 @@ class TrainConfig(
     ReferenceSettings,
     LossSettings,
     DataSettings,
+    AdapterSettings,
     ModelSettings,
 ):
     """Settings of a run on preferences: `fasttr train` and `fasttr.train`."""
@@ -238,7 +242,29 @@ class TrainConfig(
             use_liger_kernel=self.use_liger_kernel,
             max_length=self.max_length,
             ld_alpha=self.ld_alpha,
+            adapter=self.adapter() if name is None else None,
         )
+
+    def adapter(self) -> AdapterConfig | None:
+        """What is trained of the policy in place of its own weights, if anything."""
+        if not self.use_peft:
+            return None
+        return AdapterConfig(
+            r=self.lora_r,
+            alpha=self.lora_alpha,
+            target_modules=self.lora_target_modules,
+            target_parameters=self.lora_target_parameters,
+            modules_to_save=self.lora_modules_to_save,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            seed=self.seed,
+        )
+
+    def ref_rank_bound(self) -> RankBound | None:
+        """Of the average of adapters that a soft reference is."""
+        if not self.use_peft:
+            return None
+        return RankBound(self.ref_lora_rank or 6 * self.lora_r, self.ref_lora_tolerance)
 
     def optimizer(self) -> OptimizerConfig:
         return OptimizerConfig(

@@ -27,6 +27,15 @@ _RIVALS = [
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 _KTO = ("kto", "apo_zero_unpaired")
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+_ADAPTER = (
+    "lora_r",
+    "lora_alpha",
+    "lora_target_modules",
+    "lora_target_parameters",
+    "lora_modules_to_save",
+    "use_rslora",
+    "use_dora",
+)
 # Entries of model_init_kwargs that are settings of ours, and those that change nothing.
 _MODEL_ENTRIES = {
     "dtype": "dtype",
@@ -131,6 +140,7 @@ class _Translation:
         self._rename_batch()
         self._rename_reference()
         self._rename_model()
+        self._leave_out_adapter()
 
     def notice_order(self) -> None:
         # Who writes train_batch_size has chosen our keys.
@@ -242,6 +252,15 @@ class _Translation:
             self.notices.append(
                 f"attn_implementation: {kernel}: packed attention picks its own kernel, same values"
             )
+
+    def _leave_out_adapter(self) -> None:
+        """TRL's keys of an adapter mean nothing without one."""
+        if self.ours.get("use_peft"):
+            return
+        for name in _ADAPTER:
+            self.ours.pop(name, None)
+            if name in self.given and not is_default(TABLE[name], self.given[name]):
+                self.notices.append(f"{name}: ignored: read only with use_peft: true")
 
 
 def _unknown(key: str) -> str:

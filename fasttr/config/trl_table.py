@@ -43,6 +43,9 @@ _ONE = "one process trains until sharding is built; leave it out"
 _TRACKIO = "fasttr hands it to nobody; set TRACKIO_SPACE_ID in the environment, or leave it out"
 _HUB = "read only with push_to_hub"
 _LORA = "read only with use_peft"
+_QUANTIZED = (
+    "a quantised base is not built; use_peft with bf16 keeps the matrices in 2 bytes a weight"
+)
 _LOADER = "no data loader: rows are read once and planned ahead"
 _EVAL = "no logits are kept, only sums"
 _LOG = "concerns transformers' own log lines"
@@ -329,23 +332,23 @@ MODEL = [
         "none, sdpa, eager, flash_attention_2; flash_attention_3 and kernels from the hub become "
         "our own, same values",
     ),
-    _r("use_peft", False, "bool", "adapters are not built; leave it out for full fine-tuning"),
-    *(
-        _i(name, default, type_, _LORA)
-        for name, default, type_ in (
-            ("lora_r", 16, "int"),
-            ("lora_alpha", 32, "int"),
-            ("lora_dropout", 0.05, "float"),
-            ("lora_target_modules", None, "names?"),
-            ("lora_target_parameters", None, "names?"),
-            ("lora_modules_to_save", None, "names?"),
-            ("lora_task_type", "CAUSAL_LM", "str"),
-            ("use_rslora", False, "bool"),
-            ("use_dora", False, "bool"),
-        )
+    _h("use_peft", False, "bool", "LoRA through peft; the fixed reference is the base"),
+    _h("lora_r", 16, "int", _LORA),
+    _h("lora_alpha", 32, "int", _LORA),
+    _i(
+        "lora_dropout",
+        0.05,
+        "float",
+        "dropout is off, as in TRL while disable_dropout is true",
     ),
-    _r("load_in_8bit", False, "bool", "full-precision weights only; leave it out"),
-    _r("load_in_4bit", False, "bool", "full-precision weights only; leave it out"),
+    _h("lora_target_modules", None, "names?", _LORA),
+    _h("lora_target_parameters", None, "names?", _LORA),
+    _h("lora_modules_to_save", None, "names?", _LORA),
+    _r("lora_task_type", "CAUSAL_LM", "str", "causal language models alone; leave it out"),
+    _h("use_rslora", False, "bool", _LORA),
+    _h("use_dora", False, "bool", f"{_LORA}; refused with a soft reference"),
+    _r("load_in_8bit", False, "bool", _QUANTIZED),
+    _r("load_in_4bit", False, "bool", _QUANTIZED),
     _i("bnb_4bit_quant_type", "nf4", "str", "read only with load_in_4bit"),
     _i("use_bnb_nested_quant", False, "bool", "read only with load_in_4bit"),
     _i("bnb_4bit_quant_storage", None, "str?", "read only with load_in_4bit"),
@@ -387,7 +390,7 @@ LAUNCH = [
 ]
 
 _CUTS = "TRL 1.16 cuts by max_length alone; leave it out"
-_ADAPTER = "adapters are not built; leave it out"
+_ADAPTER = "there is one adapter, and the reference is not named by one; leave it out"
 
 # Keys of older TRL that 1.16 no longer has, with their defaults there.
 OLDER = [

@@ -21,7 +21,8 @@ PEAK_BF16 = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 
 class FlopCount(NamedTuple):
-    """Operations of a forward and a backward, without recomputation: 6 a weight and token."""
+    """Operations of a forward and a backward, without recomputation: 6 a weight and token, or 4 for
+    a frozen weight, which has no gradient of its own."""
 
     per_token: int  # layers
     per_predicting_row: int  # head
@@ -32,15 +33,15 @@ class FlopCount(NamedTuple):
         config = model.config
         embedding = model.get_input_embeddings().weight
         head = model.get_output_embeddings().weight
-        outside = embedding.numel() if head is embedding else embedding.numel() + head.numel()
-        layers = sum(parameter.numel() for parameter in model.parameters()) - outside
+        outside = {id(embedding), id(head)}
+        layers = sum(_operations(p) for p in model.parameters() if id(p) not in outside)
         head_dim = getattr(config, "head_dim", None)
         if head_dim is None:
             head_dim = config.hidden_size // config.num_attention_heads
         # Scores and their sum over values are two products of head_dim, each 2 operations forward
         # and 4 backward.
         attention = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim
-        return cls(6 * layers, 6 * head.numel(), attention)
+        return cls(layers, _operations(head), attention)
 
     def of_pack(self, batch: PackedBatch) -> int:
         queries, keys = batch.attention.lengths()
@@ -51,6 +52,10 @@ class FlopCount(NamedTuple):
             + self.per_predicting_row * batch.target.numel()
             + self.per_attended_pair * attended
         )
+
+
+def _operations(weight: torch.nn.Parameter) -> int:
+    return (6 if weight.requires_grad else 4) * weight.numel()
 
 
 class Throughput:

@@ -11,7 +11,12 @@ from torch import nn
 
 from fasttr.errors import FasttrError
 from fasttr.models import attention, checks
-from fasttr.models.load import ModelConfig, checkpoint_activations, finish_packed
+from fasttr.models.load import (
+    ModelConfig,
+    adapter_on,
+    checkpoint_activations,
+    finish_packed,
+)
 from fasttr.models.packed import PackedModel
 
 _KEPT = "_fasttr_kept"
@@ -38,8 +43,9 @@ def pack_model(model: Any, config: ModelConfig | None = None) -> PackedModel:
     model.fasttr_config = copy.deepcopy(model.config)
     setattr(model, _KEPT, _Kept(model))
     model.set_attn_implementation(attention.register())
+    adapter = adapter_on(model, config)
     model.to(config.device).train()
-    return finish_packed(model, config)
+    return finish_packed(model, config, adapter)
 
 
 def give_back(packed: PackedModel) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fasttr.errors import FasttrError, first_line
-from fasttr.models import attention, checks
+from fasttr.models import attention, checks, lora
 from fasttr.models.packed import HeadSpec, PackedModel
 
 
@@ -31,11 +31,15 @@ class ModelConfig:
     use_liger_kernel: bool | None = False  # None: where CUDA and liger-kernel are
     max_length: int | None = None
     ld_alpha: float | None = None
+    adapter: lora.AdapterConfig | None = None  # train this of it, and nothing else
     key: str = "model_name_or_path"  # the setting that names it, for errors
 
 
 def load_model(config: ModelConfig) -> PackedModel:
-    """Read fp32 weights and make them give log-probs of packed trees. Dropout is 0 everywhere."""
+    """Read fp32 weights and make them give log-probs of packed trees. Dropout is 0 everywhere.
+
+    A folder with an adapter is read as its base with the adapter merged.
+    """
     hf_config = load_config(config.name, config.revision, config.key)
     checks.check_rope(hf_config, config.name, config.max_length)
     original = copy.deepcopy(hf_config)
@@ -44,11 +48,21 @@ def load_model(config: ModelConfig) -> PackedModel:
     model = _read_weights(config, hf_config)
     model.fasttr_config = original
     checks.check_finite(model, config.key, config.name)
+    adapter = adapter_on(model, config)
+    if adapter is not None and config.bf16:
+        lora.store_frozen_in_bf16(model)
     model.to(config.device).train()
-    return finish_packed(model, config)
+    return finish_packed(model, config, adapter)
 
 
-def finish_packed(model: Any, config: ModelConfig) -> PackedModel:
+def adapter_on(model: Any, config: ModelConfig) -> lora.Adapter | None:
+    """The adapter that is to be trained, now in the model; None where the model itself is."""
+    if config.adapter is None:
+        return None
+    return lora.add_adapter(model, config.adapter, config.name, config.revision)
+
+
+def finish_packed(model: Any, config: ModelConfig, adapter: lora.Adapter | None) -> PackedModel:
     """A model whose attention is packed and whose weights are on their device, as a PackedModel."""
     if config.use_liger_kernel and config.device.type != "cuda":
         raise FasttrError(
@@ -65,6 +79,7 @@ def finish_packed(model: Any, config: ModelConfig) -> PackedModel:
         attention.backend_for(config.attn_implementation, config.device, config.bf16),
         config.bf16,
         config.ld_alpha,
+        adapter,
     )
     checks.check_head(packed, config.key, config.name)
     return packed
@@ -75,6 +90,8 @@ def load_config(name: str, revision: str = "main", key: str = "model_name_or_pat
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, PreTrainedConfig
 
+    if lora.is_adapter(name):
+        name, revision = lora.base_of(name, key)
     if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
         raise FasttrError(
             f"{key}: there is no folder {name}; wanted a Hugging Face folder or a hub id"
@@ -112,12 +129,16 @@ def dropout_rates(config: Any) -> list[str]:
 
 
 def save_model(packed: PackedModel, tokenizer: Any, folder: Path) -> None:
-    """Write a Hugging Face folder: config, safetensors, tokenizer, chat template."""
+    """Write a Hugging Face folder: config, safetensors, tokenizer, chat template; or a peft folder,
+    where an adapter is what was trained."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    with own_config(packed.model):
-        packed.model.save_pretrained(folder)
+    if packed.adapter is not None:
+        packed.adapter.save(folder)
+    else:
+        with own_config(packed.model):
+            packed.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -137,14 +158,17 @@ def _read_weights(config: ModelConfig, hf_config: Any) -> Any:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    name, revision = config.name, config.revision
+    if lora.is_adapter(name):
+        name, revision = lora.base_of(name, config.key)
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
-            config.name,
+            name,
             config=hf_config,
             dtype=torch.float32,
             attn_implementation=attention.register(),
             use_safetensors=True,
-            revision=config.revision,
+            revision=revision,
             trust_remote_code=False,
             output_loading_info=True,
         )
@@ -164,7 +188,7 @@ def _read_weights(config: ModelConfig, hf_config: Any) -> Any:
             f"{config.key}: {config.name} lacks {len(missing)} weights ({missing[0]} first), which "
             "would be random"
         )
-    return model
+    return model if name == config.name else lora.merge_folder(model, config.name, config.key)
 
 
 def checkpoint_activations(model: Any, on: bool) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fasttr.batch import PackedBatch
 from fasttr.losses import LossFn
 from fasttr.models.gather import gather_rows
+from fasttr.models.lora import Adapter
 
 
 class HeadSpec(NamedTuple):
@@ -44,6 +45,7 @@ class PackedModel(nn.Module):
         ld_alpha: weight of the log-probs beyond the length of a tree's shortest completion (LD-DPO,
             arXiv:2409.06411); None is 1. It enters every summed log-prob, of the policy and of the
             reference.
+        adapter: what is trained in place of the model's own weights, which are frozen.
     """
 
     model: Any
@@ -55,6 +57,7 @@ class PackedModel(nn.Module):
         attention_backend: str = "segments",
         bf16: bool = False,
         ld_alpha: float | None = None,
+        adapter: Adapter | None = None,
     ):
         super().__init__()
         self.model = model
@@ -62,6 +65,18 @@ class PackedModel(nn.Module):
         self.attention_backend = attention_backend
         self.bf16 = bf16
         self.ld_alpha = ld_alpha
+        self.adapter = adapter
+
+    @property
+    def trained_model(self) -> Any:
+        """What a person is given at the end: the transformers model, or peft's with its adapter."""
+        return self.model if self.adapter is None else self.adapter.peft_model
+
+    def merge_adapter(self) -> None:
+        """Add the adapter to the weights for good; nothing is left to train."""
+        if self.adapter is not None:
+            self.model = self.adapter.merge()
+            self.adapter = None
 
     @property
     def device(self) -> torch.device:

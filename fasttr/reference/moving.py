@@ -3,6 +3,8 @@
 A hard update needs no second model: right after it the reference is the policy, which therefore
 scores the window itself. A fixed reference is needed once, ahead of the run. Only a soft one keeps
 weights of its own: plain tensors, which the policy's own module borrows while a window is scored.
+They are those that are trained, since frozen ones are the policy's; of an adapter they are factors
+of a higher rank (see `fasttr.reference.low_rank`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from fasttr_kernels import multi_tensor_lerp_
 from torch import Tensor
 
 from fasttr.errors import FasttrError
+from fasttr.models.lora import factor_names
 from fasttr.models.packed import PackedModel
+from fasttr.reference.low_rank import Product, RankBound, average_, widened
 from fasttr.reference.schedule import Schedule, Soft
 
 
@@ -27,17 +31,29 @@ class MovingReference:
         policy: the model being trained.
         initial: another model that window 0 is scored with, or None for the policy as it is now.
             FasttrError when a soft reference could not become an average of it and the policy.
+        bound: of the rank of a soft reference whose policy is an adapter.
     """
 
-    def __init__(self, schedule: Schedule, policy: PackedModel, initial: PackedModel | None = None):
+    def __init__(
+        self,
+        schedule: Schedule,
+        policy: PackedModel,
+        initial: PackedModel | None = None,
+        bound: RankBound | None = None,
+    ):
         self.schedule = schedule
         self.policy = policy
         self.updates = 0
         self.weights: dict[str, Tensor] | None = None  # of a soft reference, by the policy's names
+        # Largest share of a weight's update that the newest move left out; None: it left out none.
+        self.dropped: float | None = None
         self._initial = initial
+        self._bound = bound
+        self._factors = factor_names(policy)
         if isinstance(schedule, Soft):
             self.weights = _weights_of(policy) if initial is None else _taken_from(initial, policy)
             self._initial = None
+            self._widen()
             if schedule.every > 1 and not _fits_beside(policy):
                 self.weights = {name: x.cpu() for name, x in self.weights.items()}
 
@@ -69,30 +85,59 @@ class MovingReference:
             return
         alpha = self.schedule.alpha
         policy = {name: p.data for name, p in self.policy.named_parameters()}
-        beside = [name for name, x in self.weights.items() if x.device == policy[name].device]
+        products = {name for factors in self._factors for name in factors}
+        plain = self.weights.keys() - products
+        beside = [name for name in plain if self.weights[name].device == policy[name].device]
         multi_tensor_lerp_(
             [self.weights[name] for name in beside], [policy[name] for name in beside], alpha
         )
-        for name in self.weights.keys() - set(beside):
+        for name in plain - set(beside):
             visiting = self.weights[name].to(policy[name].device)
             multi_tensor_lerp_([visiting], [policy[name]], alpha)
             self.weights[name].copy_(visiting)
+        self._move_products(self.weights, policy, alpha)
+
+    def _move_products(
+        self, weights: dict[str, Tensor], policy: dict[str, Tensor], alpha: float
+    ) -> None:
+        for a, b in self._factors:
+            assert self._bound is not None
+            dropped = average_(
+                Product(weights[a], weights[b]),
+                Product(policy[a].to(weights[a].device), policy[b].to(weights[b].device)),
+                alpha,
+                self._bound.tolerance,
+            )
+            self.dropped = max(dropped, self.dropped or 0.0)
+
+    def _widen(self) -> None:
+        """Room for a rank beyond the policy's in the factors of an adapter."""
+        if not self._factors:
+            return
+        if self._bound is None:
+            raise ValueError("MovingReference: got an adapter with a soft schedule and no bound")
+        assert self.weights is not None
+        for a, b in self._factors:
+            product = Product(self.weights[a], self.weights[b])
+            self.weights[a], self.weights[b] = widened(product, self._bound.rank)
 
     @contextlib.contextmanager
     def _lent(self, weights: dict[str, Tensor]) -> Iterator[None]:
         """Within, the policy's module computes with these weights."""
-        own = {name: p.data for name, p in self.policy.named_parameters()}
+        lent = {name: p for name, p in self.policy.named_parameters() if name in weights}
+        own = {name: p.data for name, p in lent.items()}
         try:
-            for name, parameter in self.policy.named_parameters():
+            for name, parameter in lent.items():
                 parameter.data = weights[name].to(parameter.device, non_blocking=True)
             yield
         finally:
-            for name, parameter in self.policy.named_parameters():
+            for name, parameter in lent.items():
                 parameter.data = own[name]
 
 
 def _weights_of(model: PackedModel) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p.detach().clone() for name, p in trained.items()}
 
 
 def _taken_from(initial: PackedModel, policy: PackedModel) -> dict[str, Tensor]:
@@ -125,6 +170,6 @@ def _fits_beside(policy: PackedModel) -> bool:
     device free."""
     if policy.device.type != "cuda":
         return True
-    size = sum(p.numel() * p.element_size() for p in policy.parameters())
+    size = sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad)
     free, _ = torch.cuda.mem_get_info(policy.device)
     return 4 * size < free / 2

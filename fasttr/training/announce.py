@@ -9,6 +9,8 @@ import numpy as np
 from fasttr.config.train_config import TrainConfig
 from fasttr.console import say
 from fasttr.losses import Loss
+from fasttr.models.lora import factor_names
+from fasttr.models.packed import PackedModel
 from fasttr.packing.plan import Plan
 from fasttr.training.run import Run
 
@@ -67,6 +69,16 @@ def _announce_reference(config: TrainConfig, steps: int) -> None:
             "WARNING: the reference will never move: ref_update_every is "
             f"{schedule.every} and the run has {steps} steps; lower ref_update_every"
         )
+
+
+def announce_adapter(policy: PackedModel) -> None:
+    sizes = [(p.numel(), p.requires_grad) for p in policy.parameters()]
+    trained = sum(size for size, is_trained in sizes if is_trained)
+    adapted = len(factor_names(policy))
+    say(
+        f"LoRA: {adapted} matrices are adapted, {trained:,} of "
+        f"{sum(size for size, _ in sizes):,} weights are trained"
+    )
 
 
 def announce_step(run: Run, line: dict[str, Any]) -> None:

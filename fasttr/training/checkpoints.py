@@ -150,14 +150,20 @@ def save_model_alone(run: Run, callbacks: Callbacks) -> Path:
 
 def save_final(run: Run) -> None:
     """The final model: the best checkpoint's where that is asked for, else the policy."""
-    best = best_folder(run)
-    if run.config.load_best_model_at_end and best is not None:
-        folders.copy_final(best, run.output_dir)
-        assert run.best is not None
-        say(f"the final model is {best.name}, the best by {run.best.metric}")
-        return
+    best = None
     if run.config.load_best_model_at_end:
-        say("no checkpoint was called the best: the final model is the last one")
+        best = best_folder(run)
+        if best is None or run.best is None:
+            say("no checkpoint was called the best: the final model is the last one")
+        else:
+            say(f"the final model is {best.name}, the best by {run.best.metric}")
+    if best is not None and not run.config.merge_adapter:
+        folders.copy_final(best, run.output_dir)
+        return
+    if run.config.merge_adapter and run.policy.adapter is not None:
+        if best is not None:
+            run.policy.adapter.read(best)
+        run.policy.merge_adapter()
     folders.save_final(run.output_dir, run.policy, run.tokenizer)
 
 

@@ -41,7 +41,7 @@ class TrainResult(NamedTuple):
     output_dir: Path
     steps: int
     metrics: dict[str, float]  # of the last line of training steps, and the totals
-    model: Any  # the transformers model that was trained
+    model: Any  # the transformers model that was trained, in peft's with use_peft
     tokenizer: Any
 
 
@@ -83,7 +83,9 @@ def train(
         if checkpoints.is_finished(run):
             say(f"nothing to do: {run.output_dir} holds this run's end, step {run.step}")
             give_back(run.policy)
-            return TrainResult(run.output_dir, run.step, {}, run.policy.model, run.tokenizer)
+            return TrainResult(
+                run.output_dir, run.step, {}, run.policy.trained_model, run.tokenizer
+            )
         checkpoints.own_output_dir(run)
         log = MetricsLog(
             run.output_dir,
@@ -229,9 +231,10 @@ class _Loop:
         run = self.run
         run.reference.move()
         run.window_scored = False
-        self.log.write(
-            run.step, {"event": "reference_update", "ref/updates": run.reference.updates}
-        )
+        line = {"event": "reference_update", "ref/updates": run.reference.updates}
+        if run.reference.dropped is not None:
+            line["ref/lora_dropped"] = run.reference.dropped
+        self.log.write(run.step, line)
         self.callbacks.on_move(run)
 
     def save(self) -> None:
@@ -268,7 +271,9 @@ class _Loop:
         )
         say(f"model and metrics in {run.output_dir}")
         metrics = self.last_line | totals
-        return TrainResult(run.output_dir, run.step, metrics, run.policy.model, run.tokenizer)
+        return TrainResult(
+            run.output_dir, run.step, metrics, run.policy.trained_model, run.tokenizer
+        )
 
     def _totals(self) -> dict[str, float]:
         run = self.run

@@ -30,7 +30,7 @@ from fasttr.models.load import (
 from fasttr.models.packed import PackedModel
 from fasttr.reference.logp_table import LogpTable
 from fasttr.reference.moving import MovingReference
-from fasttr.training.announce import announce_plan
+from fasttr.training.announce import announce_adapter, announce_plan
 from fasttr.training.best import Best
 from fasttr.training.checkpoints import Resume, check_resume, find_resume, take_up
 from fasttr.training.run import Run
@@ -51,7 +51,9 @@ def setup(config: TrainConfig, given: Given) -> Run:
     device = _prepare_torch(config)
     require_trackers(config.report_to)
     resume = find_resume(config)
-    source = str(resume.folder) if resume is not None else config.model_name_or_path
+    source = config.model_name_or_path
+    if resume is not None and not config.use_peft:
+        source = str(resume.folder)
     tokenizer = _checked_tokenizer(config, given, source)
     reader = RowReader(config, tokenizer)
     custom_loss = None if given.loss is None else as_loss(given.loss, config.beta)
@@ -77,7 +79,7 @@ def setup(config: TrainConfig, given: Given) -> Run:
         trees=trees,
         plan=plan,
         policy=policy,
-        reference=MovingReference(config.schedule, policy, initial),
+        reference=MovingReference(config.schedule, policy, initial, config.ref_rank_bound()),
         optimizer=optimizer,
         scheduler=config.optimizer().scheduler(optimizer, plan.total_steps),
         window_logps=LogpTable(len(trees), loss.completions),
@@ -157,10 +159,24 @@ def _models(
 
 def _policy(wanted: ModelConfig, model: Any, resume: Resume | None) -> PackedModel:
     """The given model, or the one that is named; with a checkpoint's weights where there is one."""
+    if wanted.adapter is not None:
+        policy = _packed(wanted, model)
+        assert policy.adapter is not None
+        if resume is not None:
+            policy.adapter.read(resume.folder)
+        announce_adapter(policy)
+        return policy
     if model is None:
         if resume is not None:
             wanted = dataclasses.replace(wanted, name=str(resume.folder), revision="main")
         return load_model(wanted)
     if resume is not None:
         read_weights_into(model, resume.folder)
-    return pack_model(model, dataclasses.replace(wanted, name="the given model", key="model"))
+    return _packed(wanted, model)
+
+
+def _packed(wanted: ModelConfig, model: Any) -> PackedModel:
+    if model is None:
+        return load_model(wanted)
+    name = "the given model" if wanted.adapter is None else str(model.config.name_or_path)
+    return pack_model(model, dataclasses.replace(wanted, name=name, key="model"))
