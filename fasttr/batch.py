@@ -34,6 +34,7 @@ class TreeSource(Protocol):
     prompt_lengths: np.ndarray  # (n,) int32
     completion_lengths: np.ndarray  # (n, m) int32
     positions: np.ndarray  # (n,) place of each row in the data set as it was read
+    largest_id: int  # of all tokens
     fingerprint: str  # changes when any token, order or option that made them changes
 
     def __len__(self) -> int: ...

@@ -54,7 +54,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: version_of(name) for name in PACKAGES},
         "git_commit": _git_commit(),
         "cpu": _cpu_name(),
         "cpu_count": _cpu_count(),
@@ -69,18 +69,18 @@ def attention_backends() -> list[Usable]:
     gpu = _no_gpu()
     varlen = gpu or (
         None
-        if _importable("torch.nn.attention.varlen")
+        if is_importable("torch.nn.attention.varlen")
         else f"torch {torch.__version__} has no varlen attention: install torch 2.11 or newer"
     )
     flash = gpu or (
         None
-        if _version("flash-attn")
+        if version_of("flash-attn")
         else "flash-attn is not installed: pip install 'fasttr[flash]'"
     )
     return [
         _usable("varlen", varlen, "torch.nn.attention.varlen, bf16; the default on CUDA"),
         _usable(
-            "flash_attention_2", flash, f"flash-attn {_version('flash-attn')}, bf16, soft caps"
+            "flash_attention_2", flash, f"flash-attn {version_of('flash-attn')}, bf16, soft caps"
         ),
         Usable(
             "sdpa",
@@ -94,9 +94,9 @@ def attention_backends() -> list[Usable]:
 def head_backends() -> list[Usable]:
     """Who works on the logits in the fused head."""
     triton = _no_gpu()
-    if triton is None and not _version("triton"):
+    if triton is None and not version_of("triton"):
         triton = "triton is not installed: pip install triton (Linux)"
-    if triton is None and not _importable(TRITON_ROWS):
+    if triton is None and not is_importable(TRITON_ROWS):
         triton = (
             "this version has no Triton rows yet: torch rows run on CUDA as well, nothing to do"
         )
@@ -110,14 +110,14 @@ def model_kernels() -> list[Usable]:
     """liger-kernel's norm, rotary and MLP kernels (`use_liger_kernel`)."""
     missing = (
         None
-        if _version("liger-kernel")
+        if version_of("liger-kernel")
         else "liger-kernel is not installed: pip install 'fasttr[cuda]'"
     )
     return [
         _usable(
             "liger",
             _no_gpu() or missing,
-            f"liger-kernel {_version('liger-kernel')}; on unless switched off",
+            f"liger-kernel {version_of('liger-kernel')}; on unless switched off",
         )
     ]
 
@@ -171,14 +171,14 @@ def _no_gpu() -> str | None:
     return None
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def _importable(module: str) -> bool:
+def is_importable(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:

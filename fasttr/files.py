@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 LOCK = ".lock"
@@ -28,6 +28,7 @@ def written_aside(target: Path) -> Iterator[Path]:
     aside.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield aside
+        follow_umask(aside)
         _sync(aside)
         if aside.is_dir() and target.exists():
             _replace_folder(aside, target)
@@ -47,6 +48,16 @@ def write_json(target: Path, value: Any) -> None:
     write_text(target, json.dumps(value, indent=1) + "\n")
 
 
+def follow_umask(path: Path) -> None:
+    """Give the files of a folder, or a file, the mode that `open` would have given them.
+
+    The writer of safetensors makes files that their owner alone can read.
+    """
+    mode = 0o666 & ~_umask()
+    for file in _files_of(path):
+        file.chmod(mode)
+
+
 class FolderLock:
     """`folder`, made where it is missing, held for this process alone until `release`.
 
@@ -58,12 +69,21 @@ class FolderLock:
         self._folder = folder
         self._was_there = folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / LOCK).open("w")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise
+        self._file = self._locked()
+
+    def _locked(self) -> TextIO:
+        path = self._folder / LOCK
+        while True:
+            file = path.open("w")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.close()
+                raise
+            # Whoever held it before may have taken the file away between these two steps.
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+            file.close()
 
     def release(self) -> None:
         (self._folder / LOCK).unlink(missing_ok=True)
@@ -101,9 +121,22 @@ def _replace_folder(aside: Path, target: Path) -> None:
     _remove(replaced)
 
 
+def _files_of(path: Path) -> list[Path]:
+    """A file itself, or all files in a folder."""
+    if path.is_file():
+        return [path]
+    return [inner for inner in path.rglob("*") if inner.is_file()]
+
+
+def _umask() -> int:
+    # It can be read only by setting it; another thread's file would be closed rather than open.
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
+
+
 def _sync(path: Path) -> None:
-    files = [path] if path.is_file() else [inner for inner in path.rglob("*") if inner.is_file()]
-    for file in files:
+    for file in _files_of(path):
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
 

@@ -1,9 +1,7 @@
 """Without a GPU the Triton kernels of the tests run in Triton's interpreter, chosen before they are
 decorated. Nothing is fetched, and what `datasets` caches goes into a folder that is thrown away."""
 
-import json
 import os
-import random
 import tempfile
 from pathlib import Path
 
@@ -19,41 +17,6 @@ torch.set_num_threads(1)  # the models are tiny: more threads only wait for each
 _cache = tempfile.TemporaryDirectory(prefix="fasttr-tests-")
 os.environ["HF_DATASETS_CACHE"] = _cache.name
 
-WORDS = [
-    "alpha",
-    "beta",
-    "gamma",
-    "delta",
-    "epsilon",
-    "zeta",
-    "eta",
-    "theta",
-    "iota",
-    "kappa",
-    "lambda",
-    "omicron",
-]
-
-
-def write_pairs(path: Path, rows: int, seed: int, weights: bool = False) -> Path:
-    """Plain preference rows of unequal lengths, one-word completions among them."""
-    rng = random.Random(seed)
-
-    def text(low: int, high: int) -> str:
-        return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
-
-    with path.open("w") as file:
-        for i in range(rows):
-            row = {
-                "prompt": text(1, 12) + "?",
-                "chosen": " " + text(1, 9),
-                "rejected": " " + text(10, 14) + str(i),
-            }
-            if weights:
-                row["weight"] = rng.choice([0.25, 1.0, 2.0])
-            file.write(json.dumps(row) + "\n")
-    return path
-
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory) -> Path:
@@ -61,7 +24,7 @@ def workspace(tmp_path_factory) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from fasttr.models.scratch import init_model
-    from tests.tiny import perturb
+    from tests.tiny import perturb, write_pairs
 
     folder = tmp_path_factory.mktemp("workspace")
     write_pairs(folder / "train.jsonl", 24, seed=0)

@@ -1,5 +1,5 @@
-"""Runs that send their own process a signal at a chosen point, for the tests of resuming. They are
-forked from a server that has imported everything and computed nothing."""
+"""Runs that are cut off: by a signal that they send their own process at a chosen point, in a child
+that is forked from a server that has imported everything and computed nothing."""
 
 from __future__ import annotations
 
@@ -18,6 +18,24 @@ import fasttr.training.loop
 import fasttr.training.window
 from fasttr import TrainConfig, train
 from fasttr.checkpoint.folder import step_of
+
+# Saves every 2 steps, windows of 4 and evaluations every 3: now together, now apart.
+RESUMABLE = {
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "max_steps": 8,
+    "logging_steps": 3,
+    "ref_update_every": 4,
+    "eval_strategy": "steps",
+    "eval_steps": 3,
+    "max_tokens_per_batch": 100,
+}
+
+
+def resumable(workspace: Path, ref_update: str, **changes: Any) -> dict[str, Any]:
+    """What a run that is cut off has beside the settings of any run."""
+    evaluated = {"eval_dataset_name": str(workspace / "test.jsonl")}
+    return {**RESUMABLE, **evaluated, "ref_update": ref_update, **changes}
 
 
 class Point(NamedTuple):
@@ -44,7 +62,8 @@ def signal_at(what: str, calls: int, signum: int, after: Path | None) -> None:
     """Make the named function send this process a signal when it is entered for the `calls`-th time
     since the folder `after` exists."""
     owner, name, counts = POINTS[what]
-    original, count = getattr(owner, name), 0
+    original = getattr(owner, name)
+    count = 0
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal count

@@ -7,10 +7,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
-from fasttr import TrainConfig, train
+from fasttr import Callback, TrainConfig, train
+from fasttr.cli import main
+
+LOG2 = math.log(2)
 
 
 def settings(workspace: Path, output_dir: Path, **changes: Any) -> dict[str, Any]:
@@ -36,8 +40,61 @@ def run(workspace: Path, output_dir: Path, **changes: Any):
     return train(TrainConfig(**settings(workspace, output_dir, **changes)))
 
 
+class Asks(Callback):
+    """Asks for something after a step."""
+
+    def __init__(self, request: str, at: int, may_evaluate: bool = False):
+        self.request = request
+        self.at = at
+        self.may_evaluate = may_evaluate
+
+    def on_step(self, run: Any, metrics: Any) -> None:
+        if run.step == self.at:
+            run.ask(self.request)
+
+
+def stopped_run(workspace: Path, output_dir: Path, at: int, **changes: Any) -> Path:
+    """The folder of a run that a callback stopped after a step, as if it were still under way."""
+    values = settings(workspace, output_dir, **changes)
+    train(TrainConfig(**values), callbacks=[Asks("stop", at)])
+    (output_dir / "model.safetensors").unlink()
+    return output_dir
+
+
+def flags(values: dict[str, Any]) -> list[str]:
+    """Settings as words of a command line."""
+    return [
+        f"--{key}={str(value).lower() if isinstance(value, bool) else value}"
+        for key, value in values.items()
+    ]
+
+
+def error_line(capsys: Any, args: list[str]) -> str:
+    """The error of a command that fails: one line on standard error, exit status 2."""
+    with pytest.raises(SystemExit) as stopped:
+        main(args)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1, error
+    assert error[0].startswith("fasttr: error: ")
+    return error[0].removeprefix("fasttr: error: ")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write JSON lines; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def lines(output_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    """All lines of a run's metrics."""
+    return read_rows(output_dir / "metrics.jsonl")
 
 
 def steps(output_dir: Path) -> list[dict[str, Any]]:
@@ -51,11 +108,8 @@ def evaluations(output_dir: Path) -> list[dict[str, Any]]:
 
 def timeless(line: dict[str, Any]) -> dict[str, Any]:
     """Without what depends on the clock or the machine."""
-    return {
-        k: v
-        for k, v in line.items()
-        if not k.startswith(("perf/", "memory/", "train_runtime", "train_pairs"))
-    }
+    of_the_clock = ("perf/", "memory/", "train_runtime", "train_pairs")
+    return {key: value for key, value in line.items() if not key.startswith(of_the_clock)}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -65,7 +119,16 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def same_weights(a: Path, b: Path) -> bool:
     """Bit for bit."""
     x, y = weights(a), weights(b)
-    return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+    return x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
 
 
-LOG2 = math.log(2)
+def assert_same_run(a: Path, b: Path) -> None:
+    """Final weights bit for bit, and every line of metrics but for the clock."""
+    assert same_weights(a, b)
+    assert [timeless(line) for line in lines(a)] == [timeless(line) for line in lines(b)]
+
+
+def checkpoint_names(output_dir: Path) -> list[str]:
+    """Names of the checkpoints, oldest first."""
+    found = output_dir.glob("checkpoint-*")
+    return sorted((path.name for path in found), key=lambda name: int(name.split("-")[1]))

@@ -30,7 +30,7 @@ def test_only_torch_is_imported():
 
 
 def test_missing_packages_are_said_to_be_missing(monkeypatch):
-    monkeypatch.setattr(environment, "_version", lambda name: None)
+    monkeypatch.setattr(environment, "version_of", lambda name: None)
     assert set(environment.environment()["versions"].values()) == {None}
     assert "not installed" in environment.report()
 
@@ -46,8 +46,10 @@ def machine(monkeypatch, capability=(9, 0), installed=(), modules=True, cuda="13
         name="Some GPU", total_memory=80 * 2**30, major=capability[0], minor=capability[1]
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: properties)
-    monkeypatch.setattr(environment, "_version", lambda name: "1.0" if name in installed else None)
-    monkeypatch.setattr(environment, "_importable", lambda name: modules)
+    monkeypatch.setattr(
+        environment, "version_of", lambda name: "1.0" if name in installed else None
+    )
+    monkeypatch.setattr(environment, "is_importable", lambda name: modules)
 
 
 def usable():

@@ -17,7 +17,7 @@ from typing import Any
 from fasttr.checkpoint.state import STATE_DIR, RunState, write_state
 from fasttr.console import say
 from fasttr.errors import FasttrError, one_line
-from fasttr.files import is_full_disk, written_aside
+from fasttr.files import follow_umask, is_full_disk, written_aside
 from fasttr.models.load import save_model
 from fasttr.models.packed import PackedModel
 
@@ -129,6 +129,7 @@ def _final(output_dir: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside
+        follow_umask(aside)
         written = {path.name for path in aside.iterdir()}
         for name in sorted(written):
             os.replace(aside / name, output_dir / name)

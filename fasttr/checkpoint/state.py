@@ -22,6 +22,8 @@ STATE_DIR = "fasttr"
 _FACTS = "state.json"
 _TENSOR_FILES = ("state", "optimizer", "reference")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+# What every state.json holds: `capture` writes the first four, the trainer config and data.
+_WRITTEN = ("step", "updates", "window_scored", "num_tokens", "config", "data", "files")
 
 
 class RunState(NamedTuple):
@@ -153,18 +155,27 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         )
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-        broken = None if isinstance(facts, dict) and "files" in facts else "it names no files"
+        broken = _what_is_broken(facts)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         broken = one_line(error)
     if broken is not None:
         raise FasttrError(
             f"resume_from_checkpoint: {path} is broken: {broken}; use an earlier checkpoint"
         )
-    if facts.get("format") != FORMAT:
-        raise FasttrError(
-            f"resume_from_checkpoint: {folder} has format {facts.get('format')}; wanted {FORMAT}"
-        )
     return facts
+
+
+def _what_is_broken(facts: Any) -> str | None:
+    """Why the content of a state.json cannot be taken up, or None."""
+    if not isinstance(facts, dict):
+        return f"it holds {type(facts).__name__}, wanted an object"
+    if facts.get("format") != FORMAT:
+        return f"it has format {facts.get('format')}, wanted {FORMAT}"
+    missing = [name for name in _WRITTEN if name not in facts]
+    if missing:
+        return f"it lacks {missing[0]}"
+    is_listed = isinstance(facts["files"], dict) and isinstance(facts["config"], dict)
+    return None if is_listed else "its files or its config are no object"
 
 
 def _check_files(folder: Path, recorded: dict[str, Any]) -> None:

@@ -37,6 +37,7 @@ COLUMN_TYPES = {
     "status": "int8",
     "flags": "int8",
     "digest": "int64",
+    "largest_id": "int32",
     "label": "bool",
 }
 _NO_IDS = np.empty(0, dtype=np.int32)
@@ -68,8 +69,9 @@ class Encoder:
 
     @property
     def columns(self) -> list[str]:
-        names = ["ids", "prompt_length", *self.lengths, "weight", "status", "flags", "digest"]
-        return [*names, "label"] if self.row_format.has_label else names
+        of_rows = ["weight", "status", "flags", "digest", "largest_id"]
+        label = ["label"] if self.row_format.has_label else []
+        return ["ids", "prompt_length", *self.lengths, *of_rows, *label]
 
     def features(self) -> Any:
         """The columns as `datasets` wants them described."""
@@ -122,6 +124,7 @@ class Encoder:
             "status": int(status),
             "flags": flags,
             "digest": _digest(ids, lengths),
+            "largest_id": int(ids.max(initial=0)),
         }
 
     def _finish(self, row: Encoded | Skipped) -> tuple[Status, Encoded | None]:
@@ -230,6 +233,7 @@ class TreeSet:
     weights: np.ndarray  # (n,) float32
     labels: np.ndarray | None  # (n,) bool, of unpaired rows that have them
     positions: np.ndarray  # (n,) place of each row in the data set as it was read
+    largest_id: int  # of all tokens
     fingerprint: str  # of tokens, order, weights, labels and options; not of paths or times
     report: DataReport
 
@@ -242,6 +246,7 @@ class TreeSet:
         self.weights = numbers["weight"][kept]
         self.labels = numbers["label"][kept].astype(bool) if "label" in numbers else None
         self.positions = kept
+        self.largest_id = int(numbers["largest_id"][kept].max(initial=0))
         self.report = report
         self._columns = columns
         starts = np.cumsum([0] + [len(offsets) - 1 for offsets in columns.offsets])

@@ -29,6 +29,8 @@ class ListTrees:
         self.completion_lengths = np.array(lengths, dtype=np.int32)
         self.labels = np.array([tree.label for tree in self.trees])
         self.positions = np.arange(len(self.trees))
+        parts = [ids for tree in self.trees for ids in (tree.prompt_ids, *tree.completions)]
+        self.largest_id = max(int(ids.max()) for ids in parts if len(ids))
         self.fingerprint = self._fingerprint()
 
     def _fingerprint(self) -> str:

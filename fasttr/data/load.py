@@ -15,7 +15,7 @@ from fasttr.data.tokens import require_eos, tokenizer_fingerprint
 from fasttr.errors import FasttrError
 
 # Part of every cache key: raise it when the same rows and options would give other tokens.
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 ROWS_AT_ONCE = 1000
 
 

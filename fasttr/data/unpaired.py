@@ -47,6 +47,7 @@ class Unpaired:
         else:
             raise ValueError("got unpaired rows without labels; wanted a label column")
         self.positions = source.positions[self._row]
+        self.largest_id = source.largest_id
         self.prompt_lengths = source.prompt_lengths[self._row]
         own_lengths = source.completion_lengths[self._row, self._side]
         lengths = [own_lengths]

@@ -31,7 +31,9 @@ from fasttr.evaluation.split import EvaluationSplit, evaluate
 from fasttr.files import write_json
 from fasttr.losses import BaseLoss, Loss, LossInputs
 from fasttr.metrics.sums import binomial_stderr
-from fasttr.models.load import load_config, load_model, load_tokenizer
+from fasttr.models.checks import check_ids
+from fasttr.models.load import ModelConfig, load_config, load_model, load_tokenizer
+from fasttr.models.packed import PackedModel
 from fasttr.reference.logp_table import LogpTable, fill_logps
 
 ANCHOR_KEY = "anchor_model_name_or_path"
@@ -96,10 +98,10 @@ def measure(config: TrainConfig, anchor: str | None = None) -> Measured:
     if of_anchor is not None:  # one model at a time
         anchor_logps = LogpTable(len(trees), loss.completions)
         with _Bar(config, "Scoring the anchor", trees) as bar:
-            fill_logps(load_model(of_anchor), bar.passing(split), anchor_logps)
+            fill_logps(_loaded(of_anchor, trees), bar.passing(split), anchor_logps)
         if loss.needs_reference:
             split = dataclasses.replace(split, ref_logps=anchor_logps)
-    policy = load_model(model).requires_grad_(False)
+    policy = _loaded(model, trees).requires_grad_(False)
     logps = LogpTable(len(trees), loss.completions)
     with _Bar(config, "Evaluating", trees) as bar:
         found = evaluate(policy, split, config.objective(loss), bar.after(logps))
@@ -144,6 +146,13 @@ def _check_models(config: TrainConfig, anchor: str | None) -> None:
     load_config(str(config.model_name_or_path))
     if anchor is not None:
         load_config(anchor, key=ANCHOR_KEY)
+
+
+def _loaded(config: ModelConfig, trees: TreeSource) -> PackedModel:
+    """A model that has an embedding for every token of the rows."""
+    model = load_model(config)
+    check_ids(model, trees.largest_id, config.key, config.name)
+    return model
 
 
 def _require_same_tokens(tokenizer: Any, anchor: str) -> None:

@@ -18,18 +18,17 @@ from fasttr.errors import FasttrError
 
 # Okabe and Ito's palette: told apart with every common kind of colour blindness, and by lightness
 # in grey.
-BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#E69F00",
-    "#CC79A7",
-    "#56B4E9",
-)
+BLUE = "#0072B2"
+VERMILION = "#D55E00"
+GREEN = "#009E73"
+ORANGE = "#E69F00"
+PURPLE = "#CC79A7"
+SKY = "#56B4E9"
 BLACK = "#000000"
 RUN_COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 RUN_STYLES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
-INK, FAINT = "#333333", "#BBBBBB"
+INK = "#333333"
+FAINT = "#BBBBBB"
 MAX_MARKS = 40  # lines for reference updates; above it every k-th is drawn
 OVERVIEW = 6  # panels of comparison.png
 SMOOTH_FROM = 60  # points; a longer training curve is drawn faintly with its moving average on top
@@ -173,14 +172,10 @@ def plot_run(run_dir: str | Path) -> list[Path]:
     read or to draw.
     """
     lines = read_metrics(run_dir)
-    moves = reference_moves(lines)
     written = []
     for panel in RUN_PANELS:
-        drawn = [curve for curve in panel.curves if series(lines, curve.key)[0]]
-        if drawn:
-            figure, (ax,) = _figure(1)
-            _draw_panel(ax, panel, drawn, lines, moves)
-            _legend(figure, ax)
+        figure = panel_figure(panel, lines)
+        if figure is not None:
             written.append(_save(figure, Path(run_dir) / "plots" / f"{panel.name}.png"))
     if not written:
         raise FasttrError(
@@ -190,35 +185,33 @@ def plot_run(run_dir: str | Path) -> list[Path]:
     return written
 
 
+def panel_figure(panel: Panel, lines: list[dict[str, Any]]) -> Any:
+    """One picture as a matplotlib Figure; None where the run recorded none of its curves."""
+    curves = [curve for curve in panel.curves if series(lines, curve.key)[0]]
+    if not curves:
+        return None
+    figure, (ax,) = _figure(1)
+    _draw_panel(ax, panel, curves, lines)
+    _legend(figure, ax)
+    return figure
+
+
 def plot_comparison(runs: Mapping[str, str | Path], output_dir: str | Path) -> list[Path]:
     """Several runs on the same axes: one PNG a metric in `output_dir`, and comparison.png with the
     first six.
 
-    runs: name shown -> run folder. Marks at the foot of a panel, in the run's colour, are its
-    reference updates.
+    runs: name shown -> run folder. Marks at the foot of a panel are a run's reference updates.
     """
     data = {name: read_metrics(folder) for name, folder in runs.items()}
-    panels = []
-    for panel in COMPARISONS:
-        key = next(
-            (
-                k
-                for k in panel.keys
-                if any(series(lines, k, panel.over)[0] for lines in data.values())
-            ),
-            None,
-        )
-        if key is not None:
-            panels.append((panel, key))
+    found = [(panel, _shown_key(panel, data)) for panel in COMPARISONS]
+    panels = [(panel, key) for panel, key in found if key is not None]
     if not panels:
         raise FasttrError(
             f"none of the runs {', '.join(data)} has a metric to compare; wanted a loss at least"
         )
+    pages = {"comparison": panels[:OVERVIEW], **{pair[0].name: [pair] for pair in panels}}
     written = []
-    for name, chosen in [
-        ("comparison", panels[:OVERVIEW]),
-        *((pair[0].name, [pair]) for pair in panels),
-    ]:
+    for name, chosen in pages.items():
         figure, axes = _figure(len(chosen))
         for ax, (panel, key) in zip(axes, chosen, strict=True):
             _draw_compared(ax, panel, key, data)
@@ -273,13 +266,19 @@ def reference_moves(lines: list[dict[str, Any]]) -> list[int]:
     return sorted({line["step"] for line in lines if line.get("event") == "reference_update"})
 
 
+def _shown_key(panel: Compared, data: dict[str, list[dict[str, Any]]]) -> str | None:
+    for key in panel.keys:
+        if any(series(lines, key, panel.over)[0] for lines in data.values()):
+            return key
+    return None
+
+
 def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _draw_panel(
-    ax: Any, panel: Panel, curves: list[Curve], lines: list[dict[str, Any]], moves: list[int]
-) -> None:
+def _draw_panel(ax: Any, panel: Panel, curves: list[Curve], lines: list[dict[str, Any]]) -> None:
+    moves = reference_moves(lines)
     if panel.level is not None:
         ax.axhline(
             panel.level,
@@ -310,18 +309,11 @@ def _draw_compared(
     for i, (name, lines) in enumerate(data.items()):
         x, y = series(lines, key, panel.over)
         moves = reference_moves(lines) if panel.over == "step" else []
-        colour, style = RUN_COLOURS[i % len(RUN_COLOURS)], RUN_STYLES[i % len(RUN_STYLES)]
+        colour = RUN_COLOURS[i % len(RUN_COLOURS)]
+        style = RUN_STYLES[i % len(RUN_STYLES)]
         if key.startswith("eval_"):
-            ax.plot(
-                x,
-                y,
-                color=colour,
-                linestyle=style,
-                linewidth=1.6,
-                marker="o",
-                markersize=3.5,
-                label=name,
-            )
+            marks: dict[str, Any] = {"linestyle": style, "marker": "o", "markersize": 3.5}
+            ax.plot(x, y, color=colour, linewidth=1.6, label=name, **marks)
             if key == "eval_gold_reward":
                 _band(ax, lines, key, f"{key}_stderr", panel.over, colour)
         else:
@@ -331,7 +323,8 @@ def _draw_compared(
     low, high = ax.get_ylim()
     for i, (moves, colour) in enumerate(feet, 1):  # below every curve, one row a run
         foot = low - 0.045 * i * (high - low)
-        shown = moves[(every := -(-len(moves) // MAX_MARKS)) - 1 :: every]
+        every = -(-len(moves) // MAX_MARKS)
+        shown = moves[every - 1 :: every]
         ax.plot(shown, [foot] * len(shown), "|", color=colour, markersize=5, markeredgewidth=1.0)
         ax.set_ylim(foot - 0.03 * (high - low), high)
     _finish(ax, panel.title, panel.unit, panel.over_unit)
@@ -377,9 +370,8 @@ def _figure(panels: int) -> tuple[Any, list[Any]]:
     columns = 1 if panels == 1 else 2
     rows = -(-panels // columns)
     scale = 1.0 if panels == 1 else 0.78
-    figure = Figure(
-        figsize=(WIDTH * columns * scale, HEIGHT * rows * scale + 0.3), layout="constrained"
-    )
+    size = (WIDTH * columns * scale, HEIGHT * rows * scale + 0.3)
+    figure = Figure(figsize=size, layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for spare in axes[panels:]:
         spare.remove()
@@ -398,9 +390,8 @@ def _finish(ax: Any, title: str, unit: str, over_unit: str) -> None:
 def _legend(figure: Any, ax: Any) -> None:
     handles, labels = ax.get_legend_handles_labels()  # outside, where it hides no curve
     style: dict[str, Any] = {"frameon": False, "fontsize": 9, "labelcolor": INK}
-    columns = (
-        len(labels) if sum(map(len, labels)) + 6 * len(labels) <= 13 * figure.get_figwidth() else 3
-    )
+    width = sum(map(len, labels)) + 6 * len(labels)
+    columns = len(labels) if width <= 13 * figure.get_figwidth() else 3
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, **style)
 
 

@@ -6,10 +6,11 @@ Legend: T packed tokens, R predicting rows, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import functools
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -59,11 +60,30 @@ def _operations(weight: torch.nn.Parameter) -> int:
 
 
 class Throughput:
-    """Counts what training steps did, and how long, since the last line of metrics."""
+    """Counts what training steps did, and how long, since the last line of metrics.
 
-    def __init__(self, model: Any, device: torch.device):
+    Args:
+        model: a transformers model, whose operations are counted from its sizes.
+        device: where it computes.
+        peak: FLOP/s that `perf/mfu` is a share of; None: the device's, where it is known.
+        clock: seconds of the host, None: its own; on CUDA the device's events are the clock.
+        new_event: makes such an event; None: one of torch.cuda.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        device: torch.device,
+        *,
+        peak: float | None = None,
+        clock: Callable[[], float] | None = None,
+        new_event: Callable[[], Any] | None = None,
+    ):
         self._flop_count = FlopCount.of(model)
         self._device = device
+        self._peak = peak_flops(device) if peak is None else peak
+        self._clock = clock or time.perf_counter
+        self._new_event = new_event or functools.partial(torch.cuda.Event, enable_timing=True)
         self._clear()
 
     @contextlib.contextmanager
@@ -71,15 +91,16 @@ class Throughput:
         """What runs within is a training step; nothing else takes time."""
         if self._device.type == "cuda":
             # The host runs ahead of the device: the device's own clock says how long it worked.
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began = self._new_event()
+            ended = self._new_event()
             began.record()
             yield
             ended.record()
             self._events.append((began, ended))
         else:
-            since = time.perf_counter()
+            since = self._clock()
             yield
-            self._seconds += time.perf_counter() - since
+            self._seconds += self._clock() - since
 
     def add(self, batch: PackedBatch, rows: int) -> None:
         """One pack went forward and backward."""
@@ -97,9 +118,8 @@ class Throughput:
             "perf/padding_fraction": 1 - self._tokens / max(self._allocated, 1),
             "memory/peak_gib": peak_bytes(self._device) / 2**30,
         }
-        peak = peak_flops(self._device)
-        if peak is not None:
-            out["perf/mfu"] = self._flops / seconds / peak
+        if self._peak is not None:
+            out["perf/mfu"] = self._flops / seconds / self._peak
         self._clear()
         return out
 
@@ -111,8 +131,11 @@ class Throughput:
 
     def _clear(self) -> None:
         self._seconds = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._tokens = self._allocated = self._rows = self._flops = 0
+        self._events: list[tuple[Any, Any]] = []  # at the beginning and the end of a step
+        self._tokens = 0
+        self._allocated = 0
+        self._rows = 0
+        self._flops = 0
 
 
 def peak_flops(device: torch.device) -> float | None:

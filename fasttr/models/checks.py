@@ -68,6 +68,17 @@ def check_finite(model: nn.Module, key: str, name: str) -> None:
             )
 
 
+def check_ids(packed: PackedModel, largest_id: int, key: str, name: str) -> None:
+    """Raise FasttrError when the model has no embedding for a token of the rows."""
+    rows = packed.model.get_input_embeddings().weight.shape[0]
+    if largest_id >= rows:
+        raise FasttrError(
+            f"{key}: the rows hold token {largest_id}, and the embedding of {name} has {rows} "
+            "rows; wanted one for every token: resize it (model.resize_token_embeddings), or use "
+            "the tokenizer that belongs to it"
+        )
+
+
 @torch.no_grad()
 def check_head(packed: PackedModel, key: str, name: str) -> None:
     """The log-probs of eight tokens equal those of the model's own forward.

@@ -26,7 +26,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        flat = grad.reshape(len(grad), 1, -1)
+        flat = grad.contiguous().flatten(1)[:, None]
         nothing = flat[:, :, :0]
         total, _ = sum_over_readers(flat, nothing, *ctx.saved_tensors)
-        return total.view(-1, *grad.shape[1:]), None, None, None
+        return total.view(len(total), *grad.shape[1:]), None, None, None

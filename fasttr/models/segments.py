@@ -26,7 +26,7 @@ class Segments:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, offsets: Offsets, scores: Scores
     ) -> tuple[Tensor, Tensor]:
-        attend = _cpu_forward if _has_cpu_kernel(q, v, scores) else _forward
+        attend = _cpu_forward if has_cpu_kernel(q, v, scores) else _forward
         segments = _split(offsets, (q,), (k, v))
         found = [attend(q, k, v, scores) for q, k, v in segments]
         out, lse = zip(*found, strict=True)
@@ -43,7 +43,7 @@ class Segments:
         offsets: Offsets,
         scores: Scores,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        differentiate = _cpu_backward if _has_cpu_kernel(q, v, scores) else _backward
+        differentiate = _cpu_backward if has_cpu_kernel(q, v, scores) else _backward
         lses = lse.split(offsets.lengths()[0], dim=1)
         segments = _split(offsets, (grad, q, out), (k, v))
         found = [
@@ -69,7 +69,7 @@ def _joined(segments: Sequence[Tensor]) -> Tensor:
     return torch.cat([x.transpose(0, 1) for x in segments])
 
 
-def _has_cpu_kernel(q: Tensor, v: Tensor, scores: Scores) -> bool:
+def has_cpu_kernel(q: Tensor, v: Tensor, scores: Scores) -> bool:
     return q.device.type == "cpu" and scores.softcap == 0 and q.shape[2] == v.shape[2]
 
 

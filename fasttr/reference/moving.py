@@ -10,7 +10,7 @@ of a higher rank (see `fasttr.reference.low_rank`).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from fasttr_kernels import multi_tensor_lerp_
@@ -31,6 +31,8 @@ class MovingReference:
         policy: the model being trained.
         initial: another model that window 0 is scored with, or None for the policy as it is now.
             FasttrError when a soft reference could not become an average of it and the policy.
+        fits_beside: whether a soft reference stays on the policy's device between windows; else it
+            rests in the host's memory.
         bound: of the rank of a soft reference whose policy is an adapter.
     """
 
@@ -39,6 +41,7 @@ class MovingReference:
         schedule: Schedule,
         policy: PackedModel,
         initial: PackedModel | None = None,
+        fits_beside: Callable[[PackedModel], bool] | None = None,
         bound: RankBound | None = None,
     ):
         self.schedule = schedule
@@ -54,7 +57,8 @@ class MovingReference:
             self.weights = _weights_of(policy) if initial is None else _taken_from(initial, policy)
             self._initial = None
             self._widen()
-            if schedule.every > 1 and not _fits_beside(policy):
+            self._rests_beside = schedule.every == 1 or (fits_beside or _fits_beside)(policy)
+            if not self._rests_beside:
                 self.weights = {name: x.cpu() for name, x in self.weights.items()}
 
     @contextlib.contextmanager
@@ -86,29 +90,27 @@ class MovingReference:
         alpha = self.schedule.alpha
         policy = {name: p.data for name, p in self.policy.named_parameters()}
         products = {name for factors in self._factors for name in factors}
-        plain = self.weights.keys() - products
-        beside = [name for name in plain if self.weights[name].device == policy[name].device]
-        multi_tensor_lerp_(
-            [self.weights[name] for name in beside], [policy[name] for name in beside], alpha
-        )
-        for name in plain - set(beside):
-            visiting = self.weights[name].to(policy[name].device)
-            multi_tensor_lerp_([visiting], [policy[name]], alpha)
-            self.weights[name].copy_(visiting)
+        plain = [name for name in self.weights if name not in products]
+        if self._rests_beside:
+            moved = [self.weights[name] for name in plain]
+            multi_tensor_lerp_(moved, [policy[name] for name in plain], alpha)
+        else:
+            for name in plain:
+                visiting = self.weights[name].to(policy[name].device, copy=True)
+                multi_tensor_lerp_([visiting], [policy[name]], alpha)
+                self.weights[name].copy_(visiting)
         self._move_products(self.weights, policy, alpha)
 
     def _move_products(
         self, weights: dict[str, Tensor], policy: dict[str, Tensor], alpha: float
     ) -> None:
+        shares = []
         for a, b in self._factors:
             assert self._bound is not None
-            dropped = average_(
-                Product(weights[a], weights[b]),
-                Product(policy[a].to(weights[a].device), policy[b].to(weights[b].device)),
-                alpha,
-                self._bound.tolerance,
-            )
-            self.dropped = max(dropped, self.dropped or 0.0)
+            reference = Product(weights[a], weights[b])
+            moved_to = Product(policy[a].to(weights[a].device), policy[b].to(weights[b].device))
+            shares.append(average_(reference, moved_to, alpha, self._bound.tolerance))
+        self.dropped = max(shares, default=None)
 
     def _widen(self) -> None:
         """Room for a rank beyond the policy's in the factors of an adapter."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from fasttr import files
 from fasttr.checkpoint import folder as folders
@@ -15,6 +16,7 @@ from fasttr.console import say
 from fasttr.errors import FasttrError
 from fasttr.losses import Loss
 from fasttr.metrics import log
+from fasttr.packing.plan import Plan
 from fasttr.training.callbacks import Callbacks
 from fasttr.training.run import Run
 
@@ -61,9 +63,7 @@ def find_resume(config: TrainConfig) -> Resume | None:
     return None
 
 
-def check_resume(
-    resume: Resume, config: TrainConfig, loss: Loss, data_fingerprint: str, total_steps: int
-) -> None:
+def check_resume(resume: Resume, config: TrainConfig, loss: Loss, plan: Plan) -> None:
     """Raise FasttrError when the checkpoint is of another run than the one that takes it up."""
     facts = resume.state.facts
     changed = config.differences(facts["config"])
@@ -77,15 +77,16 @@ def check_resume(
             f"resume_from_checkpoint: {resume.folder} was made with the loss {facts['loss']}; got "
             f"{loss}"
         )
-    if facts["data"] != data_fingerprint:
+    if facts["data"] != plan.trees.fingerprint:
         raise FasttrError(
             f"resume_from_checkpoint: the rows are not those that {resume.folder} was made on"
         )
-    if facts["step"] > total_steps:
+    if facts["step"] > plan.total_steps:
         raise FasttrError(
-            f"max_steps: got {total_steps} steps in all, and {resume.folder} has done "
+            f"max_steps: got {plan.total_steps} steps in all, and {resume.folder} has done "
             f"{facts['step']}; wanted as many or more"
         )
+    _check_scored(resume, config, plan)
 
 
 def take_up(run: Run, resume: Resume) -> None:
@@ -125,13 +126,8 @@ def is_finished(run: Run) -> bool:
     """Whether the run that was taken up had come to its end, its final model included."""
     if not run.is_resumed or run.step < run.plan.total_steps:
         return False
-    path = run.output_dir / log.FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    try:
-        last = json.loads(lines[-1]) if lines else {}
-    except json.JSONDecodeError:
-        return False
-    ended = isinstance(last, dict) and "train_runtime" in last and last.get("step") == run.step
+    last = log.last_line(run.output_dir)
+    ended = "train_runtime" in last and last["step"] == run.step
     return ended and folders.holds_final(run.output_dir)
 
 
@@ -191,6 +187,23 @@ def _facts(run: Run) -> dict[str, Any]:
         "total_steps": run.plan.total_steps,
         "best": None if best is None or best.step is None else [best.value, best.step],
     }
+
+
+def _check_scored(resume: Resume, config: TrainConfig, plan: Plan) -> None:
+    """A run that was made longer may reach rows that its reference has not scored."""
+    facts = resume.state.facts
+    if not facts["window_scored"] or config.ref_update == "soft":
+        return
+    known = resume.state.tensors["scores.rows"].numpy()
+    for window in plan.windows(config.schedule.every, start=facts["step"]):
+        for step in range(facts["step"], window.stop):
+            if not np.isin(plan.rows(step), known).all():
+                raise FasttrError(
+                    f"max_steps: got {plan.total_steps} steps in all, and the reference that "
+                    f"{resume.folder} trains against has scored no rows of step {step + 1}; its "
+                    f"weights are gone: wanted at most {step}, or a new run"
+                )
+        return  # a later window is scored by the policy as it then is
 
 
 def _take_up_best(run: Run, saved: list[Any] | None) -> None:

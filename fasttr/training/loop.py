@@ -31,8 +31,14 @@ from fasttr.training.intervals import Intervals
 from fasttr.training.run import Run
 from fasttr.training.setup import Given, setup
 from fasttr.training.step import StepMetrics, train_step
-from fasttr.training.stopping import FiniteGuard, Interrupted, StopSignal, check_weights
-from fasttr.training.window import SweepStopped, score_anchor, score_split_late, score_window
+from fasttr.training.stopping import (
+    FiniteGuard,
+    Interrupted,
+    StillnessWatch,
+    StopSignal,
+    check_weights,
+)
+from fasttr.training.window import SweepStopped, score_anchor, score_late, score_window
 
 
 class TrainResult(NamedTuple):
@@ -111,6 +117,7 @@ class _Loop:
         self.intervals = Intervals.of(run.config, run.plan)
         self.guard = FiniteGuard(run.output_dir)
         self.throughput = Throughput(run.policy.model, run.device)
+        self.stillness = StillnessWatch()
         self.last_line: dict[str, float] = {}
         self.began_at = time.perf_counter()
         self.began_step = run.step
@@ -171,8 +178,8 @@ class _Loop:
             try:
                 if not run.window_scored:
                     score_window(run, window, evaluates=evaluates, stop=self.stop)
-                elif evaluates:
-                    score_split_late(run)
+                else:
+                    score_late(run, window, evaluates=evaluates)
             except SweepStopped:
                 assert self.stop.signum is not None
                 self.save_and_leave(self.stop.signum)
@@ -187,6 +194,7 @@ class _Loop:
         self.guard.note(run.step, run.trees.positions[run.plan.rows(step)], metrics.is_broken)
         run.averages.add(metrics.step_means)
         run.total_loss += metrics.step_means[0]
+        self.stillness.note(metrics.gradient_norm)
         self.callbacks.on_step(run, metrics)
 
     def write_line(self, metrics: StepMetrics, window: range) -> None:
@@ -203,6 +211,7 @@ class _Loop:
         self.guard.verify()
         self.log.write(run.step, line)
         announce_step(run, line)
+        self.stillness.warn(run.step)
         self.last_line = line
 
     def evaluate(self, is_saved: bool) -> bool:

@@ -19,6 +19,7 @@ from fasttr.evaluation.split import EvaluationSplit
 from fasttr.losses import Loss, as_loss
 from fasttr.metrics.sums import Averages
 from fasttr.metrics.trackers import require_trackers
+from fasttr.models.checks import check_ids
 from fasttr.models.given import pack_model, read_weights_into
 from fasttr.models.load import (
     ModelConfig,
@@ -67,9 +68,10 @@ def setup(config: TrainConfig, given: Given) -> Run:
     config = dataclasses.replace(config, max_tokens_per_batch=config.token_budget(device))
     plan = config.plan(trees, loss, device)
     if resume is not None:
-        check_resume(resume, config, loss, trees.fingerprint, plan.total_steps)
+        check_resume(resume, config, loss, plan)
     announce_plan(config, loss, plan)
     policy, initial = _models(config, device, given, resume)
+    _check_ids(config, given, policy, initial, [trees, eval_trees])
     optimizer = config.optimizer().optimizer(policy.model)
     run = Run(
         config=config,
@@ -79,7 +81,7 @@ def setup(config: TrainConfig, given: Given) -> Run:
         trees=trees,
         plan=plan,
         policy=policy,
-        reference=MovingReference(config.schedule, policy, initial, config.ref_rank_bound()),
+        reference=MovingReference(config.schedule, policy, initial, bound=config.ref_rank_bound()),
         optimizer=optimizer,
         scheduler=config.optimizer().scheduler(optimizer, plan.total_steps),
         window_logps=LogpTable(len(trees), loss.completions),
@@ -155,6 +157,24 @@ def _models(
         return policy, None
     key = "ref_model_name_or_path"
     return policy, load_model(dataclasses.replace(config.model(device, name), key=key))
+
+
+def _check_ids(
+    config: TrainConfig,
+    given: Given,
+    policy: PackedModel,
+    initial: PackedModel | None,
+    splits: list[TreeSource | None],
+) -> None:
+    """Both models have an embedding for every token that they will meet."""
+    largest_id = max(trees.largest_id for trees in splits if trees is not None)
+    if given.model is None:
+        check_ids(policy, largest_id, "model_name_or_path", str(config.model_name_or_path))
+    else:
+        check_ids(policy, largest_id, "model", "the given model")
+    if initial is not None:
+        name = str(config.ref_model_name_or_path)
+        check_ids(initial, largest_id, "ref_model_name_or_path", name)
 
 
 def _policy(wanted: ModelConfig, model: Any, resume: Resume | None) -> PackedModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fasttr.checkpoint.folder import list_checkpoints
+from fasttr.console import say
 from fasttr.errors import FasttrError
 
 
@@ -60,8 +62,9 @@ class _Flag(NamedTuple):
 class FiniteGuard:
     """Reads the flag of a non-finite step one step late, so that the device never waits."""
 
-    def __init__(self, output_dir: Path) -> None:
+    def __init__(self, output_dir: Path, new_event: Callable[[], Any] = torch.cuda.Event) -> None:
         self._output_dir = output_dir
+        self._new_event = new_event
         self._pending: _Flag | None = None
 
     def note(self, step: int, rows: np.ndarray, flag: Tensor) -> None:
@@ -71,11 +74,9 @@ class FiniteGuard:
         """
         copied = None
         if flag.is_cuda:
-            on_host = torch.empty((), dtype=flag.dtype, pin_memory=True)
-            on_host.copy_(flag, non_blocking=True)
-            copied = torch.cuda.Event()
+            flag = flag.to("cpu", non_blocking=True)  # into pinned memory
+            copied = self._new_event()
             copied.record()
-            flag = on_host
         self._pending = _Flag(step, rows, flag, copied)
 
     def verify(self) -> None:
@@ -93,6 +94,36 @@ class FiniteGuard:
             "data, counted from 0); the update was skipped and the run stopped; "
             f"{_last_good(self._output_dir)}; lower learning_rate or look at those rows"
         )
+
+
+class StillnessWatch:
+    """Warns, once, when no step of a whole line of metrics had a gradient.
+
+    Under hard updates at every step a policy that has diverged shows a loss that looks like that
+    of the first step, and nothing else in the line says so.
+    """
+
+    def __init__(self) -> None:
+        self._largest: Tensor | None = None  # () gradient norm since the last line, on the device
+        self._has_warned = False
+
+    def note(self, gradient_norm: Tensor) -> None:
+        if self._largest is None:
+            self._largest = gradient_norm
+        else:
+            self._largest = torch.maximum(self._largest, gradient_norm)
+
+    def warn(self, step: int) -> None:
+        """At a line of metrics; waits for the device."""
+        is_still = self._largest is not None and float(self._largest) == 0
+        self._largest = None
+        if is_still and not self._has_warned:
+            self._has_warned = True
+            say(
+                f"WARNING: every gradient since the last line of metrics is 0 (step {step}): the "
+                "loss no longer depends on the weights, as after a learning_rate that is too high; "
+                "look at logps/ and eval_anchor/, which do not restart with the reference"
+            )
 
 
 def check_weights(model: torch.nn.Module, output_dir: Path) -> None:

@@ -62,12 +62,16 @@ def score_anchor(run: Run) -> None:
         fill_logps(run.policy, run.split.packs(), run.split.anchor_logps)
 
 
-def score_split_late(run: Run) -> None:
-    """Score the evaluation split of a window that was scored without it, when that can be done.
+def score_late(run: Run, window: range, *, evaluates: bool) -> None:
+    """Score what a resumed run needs of its window and the checkpoint does not bring.
 
     Only a soft reference still has, inside a window, the weights that it began with.
     """
-    if run.split is None or not run.split.lacks_reference():
+    steps = range(run.step, window.stop)
+    lacks_rows = any(run.window_logps.lacks(run.plan.rows(step)) for step in steps)
+    split = run.split if evaluates else None
+    lacks_split = split is not None and split.lacks_reference()
+    if not lacks_rows and not lacks_split:
         return
     if run.reference.weights is None:
         raise FasttrError(
@@ -76,7 +80,9 @@ def score_split_late(run: Run) -> None:
             "the run began with, or from a checkpoint where a window begins"
         )
     with run.reference.model() as reference:
-        _score_split(run, run.split, reference)
+        _sweep(run, reference, steps, None, StopSignal())
+        if split is not None and lacks_split:
+            _score_split(run, split, reference)
 
 
 def _sweep(
@@ -162,10 +168,7 @@ class _Partial:
 
 def _key(run: Run, reference: PackedModel) -> str:
     """Everything that a log-prob depends on, and that binds a resumed run."""
-    bound = {
-        name: value
-        for name, value in run.config.as_dict().items()
-        if name in TrainConfig.bound_on_resume()
-    }
+    values = run.config.as_dict()
+    bound = {name: values[name] for name in TrainConfig.bound_on_resume()}
     identity = [run.trees.fingerprint, weights_digest(reference), run.policy.bf16, bound]
     return json.dumps(identity, sort_keys=True, default=str)

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from fasttr.cli import main
-from tests.conftest import write_pairs
 from tests.runs import steps
+from tests.tiny import write_pairs
 
 COMMON = {
     "per_device_train_batch_size": 2,

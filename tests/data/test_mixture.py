@@ -12,8 +12,8 @@ from fasttr import TrainConfig
 from fasttr.cli.train import parse_train
 from fasttr.data.mixture import kept_rows, parse_parts, read_mixture
 from fasttr.errors import FasttrError
-from tests.conftest import write_pairs
 from tests.runs import run, settings, steps
+from tests.tiny import write_pairs
 
 
 @pytest.fixture(scope="module")

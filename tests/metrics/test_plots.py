@@ -45,11 +45,9 @@ def preference_lines(steps=100, every=20, gold=True):
 
 
 def drawn(panel_name, lines):
-    panel = next(p for p in plots.RUN_PANELS if p.name == panel_name)
-    _, (ax,) = plots._figure(1)
-    curves = [curve for curve in panel.curves if plots.series(lines, curve.key)[0]]
-    plots._draw_panel(ax, panel, curves, lines, plots.reference_moves(lines))
-    return ax
+    """The axes of one panel of a run."""
+    (panel,) = [panel for panel in plots.RUN_PANELS if panel.name == panel_name]
+    return plots.panel_figure(panel, lines).axes[0]
 
 
 def test_a_preference_run_gives_every_picture(tmp_path):

@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 
-from fasttr.models import attend as attend_module
 from fasttr.models import segments
 from fasttr.models.attend import attend
 from fasttr.models.backend import Scores
@@ -72,7 +71,7 @@ def test_values_and_gradients(case, fused, block, monkeypatch):
     scores, width_v, with_sinks = CASES[case]
     monkeypatch.setattr(segments, "BLOCK", block)
     if not fused:
-        monkeypatch.setattr(segments, "_has_cpu_kernel", lambda *_: False)
+        monkeypatch.setattr(segments, "has_cpu_kernel", lambda *_: False)
     trees = random_trees(SHAPES)
     tensors = inputs(trees, width_v, with_sinks)
     got = attend(*tensors[:3], pack(trees).attention, scores, "segments", tensors[3])
@@ -99,7 +98,7 @@ def test_the_op_keeps_the_rules_of_an_op(case):
         *scores,
         "segments",
     )
-    torch.library.opcheck(attend_module._attend, arguments)
+    torch.library.opcheck(torch.ops.fasttr.attend.default, arguments)
 
 
 def test_bf16_rounds_once():

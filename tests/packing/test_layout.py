@@ -1,66 +1,48 @@
-"""The plan and the layout: every row once, TRL's order, budgets, and the inverse of the gathers."""
+"""The layout of a pack: where tokens, keys and predicting rows lie, and the inverse of gathers."""
+
+from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
 
-from fasttr.data.in_memory import ListTrees
 from fasttr.models.gather import gather_rows
 from fasttr.packing.layout import first_fit_decreasing, pack
-from fasttr.packing.plan import Plan
 from tests.tiny import random_trees
-
-
-def source(n=23, seed=0):
-    rng = np.random.default_rng(seed)
-    return ListTrees(random_trees([tuple(rng.integers(1, 20, 3)) for _ in range(n)]))
 
 
 def test_bins_hold_every_item_once_within_the_budget():
     sizes = np.random.default_rng(0).integers(1, 50, 200).tolist()
     bins = first_fit_decreasing(sizes, 64)
-    assert sorted(i for b in bins for i in b) == list(range(200))
-    assert all(sum(sizes[i] for i in b) <= 64 for b in bins)
+    assert sorted(item for members in bins for item in members) == list(range(200))
+    assert all(sum(sizes[item] for item in members) <= 64 for members in bins)
     assert len(bins) <= 1.23 * sum(sizes) / 64 + 1
-    assert first_fit_decreasing([70, 10], 64) == [[0], [1]]  # over the budget: a bin of its own
 
 
-def test_the_order_is_a_permutation_seeded_by_seed_plus_epoch():
-    """What TRL's sampler draws, so that a step holds the same rows."""
-    plan = Plan(
-        source(), train_batch_size=4, num_train_epochs=2.0, seed=7, max_tokens_per_batch=100
-    )
-    assert (plan.steps_per_epoch, plan.total_steps) == (6, 12)
-    for epoch in range(2):
-        rows = np.concatenate([plan.rows(epoch * 6 + k) for k in range(6)])
-        expected = torch.randperm(23, generator=torch.Generator().manual_seed(7 + epoch))
-        assert rows.tolist() == expected.tolist()
-    assert len(plan.rows(5)) == 3  # the epoch's remainder
+def test_bins_are_filled_by_size_to_the_brim_and_ordered_by_first_place():
+    """7 and 3 fill one, 6 and 4 another; 2 is left over."""
+    assert first_fit_decreasing([3, 2, 6, 7, 4], 10) == [[0, 3], [1], [2, 4]]
+    assert first_fit_decreasing([5, 5, 5, 5], 10) == [[0, 1], [2, 3]]
+    assert first_fit_decreasing([10], 10) == [[0]]
 
 
-def test_windows_cover_the_steps_once_and_resume_inside_one():
-    plan = Plan(source(), train_batch_size=4, max_steps=10, max_tokens_per_batch=100)
-    assert list(plan.windows(4)) == [range(0, 4), range(4, 8), range(8, 10)]
-    assert list(plan.windows(4, start=5)) == [range(4, 8), range(8, 10)]
-    assert list(plan.windows(None, start=3)) == [range(0, 10)]
-
-
-def test_packs_of_a_step_hold_its_rows_and_nothing_else():
-    plan = Plan(source(), train_batch_size=8, max_tokens_per_batch=60)
-    for step in range(plan.total_steps):
-        packs = plan.packs(step)
-        assert sorted(r for b in packs for r in b.rows) == sorted(plan.rows(step).tolist())
-        assert all(len(b.input_ids) <= 60 for b in packs)
+def test_an_item_over_the_budget_has_a_bin_of_its_own():
+    assert first_fit_decreasing([70, 10, 54], 64) == [[0], [1, 2]]
+    assert first_fit_decreasing([1, 2, 3], 0) == [[0], [1], [2]]
 
 
 def test_layout_of_a_pack_by_hand():
-    trees = random_trees([(2, 3, 1), (0, 2)])
-    p, c1, c2 = trees[0].prompt_ids, *trees[0].completions
-    d = trees[1].completions[0]
-    batch = pack(trees)
-    assert batch.input_ids.tolist() == [*p, *c1, *c2, *d]
+    first, second = random_trees([(2, 3, 1), (0, 2)])
+    prompt = first.prompt_ids
+    c1, c2 = first.completions
+    (d,) = second.completions
+    batch = pack([first, second])
+    assert batch.input_ids.tolist() == [*prompt, *c1, *c2, *d]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 2, 0, 1]
     assert batch.attention.lengths() == ([5, 1, 2], [5, 3, 2])
+    assert batch.attention.cu_q.tolist() == [0, 5, 6, 8]
+    assert batch.attention.cu_k.tolist() == [0, 5, 8, 10]
+    assert batch.attention.cu_q.dtype == batch.attention.cu_k.dtype == torch.int32
     assert batch.attention.keys.sources.tolist() == [0, 1, 2, 3, 4, 0, 1, 5, 6, 7]
     # The prompt's last row predicts the first token of both completions; without a prompt nothing
     # does.
@@ -70,6 +52,40 @@ def test_layout_of_a_pack_by_hand():
     assert batch.cu_groups.tolist() == [0, 2, 3]
     assert batch.token_counts.tolist() == [3, 1, 2]
     assert batch.num_tokens == 5 + 3 + 2
+
+
+def test_each_completion_is_parted_at_the_length_of_its_trees_shortest():
+    """Completions of 3 and 1 tokens, of 2 and 4 without a prompt: its first token has no row."""
+    batch = pack(random_trees([(2, 3, 1), (0, 2, 4), (1, 5)]))
+    parts = batch.cu_ld_parts.diff().tolist()
+    assert parts == [1, 2, 1, 0, 1, 0, 1, 2, 5, 0]
+    assert batch.cu_ld_parts[::2].tolist() == batch.cu_completions.tolist()
+
+
+def test_what_comes_with_a_tree_is_laid_out_with_it():
+    trees = [
+        tree._replace(
+            row=10 + tree.row,
+            weight=0.5 * tree.row,
+            label=tree.row != 1,
+            per_completion={"margin": np.array([tree.row, -1.5])},
+        )
+        for tree in random_trees([(1, 2, 3)] * 3)
+    ]
+    batch = pack(trees, [2, 1])
+    assert batch.rows == (10, 11, 12)
+    assert batch.weights.tolist() == [0.0, 0.5, 1.0]
+    assert batch.labels.tolist() == [True, False, True]
+    assert batch.per_completion["margin"].tolist() == [0.0, -1.5, 1.0, -1.5, 2.0, -1.5]
+    assert batch.cu_rows == (0, 2, 3)
+    assert batch.cu_groups.tolist() == [0, 4, 6]
+
+
+def test_groups_that_do_not_hold_all_trees_are_refused():
+    with pytest.raises(ValueError, match="groups of 2 trees in all; wanted 3"):
+        pack(random_trees([(1, 2)] * 3), [2])
+    with pytest.raises(ValueError, match="got no trees"):
+        pack([])
 
 
 def test_the_gather_is_the_identity_without_shared_prompts():

@@ -12,13 +12,21 @@ from fasttr import Callback, TrainConfig, train
 from fasttr.data.in_memory import ListTrees
 from fasttr.data.load import DataConfig, load_trees
 from fasttr.errors import FasttrError
-from fasttr.losses import LOSSES, LossInputs
-from tests.runs import evaluations, lines, run, same_weights, settings, steps, timeless, weights
+from fasttr.losses import LOSSES, LossInputs, as_loss
+from tests.runs import (
+    Asks,
+    assert_same_run,
+    checkpoint_names,
+    evaluations,
+    read_rows,
+    run,
+    same_weights,
+    settings,
+    steps,
+    timeless,
+    weights,
+)
 from tests.tiny import random_trees
-
-
-def rows_of(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def config(workspace, output_dir, **changes) -> TrainConfig:
@@ -37,38 +45,31 @@ def tokenizer(workspace):
     return AutoTokenizer.from_pretrained(workspace / "model")
 
 
-def assert_same_run(a, b) -> None:
-    assert same_weights(a, b)
-    assert [timeless(line) for line in lines(a)] == [timeless(line) for line in lines(b)]
+def rows_as_list(path, tokenizer):
+    return read_rows(path)
 
 
-@pytest.mark.parametrize("kind", ["list", "dataset", "trees"])
+def rows_as_dataset(path, tokenizer):
+    return datasets.Dataset.from_list(read_rows(path))
+
+
+def rows_as_trees(path, tokenizer):
+    return load_trees(tokenizer, DataConfig(str(path), max_length=64))
+
+
+@pytest.mark.parametrize("rows_as", [rows_as_list, rows_as_dataset, rows_as_trees])
 def test_a_loaded_model_and_rows_in_memory_give_the_run_of_their_names(
-    workspace, tmp_path, model, tokenizer, kind
+    workspace, tmp_path, model, tokenizer, rows_as
 ):
     changes = {"ref_update": "soft", "ref_update_every": 2, "eval_strategy": "steps"}
-    run(
-        workspace,
-        tmp_path / "named",
-        eval_dataset_name=str(workspace / "test.jsonl"),
-        **changes,
-    )
-    given = {}
-    for key, name in (("train_dataset", "train"), ("eval_dataset", "test")):
-        rows = rows_of(workspace / f"{name}.jsonl")
-        made = {
-            "list": lambda rows=rows: rows,
-            "dataset": lambda rows=rows: datasets.Dataset.from_list(rows),
-            "trees": lambda name=name: load_trees(
-                tokenizer, DataConfig(str(workspace / f"{name}.jsonl"), max_length=64)
-            ),
-        }
-        given[key] = made[kind]()
+    held_out = workspace / "test.jsonl"
+    run(workspace, tmp_path / "named", eval_dataset_name=str(held_out), **changes)
     train(
         config(workspace, tmp_path / "given", **changes),
         model=model,
         tokenizer=tokenizer,
-        **given,
+        train_dataset=rows_as(workspace / "train.jsonl", tokenizer),
+        eval_dataset=rows_as(held_out, tokenizer),
     )
     assert_same_run(tmp_path / "given", tmp_path / "named")
     assert evaluations(tmp_path / "given")
@@ -83,7 +84,7 @@ def test_a_given_model_is_trained_in_place_and_given_back_as_it_was(
     model.model.extra = nn.Dropout(0.3)
     model.eval()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    rows = rows_of(workspace / "train.jsonl")
+    rows = read_rows(workspace / "train.jsonl")
     result = train(
         config(workspace, tmp_path), model=model, tokenizer=tokenizer, train_dataset=rows
     )
@@ -103,7 +104,7 @@ def test_a_given_model_is_trained_in_place_and_given_back_as_it_was(
 
 
 def test_a_given_model_resumes_bitwise(workspace, tmp_path, tokenizer):
-    rows = rows_of(workspace / "train.jsonl")
+    rows = read_rows(workspace / "train.jsonl")
     changes = {"ref_update": "hard", "ref_update_every": 2, "save_strategy": "steps"}
 
     def go(folder, **more):
@@ -235,26 +236,20 @@ def test_callbacks_are_called_in_the_order_of_the_loop(workspace, tmp_path):
     ]
 
 
-class Asks(Callback):
-    def __init__(self, request, at, may_evaluate=False):
-        self.request, self.at, self.may_evaluate = request, at, may_evaluate
-
-    def on_step(self, run, metrics):
-        if run.step == self.at:
-            run.ask(self.request)
-
-
 def test_what_a_callback_asks_for_is_done_after_the_step(workspace, tmp_path):
-    run(workspace, tmp_path / "plain")
-    values = settings(workspace, tmp_path / "asked")
+    plain, asked = tmp_path / "plain", tmp_path / "asked"
+    run(workspace, plain)
+    values = settings(workspace, asked)
     result = train(TrainConfig(**values), callbacks=[Asks("save", 2), Asks("stop", 4)])
     assert result.steps == 4
-    assert [path.name for path in (tmp_path / "asked").glob("checkpoint-*")] == ["checkpoint-2"]
-    assert [timeless(line) for line in steps(tmp_path / "asked")] == [
-        timeless(line) for line in steps(tmp_path / "plain")[:4]
-    ]
+    assert checkpoint_names(asked) == ["checkpoint-2"]
+    assert list(map(timeless, steps(asked))) == list(map(timeless, steps(plain)[:4]))
+
+
+def test_a_request_that_does_not_exist_is_refused(workspace, tmp_path):
+    values = settings(workspace, tmp_path)
     with pytest.raises(ValueError, match="ask: got 'rest'; wanted one of stop, save, evaluate"):
-        train(TrainConfig(**settings(workspace, tmp_path / "odd")), callbacks=[Asks("rest", 1)])
+        train(TrainConfig(**values), callbacks=[Asks("rest", 1)])
 
 
 @pytest.mark.parametrize("ref_update", ["soft", "hard"])
@@ -269,12 +264,10 @@ def test_an_evaluation_that_is_asked_for_is_against_the_windows_reference(
     run(workspace, tmp_path / "planned", eval_strategy="steps", eval_steps=3, **changes)
     values = settings(workspace, tmp_path / "asked", eval_strategy="steps", eval_steps=6, **changes)
     train(TrainConfig(**values), callbacks=[Asks("evaluate", 3, may_evaluate=True)])
-    planned, asked = (
-        {line["step"]: line for line in evaluations(tmp_path / name)}
-        for name in ("planned", "asked")
-    )
-    assert asked.keys() == {3, 6}
-    assert asked[3] == planned[3]
+    planned = evaluations(tmp_path / "planned")[0]
+    first, second = evaluations(tmp_path / "asked")
+    assert first == planned
+    assert (first["step"], second["step"]) == (3, 6)
 
 
 def test_an_evaluation_in_a_window_that_was_scored_without_it_is_refused(workspace, tmp_path):
@@ -291,36 +284,41 @@ def test_an_evaluation_in_a_window_that_was_scored_without_it_is_refused(workspa
         train(TrainConfig(**values), callbacks=[Asks("evaluate", 3)])
 
 
-def test_what_python_gives_wrongly_is_one_line(workspace, tmp_path, model, tokenizer):
-    rows = rows_of(workspace / "train.jsonl")
-    nameless = config(workspace, tmp_path / "a")
-    for given, expected in (
-        ({}, "missing: model_name_or_path .*; dataset_name"),
-        ({"model": model}, "missing: dataset_name"),
-        ({"model": model, "tokenizer": tokenizer, "train_dataset": rows[0]}, "got dict; wanted"),
-        ({"model": model, "tokenizer": tokenizer, "train_dataset": []}, "list of 0 rows; wanted"),
-        (
-            {"model": model, "tokenizer": tokenizer, "train_dataset": [{"a": 1}]},
-            "the rows .train.: .*'a'",
-        ),
-        (
-            {"model": nn.Linear(2, 2), "tokenizer": tokenizer, "train_dataset": rows},
-            "model: got architecture None",
-        ),
-        (
-            {"model": model.bfloat16(), "tokenizer": tokenizer, "train_dataset": rows},
-            r"model: got weights in bfloat16; wanted float32: call model.float\(\)",
-        ),
-    ):
-        with pytest.raises(FasttrError, match=expected) as raised:
-            train(nameless, **given)
-        assert "\n" not in str(raised.value)
-    assert not (tmp_path / "a").exists()
+MISTAKES = {
+    "nothing": ([], {}, "missing: model_name_or_path .*; dataset_name"),
+    "no rows": (["model"], {}, "missing: dataset_name"),
+    "a mapping": (["model"], {"train_dataset": {"prompt": "a"}}, "got dict; wanted"),
+    "an empty list": (["model"], {"train_dataset": []}, "list of 0 rows; wanted"),
+    "other columns": (["model"], {"train_dataset": [{"a": 1}]}, "the rows .train.: .*'a'"),
+    "no model": (["rows"], {"model": nn.Linear(2, 2)}, "model: got architecture None"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_what_python_gives_wrongly_is_one_line(workspace, tmp_path, model, tokenizer, case):
+    right, wrong, expected = MISTAKES[case]
+    rows = read_rows(workspace / "train.jsonl")
+    known = {"model": {"model": model}, "rows": {"train_dataset": rows}}
+    given = {key: value for name in right for key, value in known[name].items()} | wrong
+    with pytest.raises(FasttrError, match=expected) as raised:
+        train(config(workspace, tmp_path / "out"), tokenizer=tokenizer, **given)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_in_half_precision_is_refused(workspace, tmp_path, model, tokenizer):
+    rows = read_rows(workspace / "train.jsonl")
+    wanted = r"model: got weights in bfloat16; wanted float32: call model.float\(\)"
+    with pytest.raises(FasttrError, match=wanted):
+        train(
+            config(workspace, tmp_path / "out"),
+            model=model.bfloat16(),
+            tokenizer=tokenizer,
+            train_dataset=rows,
+        )
 
 
 def test_every_named_loss_is_a_loss_as_it_is():
-    from fasttr.losses import as_loss
-
     for cls in LOSSES.values():
         loss = cls()
         assert as_loss(loss) is loss

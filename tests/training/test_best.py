@@ -1,0 +1,151 @@
+"""The best checkpoint: which it is, that it outlives the others, and what if it is gone."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fasttr.cli import main
+from fasttr.config.train_config import TrainConfig
+from fasttr.errors import FasttrError
+from fasttr.training.best import Best
+from tests.runs import (
+    checkpoint_names,
+    error_line,
+    evaluations,
+    flags,
+    run,
+    same_weights,
+    settings,
+    stopped_run,
+)
+
+
+def evaluated_each_step(workspace: Path, **changes) -> dict:
+    return {
+        "max_steps": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_dataset_name": str(workspace / "test.jsonl"),
+        **changes,
+    }
+
+
+def best_of(values: list[float], *, more_is_better: bool) -> list[int]:
+    """The steps at which the best so far was found."""
+    best = Best("eval_loss", more_is_better, saves_itself=True)
+    return [step for step, x in enumerate(values, 1) if best.note({"eval_loss": x}, step)]
+
+
+def test_the_first_of_equal_values_is_the_best():
+    assert best_of([0.7, 0.9, 0.9, 0.8, 1.1], more_is_better=True) == [1, 2, 5]
+    assert best_of([0.7, 0.9, 0.6, 0.6, 0.5], more_is_better=False) == [1, 3, 5]
+
+
+def test_a_metric_that_no_evaluation_has_is_one_line():
+    best = Best("eval_rewards/gold", True, saves_itself=False)
+    found = {"eval_loss": 0.7, "eval_rewards/accuracies_stderr": 0.1}
+    with pytest.raises(FasttrError, match=r"eval_rewards/gold is not in this .* of eval_loss$"):
+        best.note(found, 3)
+
+
+def test_what_best_means_follows_from_the_metric():
+    common = {"eval_strategy": "steps", "load_best_model_at_end": True, "save_steps": 10}
+
+    def best(**changes) -> Best:
+        return Best.of(TrainConfig(model_name_or_path="m", dataset_name="d", **common, **changes))
+
+    assert best() == Best("eval_loss", False, saves_itself=False)
+    margins = best(metric_for_best_model="rewards/margins")
+    assert margins == Best("eval_rewards/margins", True, saves_itself=False)
+    assert best(metric_for_best_model="eval_loss", greater_is_better=True).more_is_better
+    assert best(save_strategy="best").saves_itself
+    assert Best.of(TrainConfig(model_name_or_path="m", dataset_name="d")) is None
+
+
+def test_the_best_checkpoint_outlives_the_limit_and_becomes_the_model(workspace, tmp_path, capsys):
+    values = settings(
+        workspace,
+        tmp_path,
+        **evaluated_each_step(workspace),
+        save_total_limit=1,
+        save_only_model=True,
+        load_best_model_at_end=True,
+        greater_is_better=True,
+    )
+    main(["train", *flags(values)])
+    losses = [line["eval_loss"] for line in evaluations(tmp_path)]
+    best = losses.index(max(losses)) + 1
+    assert best < 3  # the loss falls; were the best among the last, the limit would not be tested
+    assert checkpoint_names(tmp_path) == [f"checkpoint-{best}", "checkpoint-4"]
+    assert same_weights(tmp_path, tmp_path / f"checkpoint-{best}")
+    assert not (tmp_path / "checkpoint-4" / "fasttr").exists()
+    assert (tmp_path / "tokenizer.json").is_file()
+    assert f"the final model is checkpoint-{best}, the best by eval_loss" in capsys.readouterr().out
+    refused = error_line(capsys, ["train", *flags(values), "--resume_from_checkpoint"])
+    assert "holds no reference, position or window" in refused
+
+
+def test_save_strategy_best_saves_what_improves(workspace, tmp_path):
+    run(
+        workspace,
+        tmp_path,
+        **evaluated_each_step(workspace, max_steps=3, save_strategy="best"),
+        ref_update="hard",
+        ref_update_every=2,
+        metric_for_best_model="anchor/rewards/margins",
+    )
+    margins = [line["eval_anchor/rewards/margins"] for line in evaluations(tmp_path)]
+    expected = [
+        f"checkpoint-{step}"
+        for step, margin in enumerate(margins, 1)
+        if margin > max(margins[: step - 1], default=float("-inf"))
+    ]
+    assert checkpoint_names(tmp_path) == expected != []
+
+
+@pytest.fixture
+def half(workspace, tmp_path) -> Path:
+    """A run to step 4 of 6 whose best checkpoint is the first, its loss the highest."""
+    return stopped_run(workspace, tmp_path / "half", at=4, **best_settings(workspace, max_steps=6))
+
+
+def best_settings(workspace: Path, **changes) -> dict:
+    values = {"load_best_model_at_end": True, "greater_is_better": True, **changes}
+    return evaluated_each_step(workspace, **values)
+
+
+@pytest.mark.parametrize("how", ["another folder", "removed"])
+def test_a_best_checkpoint_that_is_gone_is_forgotten_at_the_start(
+    workspace, half, tmp_path, capsys, how
+):
+    folder, resume = half, str(half / "checkpoint-4")
+    if how == "another folder":
+        folder = tmp_path / "new"
+    else:
+        shutil.rmtree(half / "checkpoint-1")
+    run(
+        workspace,
+        folder,
+        **best_settings(workspace, max_steps=6, resume_from_checkpoint=resume),
+    )
+    said = capsys.readouterr().out
+    assert "checkpoint-1 was the best checkpoint and is gone" in said
+    assert "the final model is checkpoint-5" in said
+    assert same_weights(folder, folder / "checkpoint-5")
+
+
+def test_a_best_checkpoint_that_is_there_is_remembered(workspace, half, capsys):
+    run(workspace, half, **best_settings(workspace, max_steps=6, resume_from_checkpoint=True))
+    assert "the final model is checkpoint-1" in capsys.readouterr().out
+    assert same_weights(half, half / "checkpoint-1")
+
+
+def test_without_any_best_the_last_weights_are_the_model(workspace, tmp_path, capsys):
+    run(workspace, tmp_path, **best_settings(workspace, eval_delay=100))
+    assert "no checkpoint was called the best" in capsys.readouterr().out
+    assert same_weights(tmp_path, tmp_path / "checkpoint-4")

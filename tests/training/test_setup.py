@@ -1,0 +1,129 @@
+"""What stops a run before its first step."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from fasttr import TrainConfig, train
+from fasttr.errors import FasttrError
+from fasttr.evaluation.standalone import measure
+from fasttr.models.load import load_tokenizer
+from tests.runs import error_line, flags, read_rows, run, settings, write_rows
+
+EXTRA = "<extra>"
+
+
+@pytest.fixture
+def larger_tokenizer(workspace, tmp_path) -> Path:
+    """The workspace's model of 300 rows with a tokenizer of 301 tokens."""
+    folder = Path(shutil.copytree(workspace / "model", tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.add_tokens([EXTRA]) == 1
+    assert tokenizer.convert_tokens_to_ids(EXTRA) == 300
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def larger_model(larger_tokenizer, tmp_path) -> Path:
+    """The same with an embedding for every token."""
+    model = AutoModelForCausalLM.from_pretrained(larger_tokenizer)
+    model.resize_token_embeddings(301)
+    folder = tmp_path / "larger"
+    shutil.copytree(larger_tokenizer, folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def extra_rows(workspace, tmp_path) -> Path:
+    """Rows of which one holds the added token."""
+    rows = read_rows(workspace / "train.jsonl")
+    rows[7]["chosen"] += EXTRA
+    return write_rows(tmp_path / "extra.jsonl", rows)
+
+
+WANTED = "the rows hold token 300, and the embedding of .* has 300 rows; .*resize"
+
+
+def test_a_token_without_an_embedding_stops_the_policy(
+    workspace, tmp_path, larger_tokenizer, extra_rows
+):
+    names = {"model_name_or_path": str(larger_tokenizer), "dataset_name": str(extra_rows)}
+    with pytest.raises(FasttrError, match=f"^model_name_or_path: {WANTED}"):
+        run(workspace, tmp_path / "out", **names)
+    assert not (tmp_path / "out").exists()
+    run(workspace, tmp_path / "out", model_name_or_path=str(larger_tokenizer), max_steps=1)
+
+
+def test_a_token_of_the_evaluation_rows_counts_too(
+    workspace, tmp_path, larger_tokenizer, extra_rows
+):
+    names = {"model_name_or_path": str(larger_tokenizer), "eval_dataset_name": str(extra_rows)}
+    with pytest.raises(FasttrError, match=WANTED):
+        run(workspace, tmp_path / "out", eval_strategy="steps", **names)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "kto"])
+@pytest.mark.parametrize("ref_update", ["none", "hard"])
+def test_a_reference_with_a_smaller_vocabulary_stops(
+    workspace, tmp_path, larger_model, extra_rows, ref_update, loss_type
+):
+    names = {"model_name_or_path": str(larger_model), "dataset_name": str(extra_rows)}
+    smaller = {"ref_model_name_or_path": str(workspace / "reference"), "ref_update": ref_update}
+    with pytest.raises(FasttrError, match=f"^ref_model_name_or_path: {WANTED}"):
+        run(workspace, tmp_path / "out", loss_type=loss_type, **names, **smaller)
+
+
+def test_a_given_model_is_held_to_its_rows(workspace, tmp_path, larger_tokenizer, extra_rows):
+    model = AutoModelForCausalLM.from_pretrained(larger_tokenizer)
+    values = settings(workspace, tmp_path / "out")
+    config = TrainConfig(**{**values, "model_name_or_path": None, "dataset_name": None})
+    with pytest.raises(FasttrError, match=r"^model: .*the embedding of the given model"):
+        train(
+            config,
+            model=model,
+            tokenizer=load_tokenizer(str(larger_tokenizer)),
+            train_dataset=read_rows(extra_rows),
+        )
+
+
+def test_what_is_measured_is_held_to_its_rows(
+    workspace, larger_tokenizer, larger_model, extra_rows
+):
+    def measured(model: Path, anchor: Path) -> None:
+        names = {"model_name_or_path": str(model), "dataset_name": str(extra_rows)}
+        measure(TrainConfig(**names, use_cpu=True, disable_tqdm=True), str(anchor))
+
+    with pytest.raises(FasttrError, match=f"^model_name_or_path: {WANTED}"):
+        measured(larger_tokenizer, larger_model)
+    with pytest.raises(FasttrError, match=f"^anchor_model_name_or_path: {WANTED}"):
+        measured(larger_model, larger_tokenizer)
+
+
+def test_a_soft_reference_of_another_shape_is_one_line(workspace, tmp_path, capsys):
+    config = AutoConfig.from_pretrained(workspace / "model", intermediate_size=192)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "wider")
+    values = settings(
+        workspace,
+        tmp_path / "out",
+        ref_update="soft",
+        ref_model_name_or_path=tmp_path / "wider",
+    )
+    message = error_line(capsys, ["train", *flags(values)])
+    assert message.startswith("ref_model_name_or_path: got a model whose")
+    assert "mlp.down_proj.weight has shape" in message
+
+
+def test_dropout_that_should_stay_is_refused(workspace, tmp_path, capsys):
+    folder = Path(shutil.copytree(workspace / "model", tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
+    values = settings(workspace, tmp_path / "out", model_name_or_path=folder, disable_dropout=False)
+    message = error_line(capsys, ["train", *flags(values)])
+    assert "disable_dropout: got false and the model has attention_dropout" in message
