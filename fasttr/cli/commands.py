@@ -7,6 +7,7 @@ import os
 import sys
 from typing import NamedTuple
 
+from fasttr.cli.launch import is_of_one_process, speaks
 from fasttr.errors import FasttrError, did_you_mean
 
 
@@ -57,7 +58,8 @@ def main(argv: list[str] | None = None) -> None:
             raise FasttrError(f"got command {args[0]!r}; wanted one of {', '.join(COMMANDS)}{near}")
         importlib.import_module(command.module).run(args[1:])
     except FasttrError as error:
-        print(f"fasttr: error: {error}", file=sys.stderr)
+        if speaks() or is_of_one_process(error):
+            print(f"fasttr: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fasttr.cli import arguments
+from fasttr.cli.launch import launch, needs_launch, speaks
 from fasttr.errors import FasttrError, did_you_mean
 from fasttr.settings import settings_of
 
@@ -22,12 +23,9 @@ DESCRIPTION = (
 
 
 def run(args: list[str]) -> None:
-    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
-        raise FasttrError(
-            "got several processes; one process trains until sharding is built: start without "
-            "torchrun"
-        )
     config = parse_train(args)
+    if needs_launch(config.num_processes):
+        launch(["train", *args], config.num_processes)
     from fasttr.training.loop import train
 
     train(config)
@@ -55,8 +53,9 @@ def parse_train(args: list[str]) -> TrainConfig:
     config = TrainConfig(**arguments.typed(parser, {**preset, **ours}))
     if words.print_config is not None:
         _print_config(config, skips_defaults="skip_default" in words.print_config)
-    for notice in notices:
-        print(notice)
+    if speaks() and not needs_launch(config.num_processes):
+        for notice in notices:
+            print(notice)
     return config
 
 

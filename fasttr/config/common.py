@@ -264,6 +264,25 @@ class ComputeSettings:
 
 
 @dataclass(frozen=True)
+class LaunchSettings:
+    """Processes."""
+
+    num_processes: int | None = setting(
+        None,
+        whole(1),
+        "processes, one for each GPU, that fasttr starts on this machine; under torchrun or "
+        "accelerate it must be theirs, and none takes what there is",
+        may_change=True,
+    )
+    ddp_timeout: int = setting(
+        1800,
+        whole(1),
+        "seconds after which a process that no other answers gives up",
+        may_change=True,
+    )
+
+
+@dataclass(frozen=True)
 class LoggingSettings:
     """Logging."""
 

@@ -94,7 +94,9 @@ class RowReader:
 def as_loss_reads(trees: TreeSource, loss: Loss, config: TrainConfig) -> TreeSource:
     """The rows in the shape of the loss: pairs, chosen sides, or unpaired rows with mismatches."""
     if loss.unpaired:
-        block = config.group_rows(loss) if loss.completions > 1 else None
+        block = None
+        if loss.completions > 1:
+            block = config.mismatch_size or config.group_rows(loss)
         labels = getattr(trees, "labels", None)
         return Unpaired(trees, labels=labels, block=block, max_length=config.max_length)
     if trees.completion_lengths.shape[1] < loss.completions:

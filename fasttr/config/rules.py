@@ -38,6 +38,11 @@ def check(config: Any) -> None:
             f"group_size: got {config.group_size}; wanted a divisor of train_batch_size "
             f"{config.train_batch_size}"
         )
+    group = config.group_size or config.train_batch_size
+    if config.mismatch_size is not None and group % config.mismatch_size:
+        raise FasttrError(
+            f"mismatch_size: got {config.mismatch_size}; wanted a divisor of the group of {group}"
+        )
 
 
 def check_loss(config: Any, loss: Loss, name: str) -> None:

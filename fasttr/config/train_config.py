@@ -21,6 +21,7 @@ from fasttr.config.common import (
     ComputeSettings,
     DataSettings,
     EvaluationSettings,
+    LaunchSettings,
     LoggingSettings,
     ModelSettings,
     OptimizerSettings,
@@ -127,6 +128,12 @@ class LossSettings:
         "train_batch_size",
         in_eval=True,
     )
+    mismatch_size: int | None = setting(
+        None,
+        whole(1),
+        "rows among which the mismatched completions of kto go round; none means group_size",
+        in_eval=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -151,6 +158,7 @@ class TrainConfig(
     SavingSettings,
     EvaluationSettings,
     LoggingSettings,
+    LaunchSettings,
     ComputeSettings,
     OptimizerSettings,
     StepSettings,

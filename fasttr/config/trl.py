@@ -138,6 +138,7 @@ class _Translation:
         self._rename_warmup()
         self._rename_precision()
         self._rename_batch()
+        self._rename_launch()
         self._rename_reference()
         self._rename_model()
         self._leave_out_adapter()
@@ -186,8 +187,21 @@ class _Translation:
             if self.given[key] < 1:
                 raise FasttrError(f"{key}: got {self.given[key]!r}; wanted a whole number from 1")
         rows, times = (self.given.get(key, TABLE[key].default) for key in _BATCH)
-        self.ours["train_batch_size"] = rows * times
-        self.ours.setdefault("group_size", rows)
+        world = _processes(self.ours.get("num_processes"))
+        self.ours["train_batch_size"] = rows * times * world
+        # TRL takes KTO's estimate over all devices, of completions that each of them rotates.
+        of_all = self.ours.get("loss_type") == "kto" and world > 1
+        self.ours.setdefault("group_size", rows * world if of_all else rows)
+        if of_all:
+            self.ours.setdefault("mismatch_size", rows)
+
+    def _rename_launch(self) -> None:
+        plan = self.given.get("accelerate_config", "single_gpu")
+        if plan not in ("single_gpu", "multi_gpu"):
+            raise FasttrError(
+                f"accelerate_config: got {plan!r}; wanted single_gpu or multi_gpu, with "
+                "num_processes: sharding is not built"
+            )
 
     def _rename_reference(self) -> None:
         self._rename_update()
@@ -261,6 +275,12 @@ class _Translation:
             self.ours.pop(name, None)
             if name in self.given and not is_default(TABLE[name], self.given[name]):
                 self.notices.append(f"{name}: ignored: read only with use_peft: true")
+
+
+def _processes(asked: int | None) -> int:
+    """How many processes a launcher has started, or fasttr will."""
+    started = os.environ.get("WORLD_SIZE", "")
+    return int(started) if started.isdigit() and started != "0" else asked or 1
 
 
 def _unknown(key: str) -> str:

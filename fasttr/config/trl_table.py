@@ -39,7 +39,7 @@ def _r(name: str, default: Any, type_: str, advice: str) -> Key:
     return Key(name, default, type_, "refused", advice)
 
 
-_ONE = "one process trains until sharding is built; leave it out"
+_ONE = "sharding is not built: every process holds the whole model; write num_processes alone"
 _TRACKIO = "fasttr hands it to nobody; set TRACKIO_SPACE_ID in the environment, or leave it out"
 _HUB = "read only with push_to_hub"
 _LORA = "read only with use_peft"
@@ -49,9 +49,9 @@ _QUANTIZED = (
 _LOADER = "no data loader: rows are read once and planned ahead"
 _EVAL = "no logits are kept, only sums"
 _LOG = "concerns transformers' own log lines"
-_DDP = "there is one process"
+_DDP = "gradients are summed once a step, over gloo on a CPU and NCCL on GPUs"
 _CLASS = "fasttr builds its own batches from the columns it knows"
-_LAUNCH = "there is one process on one machine"
+_LAUNCH = "processes of one machine are started here; for several use torchrun on each"
 
 # DPOConfig and KTOConfig: what is computed.
 METHOD = [
@@ -306,10 +306,10 @@ TRAINING = [
             ("ddp_broadcast_buffers", None, "bool?"),
             ("ddp_static_graph", None, "bool?"),
             ("ddp_backend", None, "str?"),
-            ("ddp_timeout", 1800, "int"),
             ("local_rank", -1, "int"),
         )
     ),
+    _h("ddp_timeout", 1800, "int"),
     _r("fsdp", None, "any", _ONE),
     _r("fsdp_config", None, "any", _ONE),
     _r("deepspeed", None, "any", _ONE),
@@ -375,17 +375,23 @@ DATA = [
 
 # What `trl` hands on to `accelerate launch`, with the defaults of one process.
 LAUNCH = [
-    _r("num_processes", 1, "int", _ONE),
-    _r("num_machines", 1, "int", _ONE),
+    _h("num_processes", None, "int?", "started by fasttr, unless a launcher has done so"),
+    _r("num_machines", 1, "int", "start torchrun on every machine"),
     _i("machine_rank", 0, "int", _LAUNCH),
     _i("main_process_ip", None, "str?", _LAUNCH),
     _i("main_process_port", None, "any", _LAUNCH),
     _r("gpu_ids", "all", "str", "set CUDA_VISIBLE_DEVICES to one GPU"),
     _n("mixed_precision", "no", "str", "bf16", "bf16: true; fp16 and fp8 are refused"),
-    _r("multi_gpu", False, "bool", _ONE),
+    _i("multi_gpu", False, "bool", "num_processes says how many there are"),
     _r("use_fsdp", False, "bool", _ONE),
     _r("use_deepspeed", False, "bool", _ONE),
-    _r("accelerate_config", "single_gpu", "str", _ONE),
+    _n(
+        "accelerate_config",
+        "single_gpu",
+        "str",
+        "num_processes",
+        "single_gpu, and multi_gpu beside num_processes; sharding is not built",
+    ),
     _r("config_file", None, "any", "a configuration of accelerate is not read; leave it out"),
 ]
 

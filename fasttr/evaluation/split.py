@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fasttr.batch import PackedBatch, TreeSource
+from fasttr.distributed.ranks import ALONE, Ranks
 from fasttr.losses import Loss, Objective
 from fasttr.metrics.sums import (
     as_metrics,
@@ -58,12 +59,14 @@ class EvaluationSplit:
         """Whether the window's reference has not scored all rows."""
         return self.ref_logps is not None and self.ref_logps.lacks(range(len(self.trees)))
 
-    def packs(self) -> Iterator[PackedBatch]:
-        """The same packs at every evaluation."""
+    def packs(self, ranks: Ranks = ALONE) -> Iterator[PackedBatch]:
+        """The same packs at every evaluation; among several ranks, this one's share of them."""
         block = max(BLOCK // self.group_rows, 1) * self.group_rows
         for first in range(0, len(self.trees), block):
             rows = np.arange(first, min(first + block, len(self.trees)))
-            yield from pack_rows(self.trees, rows, self.max_tokens_per_batch, self.group_rows)
+            yield from pack_rows(
+                self.trees, rows, self.max_tokens_per_batch, self.group_rows, ranks
+            )
 
 
 @torch.no_grad()
@@ -72,16 +75,17 @@ def evaluate(
     split: EvaluationSplit,
     objective: Objective,
     after: Callable[[PackedBatch, Tensor], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
-    """Means over all rows of the split, under `eval_` names.
+    """Means over all rows of the split, under `eval_` names, the same on every rank.
 
     `after` is called after every pack with the model's log-probs (N,) of it.
     """
     loss, rows = objective.loss, np.arange(len(split.trees))
     step = objective.of_rows(split.trees, rows)
     sums = zeros(model.device)
-    against_anchor = _AgainstAnchor([], [])
-    for host_batch in split.packs():
+    found: list[tuple[tuple[int, ...], Tensor]] = []
+    for host_batch in split.packs(ranks):
         batch = host_batch.to(model.device)
         ref_logp = None
         if split.ref_logps is not None:
@@ -89,26 +93,29 @@ def evaluate(
         out = model(batch, step.loss_fn(batch), ref_logp, normalizer=step.normalizer, stats=True)
         sums += pack_sums(out, ref_logp, batch, loss)
         if split.anchor_logps is not None:
-            anchor = split.anchor_logps.get(batch.rows).to(model.device)
-            against_anchor.logratios.append(out.logp - anchor)
-            against_anchor.labels.append(batch.labels)
+            found.append((batch.rows, out.logp))
         if after is not None:
             after(batch, out.logp)
+    ranks.sum_([sums])
     line = as_metrics(by_name(means(sums)), loss, prefix="eval_")
     if "eval_rewards/accuracies" in line:
         share = line["eval_rewards/accuracies"]
         line["eval_rewards/accuracies_stderr"] = binomial_stderr(share, len(rows))
     if split.anchor_logps is not None:
-        line.update(against_anchor.metrics(loss))
+        logps = LogpTable(len(rows), loss.completions)
+        for batch_rows, logp in found:
+            logps.put(batch_rows, logp)
+        logps.merge(rows, ranks)
+        logratio_Bm = torch.from_numpy(logps.values - split.anchor_logps.values)
+        line.update(_AgainstAnchor(split.trees, logratio_Bm).metrics(loss))
     return line
 
 
 class _AgainstAnchor(NamedTuple):
-    """Log-ratios to the initial policy, pack by pack; chosen and rejected as in
-    `fasttr.metrics.sums`."""
+    """Log-ratios to the initial policy; chosen and rejected as in `fasttr.metrics.sums`."""
 
-    logratios: list[Tensor]  # (N,) each
-    labels: list[Tensor]  # (B,) bool each
+    trees: TreeSource
+    logratio_Bm: Tensor
 
     def metrics(self, loss: Loss) -> dict[str, float]:
         chosen, rejected = self._sides(loss)
@@ -126,8 +133,7 @@ class _AgainstAnchor(NamedTuple):
         return {f"eval_anchor/{name}": value for name, value in found.items()}
 
     def _sides(self, loss: Loss) -> tuple[Tensor, Tensor]:
-        logratio_Bm = torch.cat(self.logratios).view(-1, loss.completions)
         if not loss.unpaired:
-            return logratio_Bm[:, 0], logratio_Bm[:, 1]
-        label_B = torch.cat(self.labels)
-        return logratio_Bm[label_B, 0], logratio_Bm[~label_B, 0]
+            return self.logratio_Bm[:, 0], self.logratio_Bm[:, 1]
+        label_B = torch.as_tensor(self.trees.labels)  # type: ignore[attr-defined]
+        return self.logratio_Bm[label_B, 0], self.logratio_Bm[~label_B, 0]

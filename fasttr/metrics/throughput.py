@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fasttr.batch import PackedBatch
+from fasttr.distributed.ranks import ALONE, Ranks
 
 # Dense bfloat16 peak of one device, FLOP/s, from NVIDIA's data sheets (without sparsity).
 PEAK_BF16 = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12}
@@ -109,17 +110,21 @@ class Throughput:
         self._rows += rows
         self._flops += self._flop_count.of_pack(batch)
 
-    def read(self) -> dict[str, float]:
-        """Figures since the last call, under `perf/` and `memory/`; waits for the device."""
+    def read(self, ranks: Ranks = ALONE) -> dict[str, float]:
+        """Figures since the last call, under `perf/` and `memory/`: those of all ranks, each of
+        which calls this. Waits for the device."""
         seconds = max(self._seconds + self._device_seconds(), 1e-9)
+        counts = [self._tokens, self._allocated, self._rows, self._flops]
+        tokens, allocated, rows, flops = ranks.totals(counts)
+        (peak,) = ranks.largest([peak_bytes(self._device)])
         out = {
-            "perf/tokens_per_second": self._tokens / seconds,
-            "perf/pairs_per_second": self._rows / seconds,
-            "perf/padding_fraction": 1 - self._tokens / max(self._allocated, 1),
-            "memory/peak_gib": peak_bytes(self._device) / 2**30,
+            "perf/tokens_per_second": tokens / seconds,
+            "perf/pairs_per_second": rows / seconds,
+            "perf/padding_fraction": 1 - tokens / max(allocated, 1),
+            "memory/peak_gib": peak / 2**30,
         }
         if self._peak is not None:
-            out["perf/mfu"] = self._flops / seconds / self._peak
+            out["perf/mfu"] = flops / seconds / self._peak / ranks.world
         self._clear()
         return out
 

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 
 from fasttr.batch import PackedBatch, TreeSource
+from fasttr.distributed.ranks import ALONE, Ranks
 from fasttr.packing.layout import first_fit_decreasing, pack
+from fasttr.packing.shares import even_shares
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,15 @@ class Plan:
             return epoch_order(len(self.trees), self.seed, epoch)[batch]
         return np.arange(batch.start, batch.stop)
 
-    def packs(self, step: int) -> list[PackedBatch]:
-        """The packs of one step. Their number and content follow from the lengths alone."""
-        return pack_rows(self.trees, self.rows(step), self.max_tokens_per_batch, self.group_rows)
+    def packs(self, step: int, ranks: Ranks = ALONE) -> list[PackedBatch]:
+        """The packs of one step that are this rank's. They follow from the lengths alone.
+
+        Among several ranks no row needs to share a pack with another: see
+        `fasttr.training.coupled_step`.
+        """
+        group_rows = self.group_rows if ranks.world == 1 else 1
+        rows = self.rows(step)
+        return pack_rows(self.trees, rows, self.max_tokens_per_batch, group_rows, ranks)
 
     def windows(self, every: int | None, start: int = 0) -> Iterator[range]:
         """Steps [0, every), [every, 2 every), ... from the window that holds `start`.
@@ -77,6 +85,12 @@ class Plan:
     def tokens(self, rows: np.ndarray) -> int:
         """Packed tokens of some rows: each prompt once."""
         return int(tree_sizes(self.trees, rows).sum())
+
+    def unshared_tokens(self, rows: np.ndarray) -> int:
+        """Tokens of an unshared layout: the prompt once per completion."""
+        completions = self.trees.completion_lengths[rows]
+        prompts = completions.shape[1] * self.trees.prompt_lengths[rows].sum(dtype=np.int64)
+        return int(completions.sum(dtype=np.int64) + prompts)
 
 
 @lru_cache(maxsize=2)
@@ -93,9 +107,14 @@ def tree_sizes(trees: TreeSource, rows: np.ndarray | Sequence[int]) -> np.ndarra
 
 
 def pack_rows(
-    trees: TreeSource, rows: np.ndarray | Sequence[int], budget: int, group_rows: int = 1
+    trees: TreeSource,
+    rows: np.ndarray | Sequence[int],
+    budget: int,
+    group_rows: int = 1,
+    ranks: Ranks = ALONE,
 ) -> list[PackedBatch]:
-    """Pack some rows, first-fit decreasing under `budget` tokens.
+    """Pack some rows, first-fit decreasing under `budget` tokens; among several ranks, this one's
+    even share of them.
 
     Each run of `group_rows` rows stays together.
     """
@@ -103,8 +122,10 @@ def pack_rows(
     starts = np.arange(0, len(rows), group_rows)
     groups = np.split(rows, starts[1:])
     sizes = np.add.reduceat(tree_sizes(trees, rows), starts)
+    share = even_shares(sizes.tolist(), ranks.world)[ranks.rank]
     packs = []
-    for members in first_fit_decreasing(sizes.tolist(), budget):
+    for places in first_fit_decreasing(sizes[share].tolist(), budget):
+        members = [share[place] for place in places]
         chosen = [trees[int(row)] for group in members for row in groups[group]]
         packs.append(pack(chosen, [len(groups[group]) for group in members]))
     return packs

@@ -8,10 +8,12 @@ import numpy as np
 
 from fasttr.config.train_config import TrainConfig
 from fasttr.console import say
+from fasttr.distributed.ranks import Ranks
 from fasttr.losses import Loss
 from fasttr.models.lora import factor_names
 from fasttr.models.packed import PackedModel
-from fasttr.packing.plan import Plan
+from fasttr.packing.plan import Plan, tree_sizes
+from fasttr.packing.shares import balance
 from fasttr.training.run import Run
 
 
@@ -31,7 +33,7 @@ _STEP_LINE = (
 )
 
 
-def announce_plan(config: TrainConfig, loss: Loss, plan: Plan) -> None:
+def announce_plan(config: TrainConfig, loss: Loss, plan: Plan, ranks: Ranks) -> None:
     """What a run will do, and a warning where it will not do what was asked."""
     steps, trees = plan.total_steps, plan.trees
     shared = plan.tokens(np.arange(len(trees)))
@@ -46,6 +48,8 @@ def announce_plan(config: TrainConfig, loss: Loss, plan: Plan) -> None:
         f"tokens per step: {shared / plan.steps_per_epoch:,.0f} packed, "
         f"{unshared / plan.steps_per_epoch:,.0f} with prompts repeated"
     )
+    if ranks.world > 1:
+        _announce_ranks(config, plan, ranks)
     if loss.needs_reference:
         _announce_reference(config, steps)
     else:
@@ -55,6 +59,19 @@ def announce_plan(config: TrainConfig, loss: Loss, plan: Plan) -> None:
             f"WARNING: warmup_steps {config.warmup_steps:g} covers all {steps} steps: the full "
             "rate is never reached"
         )
+
+
+def _announce_ranks(config: TrainConfig, plan: Plan, ranks: Ranks) -> None:
+    """How evenly the first steps lie on the ranks: too few rows a step cannot be dealt evenly."""
+    found = []
+    for step in range(min(plan.total_steps, 8)):
+        costs = tree_sizes(plan.trees, plan.rows(step)).tolist()
+        found.append(balance(costs, ranks.world))
+    share = sum(found) / max(len(found), 1)
+    advice = ""
+    if share < 0.9:
+        advice = f"; raise train_batch_size, {config.train_batch_size} rows cannot be dealt evenly"
+    say(f"{ranks.world} processes, whose shares of a step are {share:.0%} of even{advice}")
 
 
 def _announce_reference(config: TrainConfig, steps: int) -> None:

@@ -17,10 +17,11 @@ from tqdm import tqdm
 from fasttr import files
 from fasttr.config import rules
 from fasttr.config.train_config import TrainConfig
-from fasttr.console import say
+from fasttr.console import say, silent
+from fasttr.distributed.ranks import Ranks, joined
 from fasttr.errors import FasttrError
 from fasttr.evaluation.split import evaluate
-from fasttr.metrics.log import MetricsLog
+from fasttr.metrics.log import MetricsLog, NoLog
 from fasttr.metrics.sums import as_metrics
 from fasttr.metrics.throughput import Throughput
 from fasttr.models.given import give_back
@@ -28,7 +29,7 @@ from fasttr.training import checkpoints
 from fasttr.training.announce import announce_evaluation, announce_step
 from fasttr.training.callbacks import Callback, Callbacks
 from fasttr.training.intervals import Intervals
-from fasttr.training.run import Run
+from fasttr.training.run import REQUESTS, Run
 from fasttr.training.setup import Given, setup
 from fasttr.training.step import StepMetrics, train_step
 from fasttr.training.stopping import (
@@ -84,8 +85,13 @@ def train(
         has_eval_data=eval_dataset is not None,
     )
     given = Given(model, tokenizer, train_dataset, eval_dataset, loss)
-    with StopSignal() as stop, _alone_in(config):
-        run = setup(config, given)
+    with joined(config.use_cpu, config.ddp_timeout) as ranks, silent(not ranks.is_first):
+        return _train(config, given, Callbacks(callbacks), ranks)
+
+
+def _train(config: TrainConfig, given: Given, callbacks: Callbacks, ranks: Ranks) -> TrainResult:
+    with StopSignal() as stop, _alone_in(config, ranks):
+        run = setup(config, given, ranks)
         if checkpoints.is_finished(run):
             say(f"nothing to do: {run.output_dir} holds this run's end, step {run.step}")
             give_back(run.policy)
@@ -93,14 +99,17 @@ def train(
                 run.output_dir, run.step, {}, run.policy.trained_model, run.tokenizer
             )
         checkpoints.own_output_dir(run)
-        log = MetricsLog(
-            run.output_dir,
-            config.trackers(),
-            keep_until=run.step if run.is_resumed else None,
-            settings=run.config.as_dict(),
-        )
+        log: MetricsLog | NoLog = NoLog()
+        with ranks.together():
+            if ranks.is_first:
+                log = MetricsLog(
+                    run.output_dir,
+                    config.trackers(),
+                    keep_until=run.step if run.is_resumed else None,
+                    settings=run.config.as_dict(),
+                )
         try:
-            return _Loop(run, log, stop, Callbacks(callbacks)).all_steps()
+            return _Loop(run, log, stop, callbacks).all_steps()
         finally:
             log.close()
             give_back(run.policy)
@@ -109,7 +118,7 @@ def train(
 class _Loop:
     """The parts of a loop that live as long as it runs, and what happens once in a while."""
 
-    def __init__(self, run: Run, log: MetricsLog, stop: StopSignal, callbacks: Callbacks):
+    def __init__(self, run: Run, log: MetricsLog | NoLog, stop: StopSignal, callbacks: Callbacks):
         self.run = run
         self.log = log
         self.stop = stop
@@ -121,6 +130,7 @@ class _Loop:
         self.last_line: dict[str, float] = {}
         self.began_at = time.perf_counter()
         self.began_step = run.step
+        self._agreed_signum = 0
 
     def all_steps(self) -> TrainResult:
         run, plan, schedule = self.run, self.run.plan, self.run.config.schedule
@@ -132,7 +142,7 @@ class _Loop:
             initial=run.step,
             desc="Training",
             unit="step",
-            disable=run.config.disable_tqdm or None,
+            disable=run.config.disable_tqdm or not run.ranks.is_first or None,
         )
         with bar:
             for window in plan.windows(schedule.every, start=run.step):
@@ -143,6 +153,7 @@ class _Loop:
                         metrics = train_step(run, step, self.throughput)
                     run.step = step + 1
                     self.take_note(step, metrics)
+                    self.agree()
                     bar.update()
 
                     # once in a while: a line of metrics
@@ -162,8 +173,8 @@ class _Loop:
                     if is_saved or "save" in run.requests:
                         self.save()
 
-                    if self.stop.signum is not None:
-                        self.save_and_leave(self.stop.signum)
+                    if self.signum is not None:
+                        self.save_and_leave(self.signum)
                     if "stop" in run.requests:
                         return self.finish()
         return self.finish()
@@ -197,6 +208,20 @@ class _Loop:
         self.stillness.note(metrics.gradient_norm)
         self.callbacks.on_step(run, metrics)
 
+    def agree(self) -> None:
+        """What a signal or a callback asks of one rank, it asks of all of them."""
+        run = self.run
+        asked = [int(request in run.requests) for request in REQUESTS]
+        *asked, self._agreed_signum = run.ranks.largest([*asked, self.stop.signum or 0])
+        run.requests |= {
+            request for request, is_asked in zip(REQUESTS, asked, strict=True) if is_asked
+        }
+
+    @property
+    def signum(self) -> int | None:
+        """The signal that stops the run; among several ranks one that all of them know of."""
+        return self.stop.signum if self.run.ranks.world == 1 else self._agreed_signum or None
+
     def write_line(self, metrics: StepMetrics, window: range) -> None:
         run = self.run
         line = as_metrics(run.averages.read(), run.loss)
@@ -207,7 +232,7 @@ class _Loop:
         if run.loss.needs_reference:
             line["ref/updates"] = run.reference.updates
             line["ref/age_steps"] = run.step - 1 - window.start
-        line |= self.throughput.read()
+        line |= self.throughput.read(run.ranks)
         self.guard.verify()
         self.log.write(run.step, line)
         announce_step(run, line)
@@ -228,7 +253,7 @@ class _Loop:
                 "evaluate: a callback asks for it in a window that was scored without the "
                 "evaluation rows; set may_evaluate = True on the callback"
             )
-        line = evaluate(run.policy, run.split, run.objective)
+        line = evaluate(run.policy, run.split, run.objective, ranks=run.ranks)
         self.log.write(run.step, line)
         announce_evaluation(run, line)
         self.callbacks.on_evaluate(run, line)
@@ -296,10 +321,22 @@ class _Loop:
 
 
 @contextlib.contextmanager
-def _alone_in(config: TrainConfig) -> Iterator[None]:
+def _alone_in(config: TrainConfig, ranks: Ranks) -> Iterator[None]:
     """No other run writes into the output folder while this one does."""
+    lock = None
+    with ranks.together():
+        if ranks.is_first:
+            lock = _lock(config)
     try:
-        lock = files.FolderLock(config.output_folder)
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _lock(config: TrainConfig) -> files.FolderLock:
+    try:
+        return files.FolderLock(config.output_folder)
     except BlockingIOError as error:
         raise FasttrError(
             f"output_dir: another run is writing into {config.output_dir}; wait for it, or take "
@@ -307,7 +344,3 @@ def _alone_in(config: TrainConfig) -> Iterator[None]:
         ) from error
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise FasttrError(f"output_dir: cannot write {config.output_dir!r}: {error}") from error
-    try:
-        yield
-    finally:
-        lock.release()

@@ -13,6 +13,7 @@ from fasttr.config import rules
 from fasttr.config.rows import RowReader, as_loss_reads
 from fasttr.config.train_config import TrainConfig
 from fasttr.console import say
+from fasttr.distributed.ranks import ALONE, Ranks
 from fasttr.environment import device_for
 from fasttr.errors import FasttrError
 from fasttr.evaluation.split import EvaluationSplit
@@ -29,6 +30,7 @@ from fasttr.models.load import (
     load_tokenizer,
 )
 from fasttr.models.packed import PackedModel
+from fasttr.packing.plan import Plan
 from fasttr.reference.logp_table import LogpTable
 from fasttr.reference.moving import MovingReference
 from fasttr.training.announce import announce_adapter, announce_plan
@@ -47,30 +49,32 @@ class Given(NamedTuple):
     loss: Any = None  # a Loss, or any function of LossInputs
 
 
-def setup(config: TrainConfig, given: Given) -> Run:
+def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     """Read rows and models, say what was found, and take up a checkpoint when asked to."""
     device = _prepare_torch(config)
     require_trackers(config.report_to)
-    resume = find_resume(config)
+    resume = ranks.first_alone(lambda: find_resume(config), of_each_machine=False)
     source = config.model_name_or_path
     if resume is not None and not config.use_peft:
         source = str(resume.folder)
     tokenizer = _checked_tokenizer(config, given, source)
     reader = RowReader(config, tokenizer)
     custom_loss = None if given.loss is None else as_loss(given.loss, config.beta)
-    rows = reader.train(custom_loss or config.loss, given.train_dataset)
+    rows = ranks.first_alone(lambda: reader.train(custom_loss or config.loss, given.train_dataset))
     config, loss = _with_loss(config, custom_loss, rows)
     trees = as_loss_reads(rows, loss, config)
     eval_trees = None
     if config.evaluates:
-        eval_rows = reader.evaluation(loss, given.eval_dataset)
+        eval_rows = ranks.first_alone(lambda: reader.evaluation(loss, given.eval_dataset))
         eval_trees = as_loss_reads(eval_rows, loss, config)
     config = dataclasses.replace(config, max_tokens_per_batch=config.token_budget(device))
     plan = config.plan(trees, loss, device)
     if resume is not None:
         check_resume(resume, config, loss, plan)
-    announce_plan(config, loss, plan)
-    policy, initial = _models(config, device, given, resume)
+    _require_same(ranks, config, plan)
+    announce_plan(config, loss, plan, ranks)
+    with ranks.together():
+        policy, initial = _models(config, device, given, resume)
     _check_ids(config, given, policy, initial, [trees, eval_trees])
     optimizer = config.optimizer().optimizer(policy.model)
     run = Run(
@@ -89,10 +93,18 @@ def setup(config: TrainConfig, given: Given) -> Run:
         best=Best.of(config),
         averages=Averages(device),
         total_loss=torch.zeros((), device=device),
+        ranks=ranks,
     )
     if resume is not None:
         take_up(run, resume)
     return run
+
+
+def _require_same(ranks: Ranks, config: TrainConfig, plan: Plan) -> None:
+    """A plan that differs between ranks would have them wait for each other for ever."""
+    bound = {name: getattr(config, name) for name in config.bound_on_resume()}
+    ranks.same("the configuration", repr(bound))
+    ranks.same("the rows", (plan.trees.fingerprint, plan.total_steps))
 
 
 def _prepare_torch(config: TrainConfig) -> torch.device:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fasttr.losses import Loss
 from fasttr.metrics.sums import as_metrics, by_name, means, pack_sums, zeros
 from fasttr.metrics.throughput import Throughput
+from fasttr.training.coupled_step import coupled_step
 from fasttr.training.run import Run
 
 
@@ -32,8 +33,13 @@ class StepMetrics(NamedTuple):
 
 
 def train_step(run: Run, step: int, throughput: Throughput) -> StepMetrics:
-    """Forward and backward over the packs of `step` (counted from 0), then one update."""
+    """Forward and backward over the packs of `step` (counted from 0), then one update.
+
+    Every rank adds up the gradients of its own packs; their sum over all ranks is the step's, so
+    that a step does not depend on how many there are. The decisions below are the same on each.
+    """
     sums = _backward(run, step, throughput)
+    _sum_over_ranks(run, sums)
     gradient_norm = _clip(run.policy, run.config.max_grad_norm)
     is_broken = ~torch.isfinite(gradient_norm) | ~torch.isfinite(sums[0])
     learning_rate = run.scheduler.get_last_lr()[0]
@@ -49,21 +55,39 @@ def train_step(run: Run, step: int, throughput: Throughput) -> StepMetrics:
 
 def _backward(run: Run, step: int, throughput: Throughput) -> Tensor:
     """Gradients of all packs; returns the sums of their metrics."""
-    objective = run.objective.of_rows(run.trees, run.plan.rows(step))
+    rows = run.plan.rows(step)
+    objective = run.objective.of_rows(run.trees, rows)
+    normalizer: float = objective.normalizer
+    is_spread = run.loss.coupled and run.ranks.world > 1
+    coupled = coupled_step(run, step, objective) if is_spread else None
     sums = zeros(run.device)
-    for host_batch in run.plan.packs(step):
+    for host_batch in run.plan.packs(step, run.ranks):
         batch = host_batch.to(run.device)
         ref_logp = None
         if run.loss.needs_reference:
             ref_logp = run.window_logps.get(batch.rows).to(run.device, non_blocking=True)
-        out = run.policy(
-            batch, objective.loss_fn(batch), ref_logp, normalizer=objective.normalizer, stats=True
-        )
+        loss_fn = objective.loss_fn(batch)
+        if coupled is not None:
+            loss_fn, normalizer = coupled.loss_fn(batch), 1.0
+        out = run.policy(batch, loss_fn, ref_logp, normalizer=normalizer, stats=True)
         out.loss.backward()
         sums += pack_sums(out, ref_logp, batch, run.loss)
         throughput.add(host_batch, len(host_batch.rows))
-        run.num_tokens += host_batch.num_tokens
-    return sums
+    run.num_tokens += run.plan.unshared_tokens(rows)
+    return sums if coupled is None else coupled.corrected(sums, run.ranks.is_first)
+
+
+def _sum_over_ranks(run: Run, sums: Tensor) -> None:
+    if run.ranks.world == 1:
+        return
+    run.ranks.sum_([sums])
+    gradients = []
+    for parameter in run.policy.parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:  # no pack of this step was this rank's
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+    run.ranks.sum_(gradients)
 
 
 def _clip(policy: nn.Module, max_grad_norm: float) -> Tensor:

@@ -311,13 +311,6 @@ def test_env_of_a_file_is_set(tmp_path, monkeypatch):
         from_file(tmp_path, "model_name_or_path: m\ndataset_name: d\nenv: 3\n")
 
 
-def test_several_processes_are_refused(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit):
-        main(["train", *NEEDED])
-    assert "start without torchrun" in capsys.readouterr().err
-
-
 def test_a_run_under_trls_keys(workspace, tmp_path, capsys):
     """The same file trains, with TRL's names for the batch, the reference and the log."""
     content = {
