@@ -1,161 +1,175 @@
 """All benchmarks within a budget of time, the most valuable first; what is done when the time is up
 is kept.
 
-python -m bench all --budget 9m --out runs/bench
+    python -m bench all --budget 9m --out runs/bench
+
+The kept results beside TRL are shown first; then every table as soon as it has been measured here.
+On a machine with a GPU the parts of `python -m bench gpu` are run instead.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
-
-import torch
+from typing import NamedTuple
 
 from bench import report
+from bench.gpu import runner
+from bench.gpu.notes import python_path
+from bench.harness import command_line, parse_seconds, parsed
+from bench.tables import PEERS, RESULTS, tables_of
+from bench.text import commit_of, machine_of
 from bench.timing import header
+from fasttr.environment import device_for
+from fasttr.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORTEST = 5.0  # seconds that are worth starting a benchmark for
+SILENCE = 15.0  # seconds after which a line says that something still runs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--budget", type=seconds, default=240.0, help="such as 9m, 240s or 1h")
+    parser.add_argument("--budget", type=parse_seconds, default=240.0, help="such as 9m or 240s")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     parser.add_argument("--data", help="preference file of `peers`; none: generated pairs")
-    parser.add_argument("--cpu", action="store_true")
-    parser.add_argument(
-        "--tiny", action="store_true", help="toy sizes: a check that everything runs"
-    )
-
-
-def seconds(text: str) -> float:
-    unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
-    try:
-        return float(text) if unit is None else float(text[:-1]) * unit
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}; wanted a time such as 9m, 240s or 1h"
-        ) from None
-
-
-def plan(args: argparse.Namespace) -> list[tuple[str, float, list[str]]]:
-    """(folder, share of what is left of the budget, arguments), the most valuable first."""
-    gpu = torch.cuda.is_available() and not args.cpu
-    data = ["--data", args.data] if args.data else []
-    named = Path(args.data).parent.name if args.data else "generated"
-    if args.tiny:
-        brief = ["--seconds", "0.2"]
-        return [
-            ("lerp", 0.9, ["lerp", "--models", "tiny", *brief]),
-            ("head", 0.9, ["head", "--shapes", "tiny", "--tokens", "64", *brief]),
-            ("step", 0.6, ["step", "--lengths", "tiny", "--size", "tiny", "--pairs", "4", *brief]),
-            (
-                f"peers-{named}",
-                0.9,
-                ["peers", *data, "--size", "tiny", "--steps", "3", "--batch", "4"],
-            ),
-            ("overhead", 1.0, ["overhead", "--steps", "6", "--rows", "0"]),
-        ]
-    if gpu:
-        return [
-            (
-                "head",
-                0.4,
-                [
-                    "head",
-                    "--shapes",
-                    "llama-3-8b,llama-3.2-1b,qwen2.5-0.5b,qwen3-8b,pythia-2.8b",
-                    "--tokens",
-                    "8192,2048,16384,4096",
-                    "--seconds",
-                    "1.5",
-                ],
-            ),
-            (
-                "lerp",
-                0.2,
-                ["lerp", "--models", "llama-3.2-1b,llama-3-8b,qwen2.5-0.5b", "--seconds", "2"],
-            ),
-            ("step", 0.5, ["step", "--seconds", "15"]),
-            (
-                f"peers-{named}",
-                0.7,
-                ["peers", *data, "--size", "1b", "--batch", "64", "--steps", "6"],
-            ),
-            ("overhead", 1.0, ["overhead"]),
-        ]
-    return [
-        (f"peers-{named}", 0.5, ["peers", *data, "--steps", "6"]),
-        ("head", 0.4, ["head", "--tokens", "1024", "--seconds", "4"]),
-        ("lerp", 0.3, ["lerp", "--seconds", "2"]),
-        ("step", 0.7, ["step", "--pairs", "8", "--seconds", "4", "--least", "2"]),
-        ("overhead", 1.0, ["overhead", "--rows", "20000"]),
-    ]
+    parser.add_argument("--cpu", action="store_true", help="on the CPU even where there is a GPU")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes: that everything runs")
 
 
 def main(args: argparse.Namespace) -> None:
+    if device_for(args.cpu).type == "cuda":
+        _run_gpu_parts(args)
+        return
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + args.budget
-    (out / "environment.json").write_text(
-        json.dumps(header("python -m bench " + " ".join(sys.argv[1:])), indent=1)
-    )
-    notes = [_device_line(args)]
-    for folder, share, arguments in plan(args):
+    facts = header(command_line())
+    write_json(out / "environment.json", facts)
+    _say(_kept())
+    _say(f"Measured here, on {machine_of(facts)}, commit {commit_of(facts)}:")
+    notes = [f"{machine_of(facts)}, commit {commit_of(facts)}, {facts['time']}\n"]
+    for entry in plan(args):
         left = until - time.monotonic()
         if left < SHORTEST:
-            notes.append(f"- {folder}: not started, the budget was spent")
+            ended = "not started, the budget was spent"
         else:
-            notes.append(f"- {folder}: {_run(arguments, out / folder, left, share, args.cpu)}")
+            ended = _run(entry, out / entry.folder, limit=max(entry.share * left, SHORTEST))
+        _say(f"{entry.folder}: {ended}\n")
+        notes.append(f"- {entry.folder}: {ended}")
         report.write(out, notes)
-    print((out / "report.md").read_text())
-    print(f"report, plots and JSON in {out}")
+    _say(f"report, plots and JSON in {args.out}; kept results of all benchmarks: bench/README.md")
 
 
-def _run(arguments: list[str], out: Path, left: float, share: float, cpu: bool) -> str:
-    """Run one benchmark in a process; say how it ended. Each writes its JSON case by case, so a cut
-    keeps the rest."""
-    limit = max(share * left, SHORTEST)
+def _run_gpu_parts(args: argparse.Namespace) -> None:
+    gpu = parsed(runner, "--state", str(args.out / "state"), "--out", str(args.out))
+    gpu.budget = args.budget
+    runner.main(gpu)
+
+
+class Entry(NamedTuple):
+    """A benchmark of the plan; `share` of what is left of the budget is the most it may take."""
+
+    folder: str
+    share: float
+    arguments: list[str]
+
+
+def plan(args: argparse.Namespace) -> list[Entry]:
+    """The most valuable first. The reference update is left out: what fits into a CPU's cache says
+    nothing of memory."""
+    data = ["--data", args.data] if args.data else []
+    peers = f"peers-{Path(args.data).parent.name}" if args.data else "peers-generated"
+    if args.tiny:
+        brief = ["--seconds", "0.2"]
+        step = ["--lengths", "tiny", "--size", "tiny", "--pairs", "4", *brief]
+        return [
+            Entry("head", 0.9, ["head", "--shapes", "tiny", "--tokens", "64", *brief]),
+            Entry(peers, 0.9, ["peers", *data, "--size", "tiny", "--steps", "3", "--batch", "4"]),
+            Entry("step", 0.6, ["step", *step]),
+            Entry("overhead", 1.0, ["overhead", "--steps", "6", "--rows", "0"]),
+        ]
+    beside_trl = ["--steps", "4", "--providers", "fasttr,trl-default,trl-best"]
+    brief_step = ["--lengths", "hh,tldr", "--pairs", "8", "--seconds", "4", "--least", "2"]
+    return [
+        Entry(peers, 0.7, ["peers", *data, *beside_trl]),
+        Entry("step", 0.6, ["step", *brief_step]),
+        Entry("head", 0.6, ["head", "--tokens", "1024", "--inputs", "peaked", "--seconds", "4"]),
+        Entry("overhead", 1.0, ["overhead", "--rows", "10000"]),
+    ]
+
+
+def _kept() -> str:
+    """The kept tables beside TRL, with what each was made with."""
+    return f"Kept results, measured before:\n\n{tables_of(PEERS, RESULTS)}\n"
+
+
+def _run(entry: Entry, out: Path, limit: float) -> str:
+    """Run one benchmark in a process, show what it prints, and say how it ended. Each writes its
+    JSON case by case, so a cut keeps the rest."""
     out.mkdir(parents=True, exist_ok=True)
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    flags = ["--cpu"] if cpu and arguments[0] != "overhead" else []
-    command = [sys.executable, "-m", "bench", *arguments, "--out", str(out), *flags]
+    command = [sys.executable, "-m", "bench", *entry.arguments, "--out", str(out), "--cpu"]
+    _say(f"{entry.folder}: python -m bench {' '.join(entry.arguments)}, at most {limit:.0f} s")
     began = time.monotonic()
     with (out / "log.txt").open("w") as log:
         process = subprocess.Popen(
             command,
-            stdout=log,
+            stdout=subprocess.PIPE,
             stderr=log,
-            env=os.environ | {"PYTHONPATH": path},
+            text=True,
+            env=os.environ | {"PYTHONPATH": python_path(ROOT)},
             start_new_session=True,
         )
         try:
-            status = process.wait(timeout=limit)
-        except BaseException as error:
-            # The whole session, because providers run in processes of their own.
-            os.killpg(process.pid, signal.SIGKILL)
+            finished = _shown(process, entry.folder, began + limit)
+        finally:
+            if process.poll() is None:
+                # The whole session, because providers run in processes of their own.
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
-            return f"cut off after {limit:.0f} s; what it had finished is below"
     took = f"{time.monotonic() - began:.0f} s"
-    if status:
+    if not finished:
+        return f"cut off after {took}; what it had finished is in the report"
+    if process.returncode:
         tail = (out / "log.txt").read_text().strip().splitlines()[-1:]
         return f"failed after {took}: {''.join(tail)}"
     return f"done in {took}"
 
 
-def _device_line(args: argparse.Namespace) -> str:
-    facts = header("")
-    devices = [] if args.cpu else facts["devices"]
-    machine = devices[0]["name"] if devices else f"{facts['cpu_count']}-core CPU"
-    return (
-        f"{machine}, driver {facts['driver']}, torch {facts['versions']['torch']}, triton "
-        f"{facts['versions']['triton']}, commit {facts['git_commit']}, {facts['time']}\n"
-    )
+def _shown(process: subprocess.Popen[str], name: str, until: float) -> bool:
+    """Print what a process prints, and that it still runs where it is silent; whether it ended
+    before `until`."""
+    lines: queue.Queue[str | None] = queue.Queue()
+    threading.Thread(target=_read, args=(process, lines), daemon=True).start()
+    spoke = time.monotonic()
+    while (left := until - time.monotonic()) > 0:
+        try:
+            line = lines.get(timeout=min(left, 1.0))
+        except queue.Empty:
+            if time.monotonic() - spoke > SILENCE:
+                _say(f"{name}: still running, at most {left:.0f} s more")
+                spoke = time.monotonic()
+            continue
+        if line is None:
+            process.wait()
+            return True
+        _say(line)
+        spoke = time.monotonic()
+    return False
+
+
+def _read(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.put(line.rstrip("\n"))
+    lines.put(None)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -3,38 +3,33 @@ against fp64.
 
     python -m bench head --shapes qwen2.5-0.5b,llama-3-8b --tokens 2048,8192
 
-A head whose loss, log-probs or gradients are further from fp64 than twice eager torch in the same
-dtype prints no number. Inputs are flat (random hidden states: entropy near log V) and peaked
-(hidden states that lean toward a row of
-the weight: 1 to 2 nats, as language models have).
+A head whose loss, log-probs or gradients are further from fp64 than twice eager torch with the same
+leaves prints no number. Completions have unequal lengths and lie pair by pair; heads that want
+halves or padding get them laid out before the clock runs. Inputs are flat (random hidden states:
+entropy near log V) and peaked (hidden states that lean toward a row of the weight: 1 to 2 nats, as
+language models have).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from pathlib import Path
+import itertools
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bench.head_providers import PROVIDERS, Output, Problem, installed, objective
-from bench.timing import header, interleaved, load_of, peak_bytes_of
+from bench.harness import Bars, Benchmark, Case, Contender, add_common_arguments, compare
+from bench.head_problem import LEAVES, Problem, Truth, make_problem, objective
+from bench.head_providers import PROVIDERS, Attempt, Output, absent, eager_logp, gradients, step
+from bench.shapes import SHAPES
+from bench.text import by_median, mib, reasons, spread, titled
+from bench.timing import Call, Times, peak_bytes_of
 
-# (vocabulary, hidden size)
-SHAPES = {
-    "tiny": (500, 64),
-    "10m": (8000, 256),
-    "qwen2.5-0.5b": (151936, 896),
-    "llama-3.2-1b": (128256, 2048),
-    "pythia-2.8b": (50304, 2560),
-    "llama-3-8b": (128256, 4096),
-    "qwen3-8b": (151936, 4096),
-}
-ENTROPY = 1.5  # nats, of peaked inputs
 FLOOR = {torch.float32: 2e-5, torch.bfloat16: 2e-3}  # allowed relative error beside eager's
+BARE = "bare products"
+REFERENCE = {"with": [True], "without": [False], "both": [True, False]}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,281 +37,215 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", default="llama-3.2-1b,llama-3-8b" if gpu else "10m")
     parser.add_argument("--tokens", default="2048,8192" if gpu else "2048")
     parser.add_argument("--inputs", default="peaked,flat")
-    parser.add_argument("--reference", choices=["with", "without", "both"], default="both")
+    parser.add_argument("--reference", choices=REFERENCE, default="both")
     parser.add_argument("--providers", default=",".join(PROVIDERS))
     parser.add_argument(
-        "--dtype", choices=["bfloat16", "float32"], default="bfloat16" if gpu else "float32"
+        "--leaves",
+        default="bf16,fp32-autocast-later" if gpu else "fp32",
+        help=f"what gradients arrive at, of {', '.join(LEAVES)}; later: a micro-batch after others",
     )
-    parser.add_argument("--seconds", type=float, default=6.0, help="of timing per case")
-    parser.add_argument("--out", type=Path, default=Path("runs/head"))
-    parser.add_argument("--cpu", action="store_true")
+    add_common_arguments(parser, "runs/head", seconds=6.0)
 
 
-def main(args: argparse.Namespace) -> dict[str, Any]:
-    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
-    args.out.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {
-        "cases": [],
-        "environment": header("python -m bench " + " ".join(sys.argv[1:])),
-    }
-    modes = {"with": [True], "without": [False], "both": [True, False]}[args.reference]
-    for shape in args.shapes.split(","):
-        for tokens in map(int, args.tokens.split(",")):
-            for inputs in args.inputs.split(","):
-                for reference in modes:
-                    one = case(
-                        shape,
-                        tokens,
-                        inputs,
-                        reference,
-                        args.providers.split(","),
-                        device,
-                        getattr(torch, args.dtype),
-                        args.seconds,
-                    )
-                    result["cases"].append(one)
-                    (args.out / "head.json").write_text(json.dumps(result, indent=1) + "\n")
-                    from bench.tables import head_table
-
-                    print(head_table(one) + "\n", flush=True)
-    return result
+def cases(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
+    grid = itertools.product(
+        args.shapes.split(","),
+        map(int, args.tokens.split(",")),
+        args.inputs.split(","),
+        REFERENCE[args.reference],
+        args.leaves.split(","),
+    )
+    for shape, tokens, inputs, reference, leaf in grid:
+        build = partial(
+            make_problem,
+            SHAPES[shape].vocabulary,
+            SHAPES[shape].hidden,
+            tokens,
+            inputs=inputs,
+            reference=reference,
+            device=device,
+            leaf=LEAVES[leaf],
+        )
+        facts = {"shape": shape, "inputs": inputs, "leaf": leaf}
+        # The problem is made in the call, so that one case's memory is free for the next.
+        yield facts | measure(build(), args.providers.split(","), args.seconds)
 
 
-def case(
-    shape: str,
-    tokens: int,
-    inputs: str,
-    reference: bool,
-    names: list[str],
-    device: torch.device,
-    dtype: torch.dtype,
-    seconds: float,
-) -> dict[str, Any]:
+def measure(problem: Problem, names: list[str], seconds: float) -> Case:
     """All providers on one problem."""
-    problem, entropy = make_problem(*SHAPES[shape], tokens, inputs, reference, device, dtype)
-    absent = {name: why for name in names if (why := installed(name, device))}
-    present = [name for name in names if name not in absent]
+    device = problem.hidden.device
     truth = Truth(problem)
-    bars = {
-        kind: truth.error(kind, _eager(problem, kind))
-        for kind in ("preference", "cross_entropy", "kto")
-    }
-    errors, wrong, peaks = {}, {}, {}
-    for name in present:
-        provider = PROVIDERS[name]
-        try:
-            errors[name] = truth.error(provider.objective, _run(provider.call, problem))
-            worst = _too_far(errors[name], bars[provider.objective], FLOOR[dtype])
-        except Exception as error:  # a peer's own failure is reported as its result
-            absent[name] = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
-            continue
-        if worst:
-            wrong[name] = worst
-        else:
-            peaks[name] = peak_bytes_of(lambda call=provider.call: _run(call, problem), device)
-    good = [name for name in errors if name not in wrong]
-    calls: dict[str, Any] = {
-        name: lambda call=PROVIDERS[name].call: _run(call, problem) for name in good
-    }
-    calls["bare products"] = _products(problem)
-    times = interleaved(calls, device, seconds=seconds)
-    vocab, dim = problem.weight.shape
-    bare = times.pop("bare products")
-    flop_per_pass = 2.0 * tokens * vocab * dim
-    rows = {}
-    for name, t in times.items():
-        passes = PROVIDERS[name].passes + (
-            reference and PROVIDERS[name].objective != "cross_entropy"
+    heads = _Heads(problem, truth)
+    contenders = {
+        name: Contender(
+            call=lambda name=name: heads.run(name),
+            check=lambda name=name: heads.check(name),
+            absent=absent(name, device, problem.leaf),
         )
-        rows[name] = {
-            **t.as_dict(),
-            "share_of_bare_products": bare.median / t.median,
-            "peak_bytes": peaks[name],
-            "objective": PROVIDERS[name].objective,
-            "passes": passes,
-            "errors": errors[name],
-            **load_of(t.median, flops=passes * flop_per_pass),
-        }
+        for name in names
+    }
+    bare = bare_products(problem, truth)
+    found = compare(contenders, device, seconds=seconds, yardsticks={BARE: bare})
+    bare_time = found.times.pop(BARE)
+    rows = {name: heads.row(name, times, bare_time) for name, times in found.times.items()}
+    vocabulary, dim = problem.weight.shape
     return {
-        "shape": shape,
-        "tokens": tokens,
-        "vocabulary": vocab,
+        "tokens": len(problem.hidden),
+        "completions": len(problem.lengths),
+        "longest": max(problem.lengths),
+        "vocabulary": vocabulary,
         "hidden_size": dim,
-        "inputs": inputs,
-        "entropy": entropy,
-        "reference": reference,
-        "dtype": str(dtype).removeprefix("torch."),
+        "entropy": problem.entropy,
+        "reference": problem.ref_hidden is not None,
+        "dtype": str(problem.leaf.compute).removeprefix("torch."),
         "device": str(device),
-        "bare_products": bare.as_dict(),
+        "bare_products": bare_time.as_dict(),
         "providers": rows,
-        "absent": absent,
-        "wrong": wrong,
-        "eager_errors": bars,
+        "eager_errors": heads.bars,
+        **found.reasons(),
     }
 
 
-def make_problem(
-    vocab: int,
-    dim: int,
-    tokens: int,
-    inputs: str,
-    reference: bool,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[Problem, float]:
-    """A problem and the mean entropy of its softmax, nats."""
-    make = torch.Generator(device).manual_seed(tokens + vocab)
-    weight = torch.randn(vocab, dim, generator=make, device=device) * dim**-0.5
-    toward = torch.randint(vocab, (tokens,), generator=make, device=device)
-    noise = torch.randn(tokens, dim, generator=make, device=device)
+class _Heads:
+    """The providers on one problem: each held to fp64, by what eager torch reaches."""
 
-    def hidden(lean: float) -> Tensor:
-        return weight[toward] * lean + noise
-
-    def entropy(lean: float) -> float:
-        logp = (hidden(lean)[:256] @ weight.t()).log_softmax(-1)
-        return float(-(logp.exp() * logp).sum(-1).mean())
-
-    lean = 0.0
-    if inputs == "peaked":
-        low, high = 0.0, 100.0
-        for _ in range(16):
-            lean = (low + high) / 2
-            low, high = (lean, high) if entropy(lean) > ENTROPY else (low, lean)
-    # What the model predicts, half of the time; something else otherwise.
-    other = torch.randint(vocab, (tokens,), generator=make, device=device)
-    target = torch.where(torch.rand(tokens, generator=make, device=device) < 0.5, toward, other)
-    length = max(1, min(128, tokens // 2))
-    completions = tokens // length // 2 * 2
-    rows = completions * length
-    near = torch.randn(rows, dim, generator=make, device=device) * 0.05
-    x = hidden(lean)[:rows]
-    found = entropy(lean)
-    # Copies: in fp32 .to() gives the tensor itself, and a leaf must not be another's storage.
-    return Problem(
-        x.to(dtype, copy=True).requires_grad_(),
-        weight.to(dtype, copy=True).requires_grad_(),
-        target[:rows],
-        completions,
-        (x + near).to(dtype) if reference else None,
-        weight.to(dtype) if reference else None,
-    ), found
-
-
-class Truth:
-    """Losses, log-probs and gradients in fp64, a few rows at a time."""
-
-    ROWS = 512
-
-    def __init__(self, problem: Problem):
-        self.p = problem
-        self.logp_T = self._token_logp(problem.hidden, problem.weight)
-        self.ref_N: Tensor | None = None
-        if problem.ref_hidden is not None and problem.ref_weight is not None:
-            self.ref_N = (
-                self._token_logp(problem.ref_hidden, problem.ref_weight)
-                .view(problem.completions, -1)
-                .sum(1)
-            )
-        self.logp_N = self.logp_T.view(problem.completions, -1).sum(1)
-        self._known: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-
-    @torch.no_grad()
-    def _token_logp(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        w = weight.double()
-        pieces = zip(hidden.split(self.ROWS), self.p.target.split(self.ROWS), strict=True)
-        return torch.cat(
-            [(h.double() @ w.t()).log_softmax(-1).gather(1, t[:, None])[:, 0] for h, t in pieces]
-        )
-
-    def of(self, kind: str) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, dX, dW)."""
-        if kind not in self._known:
-            leaf = self.logp_T.clone().requires_grad_()
-            loss = objective(kind, self.p, leaf, self.ref_N)
-            (by_token,) = torch.autograd.grad(loss, leaf)
-            with torch.no_grad():
-                w = self.p.weight.double()
-                d_hidden, d_weight = [], torch.zeros_like(w)
-                parts = (
-                    self.p.hidden.split(self.ROWS),
-                    self.p.target.split(self.ROWS),
-                    by_token.split(self.ROWS),
-                )
-                for h, t, by in zip(*parts, strict=True):
-                    dz = (h.double() @ w.t()).softmax(-1).neg_()
-                    dz.scatter_add_(1, t[:, None], torch.ones_like(dz[:, :1])).mul_(by[:, None])
-                    d_hidden.append((dz @ w).float())
-                    d_weight.addmm_(dz.t(), h.double())
-            self._known[kind] = (loss.detach(), torch.cat(d_hidden), d_weight.float())
-        return self._known[kind]
-
-    def error(self, kind: str, found: tuple[Output, Tensor, Tensor]) -> dict[str, float]:
-        loss, d_hidden, d_weight = self.of(kind)
-        out, got_hidden, got_weight = found
-        errors = {
-            "loss": abs(float(out.loss) - float(loss)) / max(abs(float(loss)), 1e-3),
-            "d_hidden": float((got_hidden.float() - d_hidden).norm() / d_hidden.norm()),
-            "d_weight": float((got_weight.float() - d_weight).norm() / d_weight.norm()),
+    def __init__(self, problem: Problem, truth: Truth):
+        self.problem = problem
+        self.truth = truth
+        self.attempts: dict[str, Attempt] = {}
+        self.errors: dict[str, dict[str, float]] = {}
+        self.peaks: dict[str, int] = {}
+        self.bars = {
+            kind: truth.error(kind, gradients(self._eager(kind), problem))
+            for kind in ("preference", "cross_entropy", "kto")
         }
-        if out.logp is not None:
-            errors["logp_nats"] = float((out.logp.double() - self.logp_N).abs().max())
-        return errors
+
+    def run(self, name: str) -> Output:
+        return step(self.attempts[name], self.problem)
+
+    def check(self, name: str) -> str:
+        kind = PROVIDERS[name].objective
+        self.attempts[name] = PROVIDERS[name].prepare(self.problem)
+        found = gradients(self.attempts[name], self.problem)
+        self.errors[name] = self.truth.error(kind, found)
+        self.peaks[name] = peak_bytes_of(lambda: self.run(name), self.problem.hidden.device)
+        return too_far(self.errors[name], self.bars[kind], FLOOR[self.problem.leaf.compute])
+
+    def row(self, name: str, times: Times, bare: Times) -> dict[str, Any]:
+        provider = PROVIDERS[name]
+        has_reference = self.problem.ref_hidden is not None
+        scores_reference = has_reference and provider.objective != "cross_entropy"
+        passes = provider.passes + scores_reference
+        vocabulary, dim = self.problem.weight.shape
+        operations = passes * 2.0 * len(self.problem.hidden) * vocabulary * dim
+        return {
+            **times.as_dict(),
+            "share_of_bare_products": bare.median / times.median,
+            "peak_bytes": self.peaks[name],
+            "objective": provider.objective,
+            "passes": passes,
+            "errors": self.errors[name],
+            "tflops": operations / times.median / 1e12,
+        }
+
+    def _eager(self, kind: str) -> Attempt:
+        p = self.problem
+
+        def forward() -> Output:
+            ref_N = None
+            if p.ref_hidden is not None and p.ref_weight is not None:
+                with torch.no_grad():
+                    ref_N = p.summed(eager_logp(p.ref_hidden, p.ref_weight, p.target))
+            logp_T = eager_logp(p.hidden, p.weight, p.target)
+            return Output(objective(kind, p, logp_T, ref_N), p.summed(logp_T))
+
+        return Attempt(forward, p.hidden)
 
 
-def _too_far(errors: dict[str, float], bars: dict[str, float], floor: float) -> str:
+def too_far(errors: Mapping[str, float], bars: Mapping[str, float], floor: float) -> str:
     """Empty, or which errors are beyond twice eager's; NaN is beyond everything."""
-    allowed = {
-        key: 2 * bars.get(key, 0.0) + floor * (100 if key == "logp_nats" else 1) for key in errors
-    }
-    return "; ".join(
-        f"{key} is off by {errors[key]:.1e}, allowed {allowed[key]:.1e}"
-        for key in errors
-        if not errors[key] <= allowed[key]
-    )
+    found = []
+    for key, error in errors.items():
+        # A sum over a completion collects the rounding of its tokens.
+        allowed = 2 * bars.get(key, 0.0) + floor * (100 if key == "logp_nats" else 1)
+        if not error <= allowed:
+            found.append(f"{key} is off by {error:.1e}, allowed {allowed:.1e}")
+    return "; ".join(found)
 
 
-def _run(call: Any, p: Problem) -> tuple[Output, Tensor, Tensor]:
-    out = call(p)
-    d_hidden, d_weight = torch.autograd.grad(out.loss, (p.hidden, p.weight))
-    return (
-        Output(out.loss.detach(), None if out.logp is None else out.logp.detach()),
-        d_hidden,
-        d_weight,
-    )
+def bare_products(p: Problem, truth: Truth) -> Call:
+    """The products alone, 2TVD operations each: Z, dX, dW, and the reference's Z.
 
-
-def _eager(p: Problem, kind: str) -> tuple[Output, Tensor, Tensor]:
-    from bench.head_providers import eager_logp
-
-    def call(p: Problem) -> Output:
-        ref = None
-        if p.ref_hidden is not None and p.ref_weight is not None:
-            with torch.no_grad():
-                ref = (
-                    eager_logp(p.ref_hidden, p.ref_weight, p.target).view(p.completions, -1).sum(1)
-                )
-        logp = eager_logp(p.hidden, p.weight, p.target)
-        return Output(objective(kind, p, logp, ref), logp.view(p.completions, -1).sum(1))
-
-    return _run(call, p)
-
-
-def _products(p: Problem) -> Any:
-    """The products alone: Z, dX, dW, and the reference's Z; 2TVD operations each."""
-    hidden, weight = p.hidden.detach(), p.weight.detach()
-    ref_hidden, ref_weight = (
-        p.ref_hidden,
-        None if p.ref_weight is None else p.ref_weight.detach().t(),
-    )
-    z = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+    dX and dW get the real dZ: most of it is near 0, and how fast a GPU multiplies depends on the
+    numbers.
+    """
+    dtype = p.leaf.compute
+    hidden, weight = p.hidden.detach().to(dtype), p.weight.detach().to(dtype)
+    ref_hidden = None if p.ref_hidden is None else p.ref_hidden.to(dtype)
+    ref_weight = None if p.ref_weight is None else p.ref_weight.to(dtype)
+    dz = truth.logit_gradient("preference", dtype)
+    z = torch.empty_like(dz)
     dx, dw = torch.empty_like(hidden), torch.empty_like(weight)
 
     def call() -> None:
         if ref_hidden is not None and ref_weight is not None:
-            torch.mm(ref_hidden, ref_weight, out=z)
+            torch.mm(ref_hidden, ref_weight.t(), out=z)
         torch.mm(hidden, weight.t(), out=z)
-        torch.mm(z, weight, out=dx)
-        torch.mm(z.t(), hidden, out=dw)
+        torch.mm(dz, weight, out=dx)
+        torch.mm(dz.t(), hidden, out=dw)
 
     return call
+
+
+COLUMNS = (
+    "head",
+    "ms (p20 to p80)",
+    "share of bare products",
+    "TFLOP/s",
+    "peak MiB",
+    "logp, nats",
+    "dX",
+    "dW",
+)
+
+
+def table(case: Case) -> str:
+    rows = []
+    for name, row in by_median(case["providers"]):
+        errors = row["errors"]
+        kind = row["objective"].replace("_", " ")
+        rows.append(
+            [
+                name if kind == "preference" else f"{name} ({kind})",
+                spread(row, 1e-3),
+                f"{row['share_of_bare_products']:.0%}",
+                f"{row['tflops']:.3g}",
+                mib(row["peak_bytes"]),
+                f"{errors['logp_nats']:.1e}" if "logp_nats" in errors else "",
+                f"{errors['d_hidden']:.1e}",
+                f"{errors['d_weight']:.1e}",
+            ]
+        )
+    return titled(_title(case), COLUMNS, rows + reasons(case, len(COLUMNS)))
+
+
+def _title(case: Case) -> str:
+    reference = "with" if case["reference"] else "without"
+    completions = ""
+    if "completions" in case:
+        completions = f" in {case['completions']} completions of up to {case['longest']}"
+    return (
+        f"{case['shape']} ({case['vocabulary']} x {case['hidden_size']}), {case['tokens']} "
+        f"tokens{completions}, {case['inputs']} ({case['entropy']:.1f} nats), "
+        f"{case.get('leaf', case['dtype'])}, {reference} the reference; bare products "
+        f"{spread(case['bare_products'], 1e-3)} ms"
+    )
+
+
+BENCHMARK = Benchmark(
+    name="head",
+    title="The loss head",
+    cases=cases,
+    table=table,
+    bars=Bars("providers", "share_of_bare_products", "share of the bare products"),
+)

@@ -17,16 +17,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from bench.harness import Benchmark, Case
 from bench.pairs import generated_file, model_folder
-from bench.timing import Times, header, process_peak_bytes
+from bench.text import reasons, titled
+from bench.timing import Times, process_peak_bytes
 from fasttr import Callback
+
+ROOT = Path(__file__).resolve().parents[1]
+WARM_UP = 3  # steps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,35 +41,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rows", type=int, default=100_000, help="pairs to tokenise and plan; 0: none"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/overhead"))
-    parser.add_argument("--encode_only", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--cpu", action="store_true", help="on the CPU even where there is a GPU")
 
 
-def main(args: argparse.Namespace) -> dict[str, Any]:
-    args.out = args.out.resolve()
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.encode_only:
-        print(json.dumps(_encode(args)))
-        return {}
-    result: dict[str, Any] = {
-        "cases": [],
-        "environment": header("python -m bench " + " ".join(sys.argv[1:])),
+def cases(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
+    measures: dict[str, Callable[[], Figures]] = {
+        "own time of a step": lambda: own_time(args, device)
     }
-    missing = [p for p in ("datasets",) if importlib.util.find_spec(p) is None]
-    cases = [("own time of a step", lambda: own_time(args))]
     if args.rows:
-        cases.append((f"{args.rows:,} pairs", lambda: many_rows(args)))
-    for what, measure in cases:
-        absent = {"fasttr": f"not installed: {', '.join(missing)}"} if missing else {}
-        one = {"what": what, "figures": {} if missing else measure(), "absent": absent, "wrong": {}}
-        result["cases"].append(one)
-        (args.out / "overhead.json").write_text(json.dumps(result, indent=1) + "\n")
-        from bench.tables import overhead_table
-
-        print(overhead_table(one) + "\n", flush=True)
-    return result
+        measures[f"{args.rows:,} pairs"] = lambda: many_rows(args)
+    missing = importlib.util.find_spec("datasets") is None
+    for what, measure in measures.items():
+        absent = {"fasttr": "not installed: datasets"} if missing else {}
+        figures = {} if missing else measure()
+        yield {"what": what, "figures": figures, "absent": absent, "wrong": {}}
 
 
-def own_time(args: argparse.Namespace) -> dict[str, Any]:
+Figures = dict[str, tuple[float, str]]  # what -> (value, unit)
+
+
+def own_time(args: argparse.Namespace, device: torch.device) -> Figures:
     """`fasttr.train` on a model so small that compute is negligible."""
     from fasttr import TrainConfig, train
 
@@ -86,20 +82,11 @@ def own_time(args: argparse.Namespace) -> dict[str, Any]:
             logging_steps=1,
             save_strategy="no",
             disable_tqdm=True,
-            use_cpu=not torch.cuda.is_available(),
+            use_cpu=device.type == "cpu",
             gradient_checkpointing=False,
         )
         train(config, callbacks=[clock])
-    whole = np.diff(clock.ends, axis=0)
-    own = whole - np.diff(clock.computing, axis=0)
-    warm = min(3, len(own) - 1)
-    times, worked = (Times.of(own[warm:, column].tolist()) for column in (0, 1))
-    return {
-        f"own time of a step of {args.pairs} pairs, median": (times.median * 1e3, "ms"),
-        "its 20th and 80th percentiles": (times.p20 * 1e3, f"to {times.p80 * 1e3:.4g} ms"),
-        "its processor time, median": (worked.median * 1e3, "ms"),
-        "whole step, median": (float(np.median(whole[warm:, 0])) * 1e3, "ms"),
-    }
+    return clock.figures(args.pairs)
 
 
 class StepClock(Callback):
@@ -116,6 +103,19 @@ class StepClock(Callback):
     def on_step(self, run: Any, metrics: Any) -> None:
         self.ends.append(self._now())
         self.computing.append(self._inside.copy())
+
+    def figures(self, pairs: int) -> Figures:
+        whole = np.diff(self.ends, axis=0)
+        own = whole - np.diff(self.computing, axis=0)
+        warm = min(WARM_UP, len(own) - 1)
+        times = Times.of(own[warm:, 0].tolist())
+        worked = Times.of(own[warm:, 1].tolist())
+        return {
+            f"own time of a step of {pairs} pairs, median": (times.median * 1e3, "ms"),
+            "its 20th and 80th percentiles": (times.p20 * 1e3, f"to {times.p80 * 1e3:.4g} ms"),
+            "its processor time, median": (worked.median * 1e3, "ms"),
+            "whole step, median": (float(np.median(whole[warm:, 0])) * 1e3, "ms"),
+        }
 
     @contextlib.contextmanager
     def watching_compute(self) -> Iterator[None]:
@@ -152,37 +152,32 @@ class StepClock(Callback):
         return np.array([time.perf_counter(), time.thread_time()])
 
 
-def many_rows(args: argparse.Namespace) -> dict[str, Any]:
+def many_rows(args: argparse.Namespace) -> Figures:
     """Tokenise and plan in processes of their own: with few rows and with many, and again from the
     cache."""
-    generated_file(args.out / f"rows-{args.rows}.jsonl", args.rows)
     few = max(args.rows // 10, 1)
-    generated_file(args.out / f"rows-{few}.jsonl", few)
+    for rows in (few, args.rows):
+        generated_file(_rows_file(args.out, rows), rows)
     with tempfile.TemporaryDirectory() as cache:
-        runs = [_encode_apart(args, rows, cache) for rows in (few, args.rows, args.rows)]
+        of_few = _encode_apart(args, few, cache)
+        first = _encode_apart(args, args.rows, cache)
+        again = _encode_apart(args, args.rows, cache)
     return {
-        "tokenise and index": (runs[1]["tokenise"], "s"),
-        "again, from the cache": (runs[2]["tokenise"], "s"),
-        "plan and pack one epoch": (runs[1]["plan"], "s"),
-        "memory grown by": (runs[1]["grown"] / 2**20, "MiB"),
-        f"memory grown by, {few:,} pairs": (runs[0]["grown"] / 2**20, "MiB"),
+        "tokenise and index": (first["tokenise"], "s"),
+        "again, from the cache": (again["tokenise"], "s"),
+        "plan and pack one epoch": (first["plan"], "s"),
+        "memory grown by": (first["grown"] / 2**20, "MiB"),
+        f"memory grown by, {few:,} pairs": (of_few["grown"] / 2**20, "MiB"),
     }
 
 
+def _rows_file(out: Path, rows: int) -> Path:
+    return out / f"rows-{rows}.jsonl"
+
+
 def _encode_apart(args: argparse.Namespace, rows: int, cache: str) -> dict[str, float]:
-    command = [
-        sys.executable,
-        "-m",
-        "bench",
-        "overhead",
-        "--encode_only",
-        "--rows",
-        str(rows),
-        "--out",
-        str(args.out),
-    ]
-    root = Path(__file__).resolve().parents[1]
-    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "bench.overhead", str(args.out), str(rows), str(args.pairs)]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         command,
         stdout=subprocess.PIPE,
@@ -193,24 +188,40 @@ def _encode_apart(args: argparse.Namespace, rows: int, cache: str) -> dict[str, 
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _encode(args: argparse.Namespace) -> dict[str, float]:
+def encode(out: Path, rows: int, pairs: int) -> dict[str, float]:
+    """Seconds to tokenise and to plan a file of `rows` pairs, and bytes that this process grew
+    by."""
     import datasets  # noqa: F401  # its own memory is not the rows'
 
     from fasttr.data.load import DataConfig, load_trees
     from fasttr.models.load import load_tokenizer
     from fasttr.packing.plan import Plan
 
-    data = args.out / f"rows-{args.rows}.jsonl"
-    tokenizer = load_tokenizer(str(model_folder(args.out, "tiny", data)))
+    cpu = torch.device("cpu")
+    data = _rows_file(out, rows)
+    tokenizer = load_tokenizer(str(model_folder(out, "tiny", data)))
     tokenizer(["warm up"])
-    before, began = process_peak_bytes(torch.device("cpu")), time.perf_counter()
+    before = process_peak_bytes(cpu)
+    began = time.perf_counter()
     trees = load_trees(tokenizer, DataConfig(name=str(data)))
     tokenised = time.perf_counter()
-    plan = Plan(trees, train_batch_size=args.pairs, max_tokens_per_batch=8192)
+    plan = Plan(trees, train_batch_size=pairs, max_tokens_per_batch=8192)
     packs = sum(len(plan.packs(step)) for step in range(plan.total_steps))
     assert packs > 0
     return {
         "tokenise": tokenised - began,
         "plan": time.perf_counter() - tokenised,
-        "grown": process_peak_bytes(torch.device("cpu")) - before,
+        "grown": process_peak_bytes(cpu) - before,
     }
+
+
+def table(case: Case) -> str:
+    rows = [[name, f"{value:.4g} {unit}"] for name, (value, unit) in case["figures"].items()]
+    return titled(case["what"], ("figure", "value"), rows + reasons(case, 2))
+
+
+BENCHMARK = Benchmark(name="overhead", title="What is not compute", cases=cases, table=table)
+
+
+if __name__ == "__main__":
+    print(json.dumps(encode(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))

@@ -4,50 +4,22 @@ rules."""
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
+from bench.shapes import SHAPES, SIZES
 from fasttr.batch import Tree
-from fasttr.data.formats import Skipped, find_format, read_batch
+from fasttr.data.formats import Skipped, find_format
+from fasttr.data.reading import read_batch
 from fasttr.data.tokens import Encoded, cut, encode
 
 BLOCK = 256  # rows tokenised together
-
-# Sizes of models with random weights; all of them llama.
-MODELS: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 400},
-    "10m": {"hidden_size": 256, "num_layers": 8, "num_heads": 4, "vocab_size": 8000},
-    "1b": {
-        "hidden_size": 2048,
-        "num_layers": 16,
-        "num_heads": 32,
-        "num_kv_heads": 8,
-        "intermediate_size": 8192,
-        "vocab_size": 128256,
-        "tie_word_embeddings": True,
-    },
-    "3b": {
-        "hidden_size": 3072,
-        "num_layers": 28,
-        "num_heads": 24,
-        "num_kv_heads": 8,
-        "intermediate_size": 8192,
-        "vocab_size": 128256,
-        "tie_word_embeddings": True,
-    },
-    "8b": {
-        "hidden_size": 4096,
-        "num_layers": 32,
-        "num_heads": 32,
-        "num_kv_heads": 8,
-        "intermediate_size": 14336,
-        "vocab_size": 128256,
-    },
-}
 
 
 class Rows(NamedTuple):
@@ -58,14 +30,21 @@ class Rows(NamedTuple):
     read: int
 
 
-def model_folder(out: Path, size: str, tokenizer_data: Path) -> Path:
+def model_folder(
+    out: Path, size: str, tokenizer_data: Path, device: torch.device | None = None
+) -> Path:
     """A folder with a random model of that size and a tokenizer trained on the data, made unless it
-    is there."""
+    is there; weights of billions of parameters are drawn on a GPU."""
     folder = out / f"model-{size}"
     if not folder.is_dir():
         from fasttr.models.scratch import init_model
 
-        init_model("llama", tokenizer_data=tokenizer_data, output_dir=folder, **MODELS[size])
+        with device or torch.device("cpu"):
+            init_model(
+                tokenizer_data=str(tokenizer_data),
+                output_dir=str(folder),
+                **SHAPES[SIZES[size]].init_settings(),
+            )
     return folder
 
 
@@ -74,8 +53,34 @@ def generated_file(path: Path, rows: int) -> Path:
     from fasttr.toy.task import preference_rows, write_jsonl
 
     if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(preference_rows(rows, seed=0), path)
     return path
+
+
+def drawn_file(path: Path, lengths: str, rows: int) -> Path:
+    """Pairs of random words with the lengths of a data set, where the words are tokens: for
+    machines that have no data and want its lengths."""
+    from bench.lengths import make_trees
+
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trees = make_trees(lengths, rows, WORDS)
+        path.write_text("".join(json.dumps(_words_of(tree)) + "\n" for tree in trees))
+    return path
+
+
+# Of letters alone: tokenizers part letters from digits.
+LETTERS = "abcdefghij"
+WORDS = 100  # different ones in a drawn file; the smallest tokenizer that is trained learns each
+
+
+def _words_of(tree: Tree) -> dict[str, str]:
+    def text(ids: np.ndarray) -> str:
+        return "".join(f" {LETTERS[i // 10]}{LETTERS[i % 10]}" for i in ids)
+
+    chosen, rejected = tree.completions
+    return {"prompt": text(tree.prompt_ids), "chosen": text(chosen), "rejected": text(rejected)}
 
 
 def read_file(name: str) -> Iterator[dict[str, Any]]:
@@ -83,7 +88,8 @@ def read_file(name: str) -> Iterator[dict[str, Any]]:
     through `datasets`."""
     path = Path(name)
     if path.is_file() and path.name.removesuffix(".gz").endswith(".jsonl"):
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+        opened = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rt", encoding="utf-8") as lines:
             yield from (json.loads(line) for line in lines if line.strip())
         return
     from fasttr.data.sources import read_rows
@@ -92,30 +98,28 @@ def read_file(name: str) -> Iterator[dict[str, Any]]:
 
 
 def survivors(
-    rows: Iterator[dict[str, Any]], tokenizer: Any, max_length: int | None, wanted: int
+    rows: Iterable[dict[str, Any]], tokenizer: Any, max_length: int | None, wanted: int
 ) -> Rows:
     """The first `wanted` rows that fasttr would train on."""
-    kept, trees, read, block = [], [], 0, []
-    for row in rows:
-        block.append(row)
-        if len(block) == BLOCK:
-            read += _keep(block, tokenizer, max_length, kept, trees)
-            block = []
-            if len(kept) >= wanted:
-                break
-    read += _keep(block, tokenizer, max_length, kept, trees)
+    kept: list[dict[str, Any]] = []
+    trees: list[Tree] = []
+    read = 0
+    remaining = iter(rows)
+    while len(kept) < wanted:
+        block = list(itertools.islice(remaining, BLOCK))
+        if not block:
+            break
+        read += len(block)
+        for row, ids in _fitting(block, tokenizer, max_length):
+            trees.append(Tree(len(trees), ids.prompt_ids, ids.completions))
+            kept.append(row)
     return Rows(kept[:wanted], trees[:wanted], read)
 
 
-def _keep(
-    block: list[dict[str, Any]],
-    tokenizer: Any,
-    max_length: int | None,
-    kept: list,
-    trees: list[Tree],
-) -> int:
-    if not block:
-        return 0
+def _fitting(
+    block: list[dict[str, Any]], tokenizer: Any, max_length: int | None
+) -> Iterator[tuple[dict[str, Any], Encoded]]:
+    """The rows of a block that are not dropped, with their tokens."""
     row_format = find_format(list(block[0]))
     columns = {name: [row.get(name) for row in block] for name in row_format.columns}
     examples = read_batch(columns, range(len(block)), row_format)
@@ -124,21 +128,9 @@ def _keep(
         if isinstance(example, Skipped):
             continue
         ids = next(encoded)
-        if (ids := _fitting(ids, max_length)) is not None:
-            trees.append(Tree(len(trees), ids.prompt_ids, ids.completions))
-            kept.append(row)
-    return len(block)
-
-
-def _fitting(ids: Encoded, max_length: int | None) -> Encoded | None:
-    if max_length is not None and len(ids.prompt_ids) >= max_length:
-        return None
-    ids = cut(ids, max_length)
-    empty = any(len(c) == 0 for c in ids.completions)
-    return None if empty or np.array_equal(*ids.completions) else ids
-
-
-def counted_tokens(trees: list[Tree]) -> int:
-    """Tokens without padding, the prompt once per completion: the same number for every
-    provider."""
-    return sum(len(t.completions) * len(t.prompt_ids) + sum(map(len, t.completions)) for t in trees)
+        if max_length is not None and len(ids.prompt_ids) >= max_length:
+            continue
+        ids = cut(ids, max_length)
+        is_empty = any(len(completion) == 0 for completion in ids.completions)
+        if not is_empty and not np.array_equal(*ids.completions):
+            yield row, ids

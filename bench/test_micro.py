@@ -6,19 +6,29 @@ pytest-benchmark compare before.json after.json
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from fasttr_kernels import linear_preference_loss, multi_tensor_lerp_
 
-from bench.head import make_problem
-from bench.head_providers import PROVIDERS
-from bench.step import make_trees
-from fasttr.models.gather import gather_rows
+from bench.attention import PROVIDERS as ATTENTION
+from bench.attention import Heads, Inputs, gather
+from bench.head_problem import LEAVES, make_problem
+from bench.head_providers import PROVIDERS as HEADS
+from bench.head_providers import step as head_step
+from bench.layer import Layers
+from bench.lengths import make_trees, packed_tokens
+from bench.optim import PROVIDERS as OPTIMIZERS
+from bench.optim import Optimizer, sizes_of
+from bench.shapes import SHAPES, build
 from fasttr.packing.layout import first_fit_decreasing, pack
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+LEAF = LEAVES["bf16" if DEVICE.type == "cuda" else "fp32"]
 TREES = make_trees("hh", 64, 8000)
+FEW_TREES = TREES[:4]
 
 
 def _synchronized(call):
@@ -34,33 +44,23 @@ def _synchronized(call):
 @pytest.mark.parametrize("inputs", ["peaked", "flat"])
 @pytest.mark.parametrize("head", ["fasttr", "fasttr linear_logprob"])
 def test_head_forward_and_backward(benchmark, head, inputs):
-    problem, _ = make_problem(8000, 256, 1024, inputs, False, DEVICE, DTYPE)
-
-    def call():
-        loss = PROVIDERS[head].call(problem).loss
-        return torch.autograd.grad(loss, (problem.hidden, problem.weight))
-
-    d_hidden, d_weight = benchmark(_synchronized(call))
-    assert bool(torch.isfinite(d_hidden).all())
-    assert float(d_weight.abs().max()) > 0
+    problem = make_problem(8000, 256, 1024, inputs=inputs, device=DEVICE, leaf=LEAF)
+    attempt = HEADS[head].prepare(problem)
+    benchmark(_synchronized(lambda: head_step(attempt, problem)))
+    assert bool(torch.isfinite(problem.hidden.grad).all())
+    assert float(problem.weight.grad.abs().max()) > 0
 
 
 @pytest.mark.parametrize("stats", [False, True])
 def test_scores_alone(benchmark, stats):
-    problem, _ = make_problem(8000, 256, 1024, "peaked", False, DEVICE, DTYPE)
-    cu = torch.arange(0, problem.hidden.shape[0] + 1, problem.length)
-    groups = torch.arange(0, len(cu), 2)
+    problem = make_problem(8000, 256, 1024, device=DEVICE, leaf=LEAF)
 
     def call():
         return linear_preference_loss(
             problem.hidden.detach(),
             problem.weight.detach(),
             problem.target,
-            cu,
-            groups,
-            None,
-            ref_logp=None,
-            normalizer=1.0,
+            lengths=problem.lengths,
             stats=stats,
         ).logp
 
@@ -71,16 +71,58 @@ def test_scores_alone(benchmark, stats):
 def test_lerp(benchmark, rounding):
     references = [torch.randn(1024, 1024, device=DEVICE).bfloat16() for _ in range(8)]
     policies = [torch.randn(1024, 1024, device=DEVICE) for _ in range(8)]
-    benchmark(
-        _synchronized(
-            lambda: multi_tensor_lerp_(references, policies, 0.6, rounding=rounding, seed=0)
-        )
-    )
-    assert float((references[0].float() - policies[0]).abs().max()) < 0.1
+    between = torch.lerp(references[0].float(), policies[0], 0.6)
+
+    def call():
+        multi_tensor_lerp_(references, policies, 0.6, rounding=rounding, seed=0)
+
+    call()
+    torch.testing.assert_close(references[0].float(), between, rtol=2**-7, atol=1e-6)
+    benchmark(_synchronized(call))
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name.startswith("fasttr")])
+def test_adamw(benchmark, name):
+    if why := OPTIMIZERS[name].absent(DEVICE):
+        pytest.skip(why)
+    optimizer = Optimizer(OPTIMIZERS[name], sizes_of("10m-layer"), DEVICE)
+    assert optimizer.wrong() == ""
+    benchmark(_synchronized(optimizer.step))
+
+
+@functools.cache
+def _layers():
+    shape = SHAPES["10m"]._replace(vocabulary=64)
+    trees = make_trees("hh", 4, shape.vocabulary)
+    return Layers(build(shape, DEVICE, layers=1), pack(trees).to(DEVICE), DEVICE, "inductor")
+
+
+@pytest.mark.parametrize("mode", ["fp32", "compiled"])
+def test_layer_forward_and_backward(benchmark, mode):
+    layers = _layers()
+    assert layers.check("fp32") == ""
+    assert layers.check(mode) == ""
+    out = benchmark(_synchronized(layers.ready[mode].both))
+    assert bool(torch.isfinite(out).all())
+
+
+def test_attention_forward_and_backward(benchmark):
+    inputs = Inputs.of(FEW_TREES, Heads(4, 4, 64), DEVICE, DTYPE)
+    name = "fasttr, varlen" if DEVICE.type == "cuda" else "fasttr, segments"
+    out, *_ = benchmark(_synchronized(lambda: inputs.both(ATTENTION[name].attend)))
+    assert out.shape == inputs.upstream.shape
+
+
+def test_gather_of_keys_and_values_there_and_back(benchmark):
+    inputs = Inputs.of(TREES, Heads(4, 4, 64), DEVICE, DTYPE)
+    dk, dv = benchmark(_synchronized(lambda: gather(inputs)))
+    # Every row is read once or, where it is a prompt's, by both completions.
+    assert dk.shape == inputs.key[0].transpose(0, 1).shape
+    assert float(dv.abs().max()) > 0
 
 
 def test_first_fit_decreasing(benchmark):
-    sizes = [len(t.prompt_ids) + sum(map(len, t.completions)) for t in TREES] * 64
+    sizes = [packed_tokens(tree) for tree in TREES] * 64
     bins = benchmark(lambda: first_fit_decreasing(sizes, 8192))
     assert sum(map(len, bins)) == len(sizes)
 
@@ -88,15 +130,3 @@ def test_first_fit_decreasing(benchmark):
 def test_pack(benchmark):
     batch = benchmark(lambda: pack(TREES))
     assert len(batch.rows) == len(TREES)
-
-
-def test_gather_forward_and_backward(benchmark):
-    layout = pack(TREES).attention.to(DEVICE)
-    rows = sum(layout.lengths()[0])
-    x = torch.randn(rows, 256, device=DEVICE, requires_grad=True)
-
-    def call():
-        out = gather_rows(x, layout.keys)
-        return torch.autograd.grad(out, x, torch.ones_like(out))[0]
-
-    assert benchmark(_synchronized(call)).shape == x.shape

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 
 from fasttr.environment import environment
+from fasttr.metrics.throughput import peak_bytes
 
-NOT_MEASURED = "not measured on a GPU yet"
+Call = Callable[[], Any]
 
 
 class Times(NamedTuple):
@@ -29,10 +30,9 @@ class Times(NamedTuple):
 
     @classmethod
     def of(cls, seconds: list[float]) -> Times:
-        t = torch.tensor(sorted(seconds), dtype=torch.float64)
-        p20, median, p80 = torch.quantile(
-            t, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-        ).tolist()
+        values = torch.tensor(seconds, dtype=torch.float64)
+        points = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+        p20, median, p80 = torch.quantile(values, points).tolist()
         return cls(median, p20, p80, len(seconds))
 
     def as_dict(self) -> dict[str, float]:
@@ -40,18 +40,21 @@ class Times(NamedTuple):
 
 
 def header(command: str) -> dict[str, Any]:
-    """What a figure needs beside it: the machine, versions, commit, threads, load, and the
-    command."""
-    return environment() | {
+    """What a figure needs beside it: machine, versions, commit, threads, load, and the command."""
+    facts = environment()
+    return facts | {
+        # A copy of the tree without its history has no commit to read: it can be told.
+        "git_commit": facts["git_commit"] or os.environ.get("BENCH_COMMIT"),
         "command": command,
         "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "load_average": os.getloadavg()[0],
         "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
     }
 
 
-def device_folder(device: torch.device) -> str:
-    """The folder under results/ that figures of this device go to: cpu-2-core, nvidia-h200, ..."""
+def device_name(device: torch.device) -> str:
+    """A name that folders and lines of results go by: cpu-2-core, nvidia-h200, ..."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device).lower().replace(" ", "-")
     return f"cpu-{environment()['cpu_count']}-core"
@@ -62,13 +65,14 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def once(call: Callable[[], Any], device: torch.device) -> float:
+def once(call: Call, device: torch.device) -> float:
     """Seconds of one call, by the device's own clock where it has one."""
     if device.type != "cuda":
         began = time.perf_counter()
         call()
         return time.perf_counter() - began
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start = torch.cuda.Event(enable_timing=True)
+    stop = torch.cuda.Event(enable_timing=True)
     start.record()
     call()
     stop.record()
@@ -77,7 +81,7 @@ def once(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], Any]],
+    calls: Mapping[str, Call],
     device: torch.device,
     *,
     seconds: float = 2.0,
@@ -88,38 +92,48 @@ def interleaved(
     `least` rounds."""
     warm = min(0.3, seconds / 10) if warm_seconds is None else warm_seconds
     for call in calls.values():
-        began = time.perf_counter()
-        while True:
-            call()
-            synchronize(device)
-            if time.perf_counter() - began > warm:
-                break
+        _warm_up(call, device, warm)
     found: dict[str, list[float]] = {name: [] for name in calls}
-    began, rounds = time.perf_counter(), 0
+    began = time.perf_counter()
+    rounds = 0
     while rounds < least or time.perf_counter() - began < seconds:
-        order = list(calls) if rounds % 2 == 0 else list(reversed(calls))
-        for name in order:
+        names = list(calls)
+        for name in names if rounds % 2 == 0 else reversed(names):
             found[name].append(once(calls[name], device))
         rounds += 1
     return {name: Times.of(times) for name, times in found.items()}
 
 
-def peak_bytes_of(call: Callable[[], Any], device: torch.device) -> int:
+def _warm_up(call: Call, device: torch.device, seconds: float) -> None:
+    began = time.perf_counter()
+    call()
+    synchronize(device)
+    while time.perf_counter() - began < seconds:
+        call()
+        synchronize(device)
+
+
+def peak_bytes_of(call: Call, device: torch.device) -> int:
     """Most memory that a call holds beyond what was there: the allocator's on CUDA, counted
     allocations on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cuda":
+        return _counted_peak(call)
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _counted_peak(call: Call) -> int:
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found:
         call()
-    held = most = 0
+    assert found.profiler is not None
     events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
         most = max(most, held)
@@ -135,17 +149,8 @@ def process_peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+        lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
-        pass
-    from fasttr.metrics.throughput import peak_bytes
-
-    return peak_bytes(device)
-
-
-def load_of(seconds: float, *, flops: float = 0.0, moved: float = 0.0) -> dict[str, float]:
-    """Rates that a time stands for, given the operations and bytes that its author counted."""
-    rates = {"tflops": flops / seconds / 1e12} if flops else {}
-    return rates | ({"gb_per_s": moved / seconds / 1e9} if moved else {})
+        return peak_bytes(device)
+    kib = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
+    return kib[0] * 1024 if kib else peak_bytes(device)

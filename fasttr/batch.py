@@ -9,7 +9,7 @@ data), G groups of trees, m completions of a tree.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -26,6 +26,9 @@ class Tree(NamedTuple):
     weight: float = 1.0  # multiplies the row's loss; the normalizer stays the row count
     label: bool = True  # of an unpaired row: desirable or not
     per_completion: Mapping[str, np.ndarray] = {}  # name -> (m,) numbers that a loss reads
+    # (m,) how many of the prompt's first tokens each completion goes without. Given, the tree is
+    # taken apart: every completion has a prompt of its own, and none is shared.
+    prompt_skips: tuple[int, ...] | None = None
 
 
 class TreeSource(Protocol):
@@ -33,6 +36,7 @@ class TreeSource(Protocol):
 
     prompt_lengths: np.ndarray  # (n,) int32
     completion_lengths: np.ndarray  # (n, m) int32
+    prompt_skips: np.ndarray | None  # (n, m) int32, those of the trees, 0 where a prompt is shared
     positions: np.ndarray  # (n,) place of each row in the data set as it was read
     largest_id: int  # of all tokens
     fingerprint: str  # changes when any token, order or option that made them changes
@@ -40,6 +44,13 @@ class TreeSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, row: int) -> Tree: ...
+
+
+def own_prompt_lengths(trees: TreeSource, rows: np.ndarray | Sequence[int]) -> np.ndarray:
+    """(len(rows), m) how many tokens of prompt each completion of some rows sees."""
+    m = trees.completion_lengths.shape[1]
+    lengths = np.repeat(trees.prompt_lengths[rows, None].astype(np.int64), m, axis=1)
+    return lengths if trees.prompt_skips is None else lengths - trees.prompt_skips[rows]
 
 
 class RowGather(NamedTuple):
@@ -100,7 +111,6 @@ class PackedBatch(NamedTuple):
     labels: Tensor  # (B,) bool
     per_completion: dict[str, Tensor]  # name -> (N,) fp32, of the trees
     rows: tuple[int, ...]  # (B,) data-set rows
-    num_tokens: int  # tokens of an unshared layout: the prompt once per completion
 
     def to(self, device: torch.device) -> PackedBatch:
         """Move what the model and the loss read; the offsets stay on the host."""

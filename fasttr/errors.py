@@ -5,9 +5,10 @@ A message says what was got, what is wanted and how to mend it, in one line.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 LONGEST = 300  # characters of somebody else's message that are worth repeating
+LONGEST_LIST = 1600  # characters of several reasons in one line
 
 
 class FasttrError(ValueError):
@@ -16,6 +17,19 @@ class FasttrError(ValueError):
     def __init__(self, message: str) -> None:
         # A value from a file or a command line, quoted in the message, may hold line breaks.
         super().__init__(" ".join(message.splitlines()))
+
+
+def all_of(reasons: Sequence[str]) -> FasttrError:
+    """One error that says several things, as far as a line is read to its end."""
+    if len(reasons) == 1:
+        return FasttrError(reasons[0])
+    shown = [f"({number}) {reason}" for number, reason in enumerate(reasons, 1)]
+    line = f"{len(reasons)} settings cannot be taken: "
+    while len(shown) > 1 and sum(map(len, shown)) > LONGEST_LIST:
+        shown.pop()
+    left = len(reasons) - len(shown)
+    rest = f" ... and {left} more" if left else ""
+    return FasttrError(line + " ".join(shown) + rest)
 
 
 def one_line(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 LOCK = ".lock"
 
 
@@ -29,7 +30,7 @@ def written_aside(target: Path) -> Iterator[Path]:
     try:
         yield aside
         follow_umask(aside)
-        _sync(aside)
+        sync(aside)
         if aside.is_dir() and target.exists():
             _replace_folder(aside, target)
         else:
@@ -62,7 +63,7 @@ class FolderLock:
     """`folder`, made where it is missing, held for this process alone until `release`.
 
     BlockingIOError when another process holds it. The system lets go of it when that one ends,
-    however it ends.
+    however it ends. A file system that has no locks (some of clusters) lets everybody in.
     """
 
     def __init__(self, folder: Path):
@@ -77,7 +78,9 @@ class FolderLock:
             file = path.open("w")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except OSError as error:
+                if error.errno in NO_LOCKS:
+                    return file
                 file.close()
                 raise
             # Whoever held it before may have taken the file away between these two steps.
@@ -88,8 +91,18 @@ class FolderLock:
     def release(self) -> None:
         (self._folder / LOCK).unlink(missing_ok=True)
         self._file.close()
-        if not self._was_there and not any(self._folder.iterdir()):
+        is_ours = not self._was_there and self._folder.is_dir()
+        if is_ours and not any(self._folder.iterdir()):
             self._folder.rmdir()
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder, which is there whole or not at all under its name. OSError when it cannot be
+    renamed."""
+    aside = folder.with_name(f".{folder.name}.tmp")
+    _remove(aside)
+    os.rename(folder, aside)
+    _remove(aside)
 
 
 def remove_torn(folder: Path, pattern: str = "*") -> None:
@@ -135,7 +148,8 @@ def _umask() -> int:
     return umask
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Let a file, or the files of a folder, reach the disk."""
     for file in _files_of(path):
         with file.open("rb") as handle:
             os.fsync(handle.fileno())

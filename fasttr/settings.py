@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from fasttr.errors import FasttrError, did_you_mean
+from fasttr.errors import all_of, did_you_mean
 
 
 class Range(NamedTuple):
@@ -88,16 +88,19 @@ def settings_of(config_class: type) -> dict[str, Setting]:
 
 
 def check_ranges(config: Any) -> None:
-    """Raise FasttrError (got, wanted) for the first value that is out of its range."""
+    """Raise FasttrError (got, wanted) for the values that are out of their range."""
+    reasons = []
     for name, one in settings_of(type(config)).items():
         value = getattr(config, name)
         if value is None and one.is_optional:
             continue
         if one.range is not None and not _holds(one.range, value):
             near = did_you_mean(value, one.range.choices) if isinstance(value, str) else ""
-            raise FasttrError(f"{name}: got {value!r}; wanted {one.range.words}{near}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise FasttrError(f"{name}: got {value!r}; wanted a finite number")
+            reasons.append(f"{name}: got {value!r:.60}; wanted {one.range.words}{near}")
+        elif isinstance(value, float) and not math.isfinite(value):
+            reasons.append(f"{name}: got {value!r}; wanted a finite number")
+    if reasons:
+        raise all_of(reasons)
 
 
 def described(config_class: type) -> str:

@@ -1,6 +1,7 @@
 """Without a GPU the Triton kernels of the tests run in Triton's interpreter, chosen before they are
 decorated. Nothing is fetched, and what `datasets` caches goes into a folder that is thrown away."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -16,6 +17,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 _cache = tempfile.TemporaryDirectory(prefix="fasttr-tests-")
 os.environ["HF_DATASETS_CACHE"] = _cache.name
+
+
+def pytest_collection_finish() -> None:
+    """What was imported lives as long as the session: no later collection looks at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

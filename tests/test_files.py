@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -122,3 +124,22 @@ def test_a_lock_whose_file_was_taken_away_is_asked_for_anew(tmp_path, monkeypatc
     with pytest.raises(BlockingIOError):
         files.FolderLock(tmp_path)
     lock.release()
+
+
+def test_a_lock_lets_go_of_a_folder_that_is_gone(tmp_path):
+    lock = files.FolderLock(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    lock.release()
+    assert names_in(tmp_path) == set()
+
+
+def test_a_file_system_without_locks_lets_everybody_in(tmp_path, monkeypatch):
+    def without_locks(file, operation) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(files.fcntl, "flock", without_locks)
+    first = files.FolderLock(tmp_path)
+    second = files.FolderLock(tmp_path)
+    first.release()
+    second.release()
+    assert names_in(tmp_path) == set()

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # else of fasttr.
 FLOORS = [
     {"errors"},
-    {"batch", "console", "distributed", "environment", "files", "settings"},
+    {"batch", "console", "distributed", "environment", "files", "hub", "settings"},
     {"data", "losses", "optim", "packing"},
     {"metrics", "models"},
     {"reference", "rollouts"},

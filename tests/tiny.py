@@ -14,9 +14,9 @@ import torch
 from fasttr.batch import Tree
 from fasttr.models import attention
 from fasttr.models.packed import HeadSpec, PackedModel
+from fasttr.packing.tiers import SHARED
+from tests.architectures import ARCHITECTURES, COMMON, VOCAB
 
-VOCAB = 97
-WINDOW = 5
 WORDS = [
     "alpha",
     "beta",
@@ -31,41 +31,6 @@ WORDS = [
     "lambda",
     "omicron",
 ]
-
-COMMON = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-HALF_SLIDING = {
-    "sliding_window": WINDOW,
-    "head_dim": 8,
-    "query_pre_attn_scalar": 8,
-    "layer_types": ["sliding_attention", "full_attention"],
-}
-SPECIAL: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
-    "qwen3": {"head_dim": 8, "tie_word_embeddings": True},
-    "mistral": {"sliding_window": WINDOW, "head_dim": 8},
-    "gemma2": {
-        **HALF_SLIDING,
-        "final_logit_softcapping": 3.0,
-        "attn_logit_softcapping": 2.0,
-    },
-    "gemma3_text": HALF_SLIDING,
-    "phi3": {"sliding_window": WINDOW},
-    "olmo2": {},
-    "gpt_neox": {"rotary_pct": 0.25, "num_key_value_heads": None},
-}
 
 
 def write_pairs(path: Path, rows: int, seed: int, weights: bool = False) -> Path:
@@ -90,16 +55,15 @@ def write_pairs(path: Path, rows: int, seed: int, weights: bool = False) -> Path
 
 
 def tiny_config(arch: str, **overrides: Any) -> Any:
-    """A two-layer config of `arch` whose features (windows, soft caps, partial rotary, tied heads)
-    are all on."""
+    """A config of `arch` of few layers whose features are all on."""
     from transformers import AutoConfig
 
-    values = {**COMMON, **SPECIAL[arch], **overrides}
+    values = {**COMMON, **ARCHITECTURES[arch], **overrides}
     return AutoConfig.for_model(arch, **{k: v for k, v in values.items() if v is not None})
 
 
 def tiny_model(
-    arch: str = "llama", seed: int = 0, implementation: str = "sdpa", **overrides: Any
+    arch: str = "llama", seed: int = 0, implementation: str | None = None, **overrides: Any
 ) -> Any:
     """A transformers model with random fp32 weights; the same seed gives the same weights for any
     implementation."""
@@ -111,13 +75,17 @@ def tiny_model(
     return model.float().train()
 
 
-def packed(model: Any) -> PackedModel:
-    softcap = getattr(model.config, "final_logit_softcapping", None)
-    return PackedModel(model, HeadSpec(softcap=softcap), "segments", bf16=False)
+def packed(model: Any, tier: str = SHARED) -> PackedModel:
+    return PackedModel(model, HeadSpec.of(model.config), tier=tier)
 
 
-def packed_tiny(arch: str = "llama", seed: int = 0, **overrides: Any) -> PackedModel:
-    return packed(tiny_model(arch, seed, attention.register(), **overrides))
+def packed_tiny(
+    arch: str = "llama", seed: int = 0, tier: str = SHARED, **overrides: Any
+) -> PackedModel:
+    model = tiny_model(arch, seed, **overrides)
+    name = attention.register() if tier == SHARED else attention.own_attention(model)
+    model.set_attn_implementation(name)
+    return packed(model, tier)
 
 
 def perturb(model: torch.nn.Module, scale: float, seed: int = 1) -> None:

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fasttr import files
 from fasttr.checkpoint.state import STATE_DIR, RunState, write_state
 from fasttr.console import say
 from fasttr.errors import FasttrError, one_line
-from fasttr.files import follow_umask, is_full_disk, written_aside
 from fasttr.models.load import save_model
 from fasttr.models.packed import PackedModel
 
@@ -78,7 +78,7 @@ def save_checkpoint(
     On failure the earlier ones stand untouched.
     """
     target = folder_of(output_dir, step)
-    with _disk_errors(target), written_aside(target) as folder:
+    with _disk_errors(target), files.written_aside(target) as folder:
         folder.mkdir()
         save_model(policy, tokenizer, folder)
         if state is not None:
@@ -96,7 +96,21 @@ def rotate(output_dir: Path, keep: int | None, best: Path | None = None) -> None
         kept = [best, *found[-max(keep - 1, 1) :]]
     for folder in found:
         if folder not in kept:
-            shutil.rmtree(folder)
+            _remove_checkpoint(folder)
+
+
+def remove_checkpoints(output_dir: Path) -> None:
+    """Delete all of them."""
+    for folder in list_checkpoints(output_dir):
+        _remove_checkpoint(folder)
+
+
+def _remove_checkpoint(folder: Path) -> None:
+    """Under its name a folder is whole until it is gone; one that will not go stops no run."""
+    try:
+        files.remove_folder(folder)
+    except OSError as error:
+        say(f"WARNING: {folder} cannot be removed and stays: {one_line(error)}")
 
 
 def save_final(output_dir: Path, policy: PackedModel, tokenizer: Any) -> None:
@@ -129,7 +143,8 @@ def _final(output_dir: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside
-        follow_umask(aside)
+        files.follow_umask(aside)
+        files.sync(aside)
         written = {path.name for path in aside.iterdir()}
         for name in sorted(written):
             os.replace(aside / name, output_dir / name)
@@ -152,12 +167,12 @@ def _disk_errors(target: Path) -> Iterator[None]:
     except Exception as error:
         # A tokenizer's writer raises a bare Exception; anything else that is not about the disk
         # is a fault of ours and keeps its traceback.
-        if not isinstance(error, OSError | SafetensorError) and not is_full_disk(error):
+        if not isinstance(error, OSError | SafetensorError) and not files.is_full_disk(error):
             raise
         shutil.rmtree(target / _FINAL, ignore_errors=True)
         found = list_checkpoints(target.parent if step_of(target) is not None else target)
         last = "no checkpoint was saved yet"
         if found:
             last = f"the last good checkpoint is {found[-1]}"
-        remedy = "; free some space and resume from it" if is_full_disk(error) else ""
+        remedy = "; free some space and resume from it" if files.is_full_disk(error) else ""
         raise FasttrError(f"saving {target} failed: {one_line(error)}; {last}{remedy}") from error

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from fasttr.errors import FasttrError, one_line
 from fasttr.metrics.sums import Averages
+from fasttr.optim.adamw import schedule_state, take_up_schedule
+from fasttr.optim.named import state_tensors, take_up_state
 from fasttr.reference.logp_table import LogpTable
 from fasttr.reference.moving import MovingReference
 
@@ -21,7 +23,6 @@ FORMAT = 1
 STATE_DIR = "fasttr"
 _FACTS = "state.json"
 _TENSOR_FILES = ("state", "optimizer", "reference")
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 # What every state.json holds: `capture` writes the first four, the trainer config and data.
 _WRITTEN = ("step", "updates", "window_scored", "num_tokens", "config", "data", "files")
 
@@ -31,7 +32,7 @@ class RunState(NamedTuple):
 
     facts: dict[str, Any]  # JSON: counters, configuration, fingerprints
     tensors: dict[str, Tensor]  # log-prob tables, metric sums, random state
-    optimizer: dict[str, Tensor]  # NAME.exp_avg, NAME.exp_avg_sq, NAME.step
+    optimizer: dict[str, Tensor]  # NAME.KEY, such as NAME.exp_avg of AdamW
     reference: dict[str, Tensor]  # weights of a soft reference, else empty
 
 
@@ -75,9 +76,10 @@ def capture(run: Resumable, facts: Mapping[str, Any]) -> RunState:
         "updates": run.reference.updates,
         "window_scored": run.window_scored,
         "num_tokens": run.num_tokens,
+        "schedule": schedule_state(run.scheduler),
     }
     return RunState(
-        {**own, **facts}, tensors, _moments(run.optimizer), dict(run.reference.weights or {})
+        {**own, **facts}, tensors, state_tensors(run.optimizer), dict(run.reference.weights or {})
     )
 
 
@@ -99,8 +101,8 @@ def apply(state: RunState, run: Resumable) -> None:
     if run.reference.weights is not None:
         for name, weight in run.reference.weights.items():
             weight.copy_(state.reference[name])
-    _take_up_moments(run.optimizer, state.optimizer)
-    _take_up_schedule(run.scheduler, run.optimizer, run.step)
+    take_up_state(run.optimizer, state.optimizer)
+    take_up_schedule(run.scheduler, run.optimizer, run.step, facts.get("schedule"))
 
 
 def write_state(folder: Path, state: RunState) -> None:
@@ -216,29 +218,3 @@ def _of_each(names: Any, work: Any) -> dict[str, str]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state under the parameters' names."""
-    found = {}
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["names"], group["params"], strict=True):
-            for key, value in optimizer.state[parameter].items():
-                found[f"{name}.{key}"] = value
-    return found
-
-
-def _take_up_moments(optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["names"], group["params"], strict=True):
-            optimizer.state[parameter] = {
-                key: moments[f"{name}.{key}"].to(parameter.device) for key in _MOMENTS
-            }
-
-
-def _take_up_schedule(scheduler: Any, optimizer: torch.optim.Optimizer, step: int) -> None:
-    rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-    scheduler.last_epoch = step
-    scheduler._last_lr = [base * factor(step) for base, factor in rates]
-    for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
-        group["lr"] = rate

@@ -16,6 +16,7 @@ class Command(NamedTuple):
 
     module: str
     summary: str
+    function: str = "run"
 
 
 COMMANDS = {
@@ -23,6 +24,15 @@ COMMANDS = {
         "fasttr.cli.train",
         "train on preferences: fasttr train --config run.yaml, or flags; --print_config shows all "
         "settings",
+    ),
+    "dpo": Command("fasttr.cli.train", "as trl dpo: train on pairs", "run_dpo"),
+    "kto": Command(
+        "fasttr.cli.train", "as trl kto: train on unpaired rows, or on pairs taken apart", "run_kto"
+    ),
+    "sft": Command(
+        "fasttr.cli.train",
+        "as trl sft: train on completions of prompts, conversations, or the chosen side of pairs",
+        "run_sft",
     ),
     "eval": Command(
         "fasttr.cli.evaluate",
@@ -56,7 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         if command is None:
             near = did_you_mean(args[0], COMMANDS)
             raise FasttrError(f"got command {args[0]!r}; wanted one of {', '.join(COMMANDS)}{near}")
-        importlib.import_module(command.module).run(args[1:])
+        module = importlib.import_module(command.module)
+        getattr(module, command.function)(args[1:])
     except FasttrError as error:
         if speaks() or is_of_one_process(error):
             print(f"fasttr: error: {error}", file=sys.stderr)

@@ -52,8 +52,7 @@ def run(args: list[str]) -> None:
     asked_samples = [name for name in settings_of(SamplingSettings) if name in of_eval]
     if asked_samples:
         _sample(config, eval_settings, asked_samples)
-    names_data = config.dataset_name or config.datasets or config.eval_dataset_name
-    if not asked_samples or names_data:
+    if not asked_samples or _names_rows(config):
         _measure(config, eval_settings)
 
 
@@ -65,6 +64,11 @@ def _refuse_training(flags: dict[str, Any], of_run: Any, read: Any) -> None:
             )
 
 
+def _names_rows(config: Any) -> bool:
+    named = (config.dataset_name, config.datasets, config.dataset_mixture, config.eval_dataset_name)
+    return any(named)
+
+
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:
     from fasttr.config.trl_values import is_none
 
@@ -74,7 +78,7 @@ def _without_none(values: dict[str, Any]) -> dict[str, Any]:
 def _measure(config: Any, settings: Any) -> None:
     from fasttr.evaluation.standalone import measure
 
-    if not (config.dataset_name or config.datasets or config.eval_dataset_name):
+    if not _names_rows(config):
         raise FasttrError(
             "dataset_name: missing; wanted the rows to measure: a file, a folder or a hub id"
         )

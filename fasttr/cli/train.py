@@ -1,4 +1,5 @@
-"""`fasttr train`: flags over file over preset over defaults, in TRL's keys or ours."""
+"""`fasttr train`, and `fasttr dpo`, `kto` and `sft`, named as TRL's: flags over file over preset
+over the command's own defaults, in TRL's keys or ours."""
 
 from __future__ import annotations
 
@@ -23,23 +24,45 @@ DESCRIPTION = (
 
 
 def run(args: list[str]) -> None:
-    config = parse_train(args)
+    _train(args, "train")
+
+
+def run_dpo(args: list[str]) -> None:
+    _train(args, "dpo")
+
+
+def run_kto(args: list[str]) -> None:
+    _train(args, "kto")
+
+
+def run_sft(args: list[str]) -> None:
+    _train(args, "sft")
+
+
+def _train(args: list[str], method: str) -> None:
+    config = parse_train(args, method)
     if needs_launch(config.num_processes):
-        launch(["train", *args], config.num_processes)
+        launch([method, *args], config.num_processes)
     from fasttr.training.loop import train
 
     train(config)
 
 
-def parse_train(args: list[str]) -> TrainConfig:
+def parse_train(args: list[str], method: str = "train") -> TrainConfig:
     """The TrainConfig of a command line. What is accepted without effect is printed."""
     words = arguments.read_words(args)
     _set_environment(words.file.pop("env", None) or {})
     from fasttr.config import trl
+    from fasttr.config.methods import METHODS, check_method
     from fasttr.config.train_config import TrainConfig
 
+    of_method = METHODS[method]
     settings = settings_of(TrainConfig)
-    parser = arguments.settings_parser("fasttr train", DESCRIPTION, settings.values(), USAGE)
+    shown = [
+        one._replace(default=of_method.defaults.get(name, one.default))
+        for name, one in settings.items()
+    ]
+    parser = arguments.settings_parser(f"fasttr {method}", DESCRIPTION, shown, USAGE)
     if words.wants_help:
         parser.parse_args(["--help"])
     flags = arguments.flag_values(
@@ -48,9 +71,11 @@ def parse_train(args: list[str]) -> TrainConfig:
     values = trl.merge(words.file, flags)
     preset_name = values.pop("preset", None)
     preset = _preset(preset_name)
-    ours, notices = trl.translate(values)
+    ours, notices = trl.translate(values, of_method, preset)
     _check_preset(preset_name, preset, ours)
-    config = TrainConfig(**arguments.typed(parser, {**preset, **ours}))
+    asked = {**of_method.defaults, **preset, **ours}
+    check_method(of_method, asked)
+    config = TrainConfig(**arguments.typed(parser, asked))
     if words.print_config is not None:
         _print_config(config, skips_defaults="skip_default" in words.print_config)
     if speaks() and not needs_launch(config.num_processes):

@@ -7,6 +7,8 @@ from typing import Any
 
 from fasttr.data.formats import DATASET_FORMATS
 from fasttr.optim.adamw import SCHEDULES
+from fasttr.optim.named import OPTIMIZERS
+from fasttr.packing.tiers import AUTO, TIERS
 from fasttr.settings import (
     INTERVAL,
     ROWS_OR_SHARE,
@@ -47,11 +49,30 @@ class ModelSettings:
         "attention; none picks what the device has, else sdpa, eager, varlen, flash_attention_2",
         in_eval=True,
     )
+    attention_tier: str = setting(
+        AUTO,
+        one_of(AUTO, *TIERS),
+        "how rows share a call of the model: auto takes the first that a probe finds exact for the "
+        "architecture; shared has each prompt once, packed repeats it, padded adds padding",
+        in_eval=True,
+    )
+    trust_remote_code: bool = setting(
+        False, None, "run the code that a model's folder brings", in_eval=True
+    )
     use_liger_kernel: bool | None = setting(
         None,
         None,
         "Liger's norm, rotary and MLP kernels; none means where CUDA and liger-kernel are present",
         in_eval=True,
+    )
+    chat_template: str | None = setting(
+        None,
+        None,
+        "chat template, as text or a .jinja file, instead of the tokenizer's own",
+        in_eval=True,
+    )
+    eos_token: str | None = setting(
+        None, None, "end of a completion, instead of the tokenizer's own", in_eval=True
     )
     gradient_checkpointing: bool = setting(
         True, None, "recompute activations in the backward pass: less memory, same values"
@@ -118,7 +139,7 @@ class DataSettings:
     dataset_name: str | None = setting(
         None,
         None,
-        "hub id, folder or file (json, jsonl, parquet, also gz) of preference rows",
+        "hub id, folder or file (json, jsonl, parquet, csv, also gz) of preference rows",
         may_change=True,
         in_eval=True,
     )
@@ -132,7 +153,20 @@ class DataSettings:
     test_split_size: float | None = setting(
         None,
         ROWS_OR_SHARE,
-        "rows of the mixture set aside as its test split, drawn from seed",
+        "rows set aside as the test split, drawn from seed",
+        in_eval=True,
+    )
+    dataset_mixture: dict[str, Any] | None = setting(
+        None,
+        None,
+        "a mixture in alignment-handbook's form: datasets (a list of id, config, split, columns, "
+        "weight), seed, test_split_size",
+        in_eval=True,
+    )
+    streaming: bool = setting(
+        False,
+        None,
+        "read only as many rows as max_steps takes, in their order",
         in_eval=True,
     )
     dataset_config: str | None = setting(
@@ -147,10 +181,17 @@ class DataSettings:
         "turn",
         in_eval=True,
     )
+    columns: dict[str, str] | None = setting(
+        None,
+        None,
+        "names of columns, such as chosen: good, rejected: bad; none takes them as they are",
+        in_eval=True,
+    )
     dataset_num_proc: int | None = setting(
         None,
         whole(1),
-        "processes for tokenising; none means this one",
+        "processes for tokenising; none means this one. With kto the rows of each are taken apart "
+        "and mismatched by themselves, as in TRL",
         may_change=True,
         in_eval=True,
     )
@@ -167,6 +208,25 @@ class DataSettings:
         1024,
         Range("a whole number from 2, or none", lambda x: 1 < x < 2**31),
         "prompt and completion together, in tokens; none cuts nothing",
+        in_eval=True,
+    )
+    truncation_mode: str = setting(
+        "keep_start",
+        one_of("keep_start", "keep_end"),
+        "end that max_length cuts; with keep_end sides of unequal length share no prompt",
+        in_eval=True,
+    )
+    max_prompt_length: int | None = setting(
+        None, whole(1), "last tokens of a prompt that are kept; none keeps all", in_eval=True
+    )
+    max_completion_length: int | None = setting(
+        None, whole(1), "first tokens of a completion that are kept; none keeps all", in_eval=True
+    )
+    drop_identical_sides: bool = setting(
+        True,
+        None,
+        "leave out pairs whose sides are the same tokens, which teach nothing; TRL keeps them, and "
+        "so does fasttr dpo",
         in_eval=True,
     )
     max_dropped_fraction: float = setting(
@@ -189,6 +249,12 @@ class StepSettings:
     """Steps and batches."""
 
     train_batch_size: int = setting(8, whole(1), "rows per optimizer step", in_eval=True)
+    micro_batch_size: int | None = setting(
+        None,
+        whole(1),
+        "rows whose mean counts as much as that of any other so many, in losses and in metrics of "
+        "a step, as in TRL with gradient_accumulation_steps; none means all rows of a step",
+    )
     max_tokens_per_batch: int | None = setting(
         None,
         whole(1),
@@ -223,8 +289,20 @@ class StepSettings:
 class OptimizerSettings:
     """Optimizer."""
 
-    learning_rate: float = setting(1e-6, at_least(0), "peak rate of AdamW")
-    lr_scheduler_type: str = setting("linear", one_of(*SCHEDULES), "schedule of the rate")
+    optim: str = setting(
+        "adamw_torch_fused",
+        one_of(*OPTIMIZERS),
+        "optimizer by transformers' name; every AdamW in full precision is torch's fused one",
+    )
+    optim_args: str | None = setting(
+        None, None, "arguments of an optimizer other than AdamW, such as momentum=0.9,alpha=0.99"
+    )
+    learning_rate: float = setting(1e-6, at_least(0), "peak rate")
+    lr_scheduler_type: str = setting(
+        "linear",
+        one_of(*SCHEDULES),
+        "schedule of the rate; reduce_lr_on_plateau follows metric_for_best_model of evaluations",
+    )
     lr_scheduler_kwargs: dict[str, Any] | None = setting(
         None, None, "further arguments of that schedule"
     )
@@ -253,11 +331,9 @@ class ComputeSettings:
     )
     dtype: str = setting(
         "float32",
-        Range(
-            "float32: weights and optimizer stay in it, bf16: true computes in bfloat16",
-            lambda x: x == "float32",
-        ),
-        "dtype of weights and optimizer",
+        one_of("float32", "bfloat16", "auto"),
+        "asked dtype of weights; they and the optimizer stay float32 whatever is asked, and bf16: "
+        "true computes in bfloat16",
     )
     full_determinism: bool = setting(False, None, "deterministic CUDA kernels, slower")
     use_cpu: bool = setting(False, None, "train on the CPU even when there is a GPU", in_eval=True)
@@ -360,6 +436,31 @@ class SavingSettings:
     )
     save_only_model: bool = setting(
         False, None, "checkpoints without what resuming needs", may_change=True
+    )
+    push_to_hub: bool = setting(
+        False, None, "upload the model to the hub as hub_strategy says", may_change=True
+    )
+    hub_model_id: str | None = setting(
+        None, None, "repository of the hub; none means the name of output_dir", may_change=True
+    )
+    hub_strategy: str = setting(
+        "every_save",
+        one_of("end", "every_save", "checkpoint", "all_checkpoints"),
+        "what is uploaded: the final model; the model of each checkpoint too; the newest "
+        "checkpoint, to resume from, beside it; or all of them",
+        may_change=True,
+    )
+    hub_token: str | None = setting(
+        None, None, "access token of the hub; none means that of hf auth login", may_change=True
+    )
+    hub_private_repo: bool | None = setting(
+        None, None, "make the repository private where it is new", may_change=True
+    )
+    hub_always_push: bool = setting(
+        False, None, "upload also while an earlier upload is under way", may_change=True
+    )
+    hub_revision: str | None = setting(
+        None, None, "branch of the repository; none means its main one", may_change=True
     )
     load_best_model_at_end: bool = setting(
         False, None, "the final model is the best of the checkpoints"

@@ -6,13 +6,16 @@ The functions read a `TrainConfig`; it is not imported, since it calls them.
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
-from fasttr.data.mixture import parse_parts
-from fasttr.errors import FasttrError, one_line
+from fasttr.data.mixture import parse_handbook, parse_parts
+from fasttr.errors import FasttrError, all_of, one_line
 from fasttr.losses import Loss
 from fasttr.metrics.trackers import tracker_names
 from fasttr.models.lora import is_adapter
+from fasttr.optim.adamw import PLATEAU
+from fasttr.optim.named import check_optimizer
 
 PATHS = (
     "output_dir",
@@ -22,21 +25,60 @@ PATHS = (
     "dataset_name",
     "eval_dataset_name",
 )
-BEST_METRICS = ("eval_loss", "eval_rewards/", "eval_anchor/")
+# Of an evaluation, or of one of several sets by its name.
+BEST_METRICS = re.compile(r"eval_(.+_)?(loss$|rewards/|anchor/)")
 
 
 def check(config: Any) -> None:
-    """Raise FasttrError (got, wanted, remedy) for the first contradiction."""
-    _check_paths(config)
-    _check_mixture(config)
+    """Raise FasttrError (got, wanted, remedy) for the contradictions of a configuration."""
+    reasons = []
+    for one in (
+        _check_paths,
+        _check_mixture,
+        _check_cuts,
+        _check_trackers,
+        _check_optimizer,
+        _check_best,
+        _check_adapter,
+        _check_named_loss,
+        _check_groups,
+    ):
+        try:
+            one(config)
+        except FasttrError as error:
+            reasons.append(str(error))
+    if reasons:
+        raise all_of(reasons)
+
+
+def _check_optimizer(config: Any) -> None:
+    check_optimizer(config.optim, config.optim_args)
+    if config.lr_scheduler_type != PLATEAU:
+        return
+    asks = f"lr_scheduler_type: got {PLATEAU}"
+    if config.eval_strategy == "no":
+        raise FasttrError(f"{asks} with eval_strategy no; wanted steps or epoch")
+    _check_comparable(config, asks)
+
+
+def _check_trackers(config: Any) -> None:
     tracker_names(config.report_to)
-    _check_best(config)
-    _check_adapter(config)
+
+
+def _check_named_loss(config: Any) -> None:
     check_loss(config, config.loss, " + ".join(config.loss_names))
+
+
+def _check_groups(config: Any) -> None:
     if config.group_size is not None and config.train_batch_size % config.group_size:
         raise FasttrError(
             f"group_size: got {config.group_size}; wanted a divisor of train_batch_size "
             f"{config.train_batch_size}"
+        )
+    if config.micro_batch_size is not None and config.train_batch_size % config.micro_batch_size:
+        raise FasttrError(
+            f"micro_batch_size: got {config.micro_batch_size}; wanted a divisor of "
+            f"train_batch_size {config.train_batch_size}"
         )
     group = config.group_size or config.train_batch_size
     if config.mismatch_size is not None and group % config.mismatch_size:
@@ -62,6 +104,11 @@ def check_loss(config: Any, loss: Loss, name: str) -> None:
             f"train_batch_size: got a group of 1 row with {name}, whose KL term would be the row's "
             "own reward; wanted 2"
         )
+    if config.truncation_mode == "keep_end" and loss.unpaired:
+        raise FasttrError(
+            f"truncation_mode: got keep_end with loss_type {name}; a mismatched completion is cut "
+            "at its end, as in TRL: wanted keep_start"
+        )
     if config.ld_alpha is not None and (loss.unpaired or loss.completions == 1):
         raise FasttrError(
             f"ld_alpha: got {config.ld_alpha} with loss_type {name}; it compares the lengths of a "
@@ -74,7 +121,7 @@ def check_sources(config: Any, *, has_model: bool, has_data: bool, has_eval_data
     missing = []
     if config.model_name_or_path is None and not has_model:
         missing.append("model_name_or_path (a folder or a hub id)")
-    named = config.dataset_name is not None or config.datasets
+    named = config.dataset_name is not None or config.datasets or config.dataset_mixture
     if not named and not has_data:
         missing.append("dataset_name (a file, a folder or a hub id), or a list under datasets")
     if missing:
@@ -106,21 +153,21 @@ def _check_paths(config: Any) -> None:
 
 
 def _check_mixture(config: Any) -> None:
-    if not config.datasets:
-        if config.test_split_size is not None:
-            raise FasttrError(
-                "test_split_size: it splits a mixture and would be ignored with dataset_name; "
-                "write the data set as datasets: [{path: ...}], or leave it out"
-            )
+    if config.dataset_mixture:
+        mixture = parse_handbook(config.dataset_mixture)
+        has_test = mixture.test_split_size is not None or bool(mixture.test_datasets)
+    elif config.datasets:
+        parse_parts(config.datasets)
+        has_test = config.test_split_size is not None
+    else:
         return
-    parse_parts(config.datasets)
-    splits = {"train", "test"} if config.test_split_size else {"train"}
+    splits = {"train", "test"} if has_test else {"train"}
     if config.dataset_train_split not in splits:
         raise FasttrError(
             f"dataset_train_split: got {config.dataset_train_split!r}; a mixture's rows are split "
             "'train'"
         )
-    if config.evaluates and config.eval_dataset_name is None and not config.test_split_size:
+    if config.evaluates and config.eval_dataset_name is None and not has_test:
         raise FasttrError(
             "eval_strategy: a mixture has no test split of its own; give test_split_size or "
             "eval_dataset_name"
@@ -164,6 +211,22 @@ def _check_adapter(config: Any) -> None:
         )
 
 
+def _check_cuts(config: Any) -> None:
+    """Which rows are drawn for a test, and how rows are cut."""
+    drawn = config.test_split_size is not None and not config.datasets
+    if drawn and config.dataset_train_split == config.dataset_test_split:
+        raise FasttrError(
+            f"dataset_test_split: got {config.dataset_test_split!r} for the rows that "
+            "test_split_size draws, which is dataset_train_split too; wanted another name"
+        )
+    shortest = config.max_prompt_length
+    if shortest is not None and config.max_length is not None and shortest >= config.max_length:
+        raise FasttrError(
+            f"max_prompt_length: got {shortest}, which leaves no room in max_length "
+            f"{config.max_length}; wanted less"
+        )
+
+
 def _check_best(config: Any) -> None:
     """Settings of the best checkpoint."""
     if config.load_best_model_at_end:
@@ -175,19 +238,24 @@ def _check_best(config: Any) -> None:
     if config.eval_strategy == "no":
         raise FasttrError(f"{asks} with eval_strategy no; wanted steps or epoch")
     metric = config.best_metric
-    if not metric.startswith(BEST_METRICS):
+    if not BEST_METRICS.match(metric):
         raise FasttrError(
             f"metric_for_best_model: got {config.metric_for_best_model!r}; wanted loss, "
             "rewards/margins, rewards/accuracies or another of eval_rewards/ and eval_anchor/"
         )
-    if config.ref_update != "none" and not metric.startswith("eval_anchor/"):
-        raise FasttrError(
-            f"{asks} with ref_update {config.ref_update} and metric {metric}: values against "
-            "different references do not compare; wanted metric_for_best_model "
-            "eval_anchor/rewards/accuracies, against the initial policy"
-        )
+    _check_comparable(config, asks)
     if config.save_strategy != "best":
         _check_saved_where_evaluated(config, asks)
+
+
+def _check_comparable(config: Any, asks: str) -> None:
+    """Evaluations that are compared are of one reference."""
+    if config.ref_update != "none" and "anchor/" not in config.best_metric:
+        raise FasttrError(
+            f"{asks} with ref_update {config.ref_update} and metric {config.best_metric}: values "
+            "against different references do not compare; wanted metric_for_best_model "
+            "eval_anchor/rewards/accuracies, against the initial policy"
+        )
 
 
 def _check_saved_where_evaluated(config: Any, asks: str) -> None:

@@ -30,12 +30,13 @@ from fasttr.config.common import (
 )
 from fasttr.data.load import DataConfig
 from fasttr.errors import FasttrError
-from fasttr.losses import DIVERGENCES, Loss, Objective, make_loss
+from fasttr.losses import DIVERGENCES, BaseLoss, Loss, Objective, WeightedSum, make_loss
 from fasttr.metrics.trackers import TrackerConfig
 from fasttr.models.load import ModelConfig
 from fasttr.models.lora import AdapterConfig
 from fasttr.optim.adamw import OptimizerConfig
 from fasttr.packing.plan import Plan
+from fasttr.packing.tiers import AUTO, SHARED
 from fasttr.reference.low_rank import RankBound
 from fasttr.reference.schedule import Fixed, Hard, Schedule, Soft
 from fasttr.settings import (
@@ -191,6 +192,19 @@ class TrainConfig(
         except ValueError as error:
             raise FasttrError(str(error)) from error
 
+    def unread_loss_settings(self, loss: Loss) -> list[str]:
+        """Settings of losses that are off their defaults and that none of `loss` reads."""
+        parts = loss.losses if isinstance(loss, WeightedSum) else (loss,)
+        if not all(isinstance(part, BaseLoss) for part in parts):
+            return []  # a loss of one's own: nobody knows what it reads
+        read = {field.name for part in parts for field in dataclasses.fields(part)}  # type: ignore[arg-type]
+        defaults = settings_of(type(self))
+        return [
+            name
+            for name in LOSS_SETTINGS
+            if name not in read and getattr(self, name) != defaults[name].default
+        ]
+
     @property
     def schedule(self) -> Schedule:
         """How the reference moves."""
@@ -223,16 +237,23 @@ class TrainConfig(
     def objective(self, loss: Loss) -> Objective:
         return Objective(loss, average_over=self.group_size)
 
-    def data(self, name: str | None = None, split: str = "train", sides: int = 2) -> DataConfig:
-        """How to read and encode a split of a data set, or rows that are already here."""
+    def data(self, loss: Loss, name: str | None = None, split: str = "train") -> DataConfig:
+        """How to read and encode, for a loss, a split of a data set or rows that are here."""
         return DataConfig(
             name=name or "the rows",
             config=self.dataset_config,
             split=split,
             dataset_format=self.dataset_format,
+            columns=self.columns or {},
             max_length=self.max_length,
+            max_prompt_length=self.max_prompt_length,
+            max_completion_length=self.max_completion_length,
+            keeps_end=self.truncation_mode == "keep_end",
             weight_column=self.weight_column,
-            sides=sides,
+            # Both sides of a pair are kept, unless the loss reads the chosen one alone.
+            sides=1 if loss.completions == 1 and not loss.unpaired else 2,
+            takes_pairs_apart=loss.unpaired,
+            drops_identical=self.drop_identical_sides,
             max_dropped_fraction=self.max_dropped_fraction,
             max_boundary_mismatch=self.max_boundary_mismatch,
             num_proc=self.dataset_num_proc,
@@ -251,6 +272,10 @@ class TrainConfig(
             max_length=self.max_length,
             ld_alpha=self.ld_alpha,
             adapter=self.adapter() if name is None else None,
+            tier=SHARED if self.attention_tier == AUTO else self.attention_tier,
+            trust_remote_code=self.trust_remote_code,
+            chat_template=self.chat_template,
+            eos_token=self.eos_token,
         )
 
     def adapter(self) -> AdapterConfig | None:
@@ -280,6 +305,8 @@ class TrainConfig(
             weight_decay=self.weight_decay,
             betas=(self.adam_beta1, self.adam_beta2),
             eps=self.adam_epsilon,
+            name=self.optim,
+            arguments=self.optim_args,
             schedule=self.lr_scheduler_type,
             schedule_kwargs=self.lr_scheduler_kwargs,
             warmup_steps=self.warmup_steps,
@@ -295,7 +322,9 @@ class TrainConfig(
             seed=self.seed if self.data_seed is None else self.data_seed,
             shuffle=self.train_sampling_strategy == "random",
             group_rows=self.group_rows(loss),
+            micro_batch_size=self.micro_batch_size,
             multiple_of=self._full_batch if self.dataloader_drop_last else 1,
+            tier=SHARED if self.attention_tier == AUTO else self.attention_tier,
         )
         if plan.rows_per_epoch == 0:
             raise FasttrError(
@@ -331,7 +360,8 @@ class TrainConfig(
         return [name for name, one in settings_of(cls).items() if not one.may_change]
 
     def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """All settings as they are written to files: without the access token."""
+        return {**dataclasses.asdict(self), "hub_token": None}
 
     def differences(self, saved: dict[str, Any]) -> list[str]:
         """What binds a resumed run and differs from the configuration it was saved with."""

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from fasttr.config.methods import METHODS, Method
 from fasttr.config.train_config import TrainConfig
-from fasttr.config.trl_table import OLDER_LOSSES, TABLE
+from fasttr.config.trl_table import MODEL_ENTRIES, RIVALS, SPEED_ENTRIES, TABLE
 from fasttr.config.trl_values import converted, is_default, is_none
-from fasttr.errors import FasttrError, did_you_mean
+from fasttr.errors import FasttrError, all_of, did_you_mean
 from fasttr.settings import settings_of
 
-# Two names of one thing: a flag of one name replaces a file's key of the other.
-_RIVALS = [
-    {"gradient_checkpointing", "activation_checkpointing"},
-    {"eval_strategy", "evaluation_strategy"},
-    {"dtype", "torch_dtype"},
-    {"warmup_steps", "warmup_ratio"},
-    {"ref_update", "sync_ref_model"},
-    {"ref_update_alpha", "ref_model_mixup_alpha"},
-    {"ref_update_every", "ref_model_sync_steps"},
-    {"train_batch_size", "per_device_train_batch_size"},
-    {"train_batch_size", "gradient_accumulation_steps"},
-]
-_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
-_KTO = ("kto", "apo_zero_unpaired")
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _ADAPTER = (
     "lora_r",
@@ -36,43 +23,54 @@ _ADAPTER = (
     "use_rslora",
     "use_dora",
 )
-# Entries of model_init_kwargs that are settings of ours, and those that change nothing.
-_MODEL_ENTRIES = {
-    "dtype": "dtype",
-    "torch_dtype": "dtype",
-    "attn_implementation": "attn_implementation",
-    "revision": "model_revision",
-}
-_MODEL_ENTRIES_WITHOUT_EFFECT = ("use_cache", "low_cpu_mem_usage")
+_SFT_LOSSES = {"nll": "sft", "chunked_nll": "sft"}
 
 
 def merge(file: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a file and of flags, which win, also over a file's other name for a thing."""
     replaced = set()
     for key in flags:
-        for pair in _RIVALS:
+        for pair in RIVALS:
             if key in pair:
                 replaced |= pair - {key}
     return {key: value for key, value in file.items() if key not in replaced} | dict(flags)
 
 
-def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def translate(
+    values: Mapping[str, Any],
+    method: Method = METHODS["train"],
+    preset: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], list[str]]:
     """Our settings, and one line for each key that is accepted without effect or with another.
 
-    Values are what YAML reads, or text from a command line. FasttrError (key, got, advice) on a key
-    that is refused.
+    Values are what YAML reads, or text from a command line; those of a preset lie below them and
+    are only looked at. FasttrError (key, got, advice) that
+    names every key which is refused.
     """
-    translation = _Translation(values)
+    translation = _Translation(values, method, preset or {})
     translation.take_over()
-    translation.check_values()
-    translation.rename()
-    translation.notice_order()
+    for step in (
+        translation.check_values,
+        translation.rename_plain_ones,
+        translation.rename_loss,
+        translation.rename_warmup,
+        translation.rename_precision,
+        translation.rename_batch,
+        translation.rename_launch,
+        translation.rename_reference,
+        translation.rename_model,
+        translation.rename_data,
+        translation.leave_out_adapter,
+    ):
+        translation.attempt(step)
+    if translation.refusals:
+        raise all_of(translation.refusals)
     return translation.ours, translation.notices
 
 
 def takes_list(key: str) -> bool:
     """Whether several words after a flag are its list."""
-    return key in TABLE and TABLE[key].type.startswith(("names", "floats"))
+    return key == "columns" or (key in TABLE and TABLE[key].type.startswith(("names", "floats")))
 
 
 def stands_alone(key: str) -> bool:
@@ -86,23 +84,34 @@ def stands_alone(key: str) -> bool:
 class _Translation:
     """The values of a file and of flags on their way to settings of ours."""
 
-    def __init__(self, values: Mapping[str, Any]):
+    def __init__(self, values: Mapping[str, Any], method: Method, preset: Mapping[str, Any]):
         settings = settings_of(TrainConfig)
-        folder = values.get("output_dir")
-        if isinstance(folder, str):
-            values = {**values, "output_dir": os.path.expanduser(folder)}
-        self.values = values
+        self.preset = preset
+        self.method = method
         self.given: dict[str, Any] = {}  # TRL's keys, in their types
         self.ours: dict[str, Any] = {}
         self.notices: list[str] = []
+        self.refusals: list[str] = []
         for key, value in values.items():
             if key in TABLE:
-                self.given[key] = converted(TABLE[key], value)
+                self.attempt(self._give, key, value)
             elif key not in settings:
-                raise FasttrError(_unknown(key))
+                self.refusals.append(_unknown(key))
             else:
                 leaves_out = settings[key].is_optional and is_none(value)
                 self.ours[key] = None if leaves_out else value
+
+    def attempt(self, act: Callable[..., None], *values: Any) -> None:
+        """Do one thing; what it refuses is kept, so that all of a file's refusals are said."""
+        try:
+            act(*values)
+        except FasttrError as error:
+            self.refusals.append(str(error))
+
+    def _give(self, key: str, value: Any) -> None:
+        if key == "output_dir" and isinstance(value, str):
+            value = os.path.expanduser(value)
+        self.given[key] = converted(TABLE[key], value)
 
     def take_over(self) -> None:
         """Keys that keep their name, are ignored, or are refused."""
@@ -111,7 +120,7 @@ class _Translation:
             key = TABLE[name]
             changes_nothing = is_default(key, value)
             if key.kind == "refused" and not changes_nothing:
-                raise FasttrError(f"{name}: got {value!r}; {key.note}")
+                self.refusals.append(f"{name}: got {value!r:.60}; {key.note}")
             if key.kind == "ignored" and not changes_nothing:
                 self.notices.append(f"{name}: ignored: {key.note}")
             is_absent = changes_nothing and value in (None, [])
@@ -120,45 +129,39 @@ class _Translation:
 
     def check_values(self) -> None:
         """Values that are refused although their key is honoured."""
-        optimizer = self.given.get("optim", "adamw_torch")
-        if optimizer not in _OPTIMIZERS:
-            raise FasttrError(f"optim: got {optimizer!r}; wanted one of {', '.join(_OPTIMIZERS)}")
-        losses = self.given.get("loss_type") or []
-        for name in [losses] if isinstance(losses, str) else losses:
-            if isinstance(name, str) and name in OLDER_LOSSES:
-                raise FasttrError(f"loss_type: got {name!r}; {OLDER_LOSSES[name]}")
         if isinstance(self.given.get("env"), str):
             raise FasttrError("env: got text; wanted a mapping of names to values, in a file")
+        columns = self.ours.get("columns")
+        if isinstance(columns, str | list):
+            self.ours["columns"] = _named_columns(columns)
 
-    def rename(self) -> None:
-        """Keys of TRL that have another name here, or another measure."""
+    def rename_plain_ones(self) -> None:
+        for key in TABLE.values():
+            if key.plainly and self.given.get(key.name) is not None:
+                self._rename_plainly(key.name, key.ours)
         self._rename_plainly("activation_checkpointing", "gradient_checkpointing", wins=True)
-        self._rename_plainly("evaluation_strategy", "eval_strategy")
-        self._rename_plainly("torch_dtype", "dtype")
-        self._rename_warmup()
-        self._rename_precision()
-        self._rename_batch()
-        self._rename_launch()
-        self._rename_reference()
-        self._rename_model()
-        self._leave_out_adapter()
 
-    def notice_order(self) -> None:
-        # Who writes train_batch_size has chosen our keys.
-        is_trls = "train_batch_size" not in self.values
-        orders_rows = "train_sampling_strategy" in self.given
-        if self.ours.get("loss_type") in _KTO and is_trls and not orders_rows:
+    def rename_loss(self) -> None:
+        """`trl sft` has names of its own; label_smoothing is passed over where TRL does so."""
+        if self.given.get("completion_only_loss") is False:
+            raise FasttrError(
+                "completion_only_loss: got false; a prompt is never trained on: give whole "
+                "conversations under messages, or leave it out"
+            )
+        losses = self.ours.get("loss_type")
+        names = [losses] if isinstance(losses, str) else losses or []
+        if self.method.name == "sft" and all(name in _SFT_LOSSES for name in names):
+            self.ours.pop("loss_type", None)
+        reads_smoothing = {"cdpo", "robust", "exo_pair", "aot", "aot_unpaired"}
+        is_trls = self.method.name == "dpo" and not reads_smoothing & set(names)
+        if is_trls and self.ours.get("label_smoothing"):
+            del self.ours["label_smoothing"]
             self.notices.append(
-                "train_sampling_strategy: absent, so random; TRL's KTO reads rows in their order: "
-                "write sequential for that"
+                "label_smoothing: ignored: none of the losses reads it, as in TRL; for "
+                "conservative DPO there is loss_type cdpo"
             )
 
-    def _rename_plainly(self, theirs: str, ours: str, wins: bool = False) -> None:
-        value = self.given.get(theirs)
-        if value is not None and (wins or ours not in self.ours):
-            self.ours[ours] = value
-
-    def _rename_warmup(self) -> None:
+    def rename_warmup(self) -> None:
         ratio = self.given.get("warmup_ratio")
         if not ratio or self.ours.get("warmup_steps"):
             return
@@ -166,14 +169,14 @@ class _Translation:
             raise FasttrError(f"warmup_ratio: got {ratio!r}; wanted a share from 0 to below 1")
         self.ours["warmup_steps"] = ratio
 
-    def _rename_precision(self) -> None:
+    def rename_precision(self) -> None:
         precision = self.given.get("mixed_precision", "no")
         if precision == "bf16":
             self.ours["bf16"] = True
         elif precision != "no":
             raise FasttrError(f"mixed_precision: got {precision!r}; use bf16")
 
-    def _rename_batch(self) -> None:
+    def rename_batch(self) -> None:
         """Rows of a device times accumulation are a step; rows of a device are a loss's group."""
         asked = [key for key in _BATCH if key in self.given]
         if not asked:
@@ -189,13 +192,18 @@ class _Translation:
         rows, times = (self.given.get(key, TABLE[key].default) for key in _BATCH)
         world = _processes(self.ours.get("num_processes"))
         self.ours["train_batch_size"] = rows * times * world
+        if self.method.averages_the_step:
+            return
         # TRL takes KTO's estimate over all devices, of completions that each of them rotates.
-        of_all = self.ours.get("loss_type") == "kto" and world > 1
+        losses = self.ours.get("loss_type", self.method.defaults.get("loss_type"))
+        of_all = losses == "kto" and world > 1
         self.ours.setdefault("group_size", rows * world if of_all else rows)
         if of_all:
             self.ours.setdefault("mismatch_size", rows)
+        if times * world > 1:
+            self.ours.setdefault("micro_batch_size", rows)
 
-    def _rename_launch(self) -> None:
+    def rename_launch(self) -> None:
         plan = self.given.get("accelerate_config", "single_gpu")
         if plan not in ("single_gpu", "multi_gpu"):
             raise FasttrError(
@@ -203,8 +211,18 @@ class _Translation:
                 "num_processes: sharding is not built"
             )
 
-    def _rename_reference(self) -> None:
+    def leave_out_adapter(self) -> None:
+        """TRL's keys of an adapter mean nothing without one."""
+        if self.ours.get("use_peft"):
+            return
+        for name in _ADAPTER:
+            self.ours.pop(name, None)
+            if name in self.given and not is_default(TABLE[name], self.given[name]):
+                self.notices.append(f"{name}: ignored: read only with use_peft: true")
+
+    def rename_reference(self) -> None:
         self._rename_update()
+        self._check_forgotten_update()
         moves = self.ours.get("ref_update", "none") != "none"
         for ours, theirs in (
             ("ref_update_alpha", "ref_model_mixup_alpha"),
@@ -224,6 +242,45 @@ class _Translation:
                 "window is scored"
             )
 
+    def rename_model(self) -> None:
+        entries = self.given.get("model_init_kwargs") or {}
+        if not isinstance(entries, Mapping):
+            raise FasttrError(f"model_init_kwargs: got {entries!r}; wanted a mapping")
+        for key, value in entries.items():
+            self.attempt(self._take_model_entry, key, value)
+        if self.given.get("use_flash_attention_2"):
+            self.ours.setdefault("attn_implementation", "flash_attention_2")
+        kernel = self.ours.get("attn_implementation")
+        if isinstance(kernel, str) and kernel.startswith(
+            ("flash_attention_3", "kernels-community/")
+        ):
+            del self.ours["attn_implementation"]
+            self.notices.append(
+                f"attn_implementation: {kernel}: packed attention picks its own kernel, same values"
+            )
+
+    def rename_data(self) -> None:
+        """alignment-handbook's mixer: a mapping of data sets to shares of their train rows."""
+        mixer = self.given.get("dataset_mixer")
+        if mixer is None:
+            return
+        if not isinstance(mixer, Mapping) or not mixer:
+            raise FasttrError(
+                f"dataset_mixer: got {mixer!r:.60}; wanted a mapping of data sets to shares"
+            )
+        splits = self.given.get("dataset_splits") or ["train", "test"]
+        configs = self.given.get("dataset_configs") or [None] * len(mixer)
+        if len(configs) != len(mixer):
+            raise FasttrError(
+                f"dataset_configs: got {len(configs)} for {len(mixer)} data sets; wanted one each"
+            )
+        self.ours["dataset_mixture"] = _mixture_of(mixer, list(configs), list(splits))
+
+    def _rename_plainly(self, theirs: str, ours: str, wins: bool = False) -> None:
+        value = self.given.get(theirs)
+        if value is not None and (wins or ours not in self.ours):
+            self.ours[ours] = value
+
     def _rename_update(self) -> None:
         if "sync_ref_model" not in self.given:
             return
@@ -236,6 +293,18 @@ class _Translation:
                 f"{self.ours['ref_update']}; leave one out"
             )
 
+    def _check_forgotten_update(self) -> None:
+        """Who sets how the reference moves, and not that it does, has forgotten it: a whole run of
+        plain DPO would be the price."""
+        if "ref_update" in self.ours or "ref_update" in self.preset:
+            return
+        for name in ("ref_update_alpha", "ref_update_every"):
+            if name in self.ours:
+                raise FasttrError(
+                    f"{name}: got {self.ours[name]} without ref_update; write ref_update: soft (or "
+                    "hard) too, or ref_update: none for a reference that stays"
+                )
+
     def _check_reference(self) -> None:
         alpha = self.given.get("ref_model_mixup_alpha")
         every = self.given.get("ref_model_sync_steps")
@@ -244,37 +313,49 @@ class _Translation:
         if every is not None and every < 1:
             raise FasttrError(f"ref_model_sync_steps: got {every!r}; wanted a whole number from 1")
 
-    def _rename_model(self) -> None:
-        entries = self.given.get("model_init_kwargs") or {}
-        if not isinstance(entries, Mapping):
-            raise FasttrError(f"model_init_kwargs: got {entries!r}; wanted a mapping")
-        for key, value in entries.items():
-            if key in _MODEL_ENTRIES:
-                self.ours[_MODEL_ENTRIES[key]] = value
-                continue
-            trusts_nobody = key == "trust_remote_code" and value is False
-            if key not in _MODEL_ENTRIES_WITHOUT_EFFECT and not trusts_nobody:
-                raise FasttrError(
-                    f"model_init_kwargs: got {key}: {value!r}; wanted only "
-                    f"{', '.join(_MODEL_ENTRIES)}; leave it out"
-                )
-        kernel = self.ours.get("attn_implementation")
-        if isinstance(kernel, str) and kernel.startswith(
-            ("flash_attention_3", "kernels-community/")
-        ):
-            del self.ours["attn_implementation"]
-            self.notices.append(
-                f"attn_implementation: {kernel}: packed attention picks its own kernel, same values"
-            )
-
-    def _leave_out_adapter(self) -> None:
-        """TRL's keys of an adapter mean nothing without one."""
-        if self.ours.get("use_peft"):
+    def _take_model_entry(self, key: str, value: Any) -> None:
+        if key in MODEL_ENTRIES:
+            self.ours[MODEL_ENTRIES[key]] = value
             return
-        for name in _ADAPTER:
-            self.ours.pop(name, None)
-            if name in self.given and not is_default(TABLE[name], self.given[name]):
-                self.notices.append(f"{name}: ignored: read only with use_peft: true")
+        if key in SPEED_ENTRIES:
+            self.notices.append(f"model_init_kwargs: {key}: ignored: {SPEED_ENTRIES[key]}")
+            return
+        raise FasttrError(
+            f"model_init_kwargs: got {key}: {value!r:.60}; wanted only {', '.join(MODEL_ENTRIES)}; "
+            "leave it out"
+        )
+
+
+def _mixture_of(mixer: Mapping[str, Any], configs: list[Any], splits: list[Any]) -> dict[str, Any]:
+    """`dataset_mixer` as a `dataset_mixture`: the first rows of train splits, all of test splits,
+    each shuffled together with the seed that alignment-handbook writes in its code."""
+    train, test = [], []
+    for split in splits:
+        is_train = "train" in str(split)
+        if not is_train and "test" not in str(split):
+            raise FasttrError(
+                f"dataset_splits: got {split!r}; wanted names with train or test in them"
+            )
+        for (name, share), config in zip(mixer.items(), configs, strict=True):
+            part = {"id": str(name), "config": config, "split": str(split)}
+            if is_train:
+                train.append({**part, "weight": share})
+            else:
+                test.append(part)
+    return {"datasets": train, "test_datasets": test, "seed": 42, "draws_rows": False}
+
+
+def _named_columns(words: str | list[Any]) -> Any:
+    """`chosen=good rejected=bad` of a command line as a mapping."""
+    pairs = [
+        str(word).partition("=") for word in (words.split() if isinstance(words, str) else words)
+    ]
+    if not all(name and equals and value for name, equals, value in pairs):
+        raise FasttrError(
+            f"columns: got {words!r:.60}; wanted such as chosen=good rejected=bad, or in a file a "
+            "mapping"
+        )
+    return {name: value for name, _, value in pairs}
 
 
 def _processes(asked: int | None) -> int:
@@ -288,4 +369,23 @@ def _unknown(key: str) -> str:
     base = key.removeprefix("no_")
     if base != key and (base in TABLE or base in settings):
         return f"unknown key {key!r}: write {base}: false"
+    if key in _OTHER_WORDS:
+        return f"unknown key {key!r}: {_OTHER_WORDS[key]}"
     return f"unknown key {key!r}{did_you_mean(key, [*settings, *TABLE])}; --help lists all"
+
+
+# What people of other tools write, with what it is here.
+_OTHER_WORDS = {
+    "device": "a run takes the GPU when there is one; use_cpu: true keeps it on the CPU",
+    "early_stopping_patience": "runs are not stopped early; keep the best checkpoint with "
+    "load_best_model_at_end: true",
+    "model": "a file of settings is flat: write model_name_or_path: NAME",
+    "dataset": "a file of settings is flat: write dataset_name: NAME",
+    "data": "a file of settings is flat: write dataset_name: NAME",
+    "batch_size": "write train_batch_size, rows per optimizer step",
+    "lr": "write learning_rate",
+    "epochs": "write num_train_epochs",
+    "alpha": "write ref_update_alpha, with ref_update: soft",
+    "model_args": "a file of settings is flat: write its keys without model_args",
+    "training_args": "a file of settings is flat: write its keys without training_args",
+}

@@ -21,6 +21,7 @@ class Key(NamedTuple):
     kind: Kind
     note: str = ""  # honoured: what is special; renamed: how; ignored: why; refused: advice
     ours: str = ""  # the key it is renamed to
+    plainly: bool = False  # renamed, with the same values
 
 
 def _h(name: str, default: Any, type_: str, note: str = "") -> Key:
@@ -29,6 +30,10 @@ def _h(name: str, default: Any, type_: str, note: str = "") -> Key:
 
 def _n(name: str, default: Any, type_: str, ours: str, note: str = "") -> Key:
     return Key(name, default, type_, "renamed", note, ours)
+
+
+def _same(name: str, default: Any, type_: str, ours: str, note: str = "") -> Key:
+    return Key(name, default, type_, "renamed", note, ours, plainly=True)
 
 
 def _i(name: str, default: Any, type_: str, reason: str) -> Key:
@@ -46,6 +51,8 @@ _LORA = "read only with use_peft"
 _QUANTIZED = (
     "a quantised base is not built; use_peft with bf16 keeps the matrices in 2 bytes a weight"
 )
+_PACKING = "read only with packing"
+_OLD = "transformers no longer has it, and it changes no values"
 _LOADER = "no data loader: rows are read once and planned ahead"
 _EVAL = "no logits are kept, only sums"
 _LOG = "concerns transformers' own log lines"
@@ -55,7 +62,12 @@ _LAUNCH = "processes of one machine are started here; for several use torchrun o
 
 # DPOConfig and KTOConfig: what is computed.
 METHOD = [
-    _h("loss_type", ["sigmoid"], "names", "absent: sigmoid for pairs, kto for unpaired rows"),
+    _h(
+        "loss_type",
+        ["sigmoid"],
+        "names",
+        "absent: that of the command, or of the rows: sigmoid for pairs, kto for unpaired ones",
+    ),
     _h("loss_weights", None, "floats?"),
     _h("beta", 0.1, "float"),
     _h("label_smoothing", 0.0, "float"),
@@ -86,12 +98,11 @@ METHOD = [
     _i("precompute_ref_log_probs", False, "bool", "the reference is always scored ahead"),
     _i("precompute_ref_batch_size", None, "int?", "packing decides; values do not depend on it"),
     _h("max_length", 1024, "int?"),
-    _r(
+    _h(
         "truncation_mode",
         "keep_start",
         "str",
-        "keep_start only: keep_end cuts the prompt differently on each side, so nothing can be "
-        "shared",
+        "keep_end: sides of unequal length share no prompt; refused for unpaired rows",
     ),
     _i("padding_free", False, "bool", "always packed without padding, same values"),
     _i("pad_to_multiple_of", "auto", "any", "there is no padding"),
@@ -113,16 +124,48 @@ METHOD = [
         None,
         "dict?",
         "dtype, attn_implementation, model_revision",
-        "those three entries are read and win; others are refused",
+        "those three entries are read and win; those that concern speed are ignored, others "
+        "refused",
     ),
-    _r(
-        "trust_remote_code",
-        False,
-        "bool",
-        "a repository's own code cannot be shown to pack exactly; leave it out",
-    ),
+    _h("trust_remote_code", False, "bool"),
     _h("dataset_num_proc", None, "int?"),
     _i("pad_token", None, "str?", "no padding token reaches the model"),
+]
+
+# SFTConfig alone.
+SFT = [
+    _same("chat_template_path", None, "str?", "chat_template", "a .jinja file; nothing else"),
+    _r(
+        "dataset_text_field",
+        "text",
+        "str",
+        "rows of whole text are not trained on; give prompt and completion, or messages",
+    ),
+    _r("dataset_kwargs", None, "any", "rows are always prepared; leave it out"),
+    _h("eos_token", None, "str?"),
+    _r("shuffle_dataset", False, "bool", "every epoch has an order of its own; leave it out"),
+    _r(
+        "packing",
+        False,
+        "bool",
+        "rows are packed without padding and still see themselves alone; a batch counts rows, not "
+        "blocks of max_length: leave it out",
+    ),
+    _i("packing_strategy", "bfd", "str", _PACKING),
+    _i("eval_packing", None, "bool?", _PACKING),
+    _i(
+        "completion_only_loss",
+        None,
+        "bool?",
+        "of a prompt and its completion the completion is trained on, of messages all; false with "
+        "a prompt is refused",
+    ),
+    _r(
+        "assistant_only_loss",
+        False,
+        "bool",
+        "turns of a conversation are not masked; give its last one as completion",
+    ),
 ]
 
 # TrainingArguments, through DPOConfig and KTOConfig.
@@ -146,17 +189,12 @@ TRAINING = [
     _h("num_train_epochs", 3.0, "float"),
     _h("max_steps", -1, "int"),
     _h("learning_rate", 1e-6, "float"),
-    _h("lr_scheduler_type", "linear", "str", "without reduce_lr_on_plateau and greedy"),
+    _h("lr_scheduler_type", "linear", "str", "without greedy"),
     _h("lr_scheduler_kwargs", None, "dict?"),
     _h("warmup_steps", 0, "float", "below 1 a share of all steps"),
-    _h(
-        "optim",
-        "adamw_torch_fused",
-        "str",
-        "adamw_torch and adamw_torch_fused, both the fused kernel",
-    ),
-    _r("optim_args", None, "str?", "AdamW is set by adam_beta1, adam_beta2 and adam_epsilon"),
-    _r("optim_target_modules", None, "any", "AdamW trains every parameter"),
+    _h("optim", "adamw_torch_fused", "str", "AdamW is always torch's fused one"),
+    _h("optim_args", None, "str?"),
+    _r("optim_target_modules", None, "any", "every parameter is trained"),
     _h("weight_decay", 0.0, "float"),
     _h("adam_beta1", 0.9, "float"),
     _h("adam_beta2", 0.999, "float"),
@@ -249,9 +287,9 @@ TRAINING = [
     _h("save_only_model", False, "bool"),
     _i("save_on_each_node", False, "bool", _DDP),
     _i("enable_jit_checkpoint", False, "bool", "a signal always saves before it stops the run"),
-    _r("push_to_hub", False, "bool", "upload the output folder afterwards"),
+    _h("push_to_hub", False, "bool"),
     *(
-        _i(name, default, type_, _HUB)
+        _h(name, default, type_, _HUB)
         for name, default, type_ in (
             ("hub_token", None, "str?"),
             ("hub_private_repo", None, "bool?"),
@@ -297,7 +335,7 @@ TRAINING = [
     _i("remove_unused_columns", True, "bool", _CLASS),
     _i("label_names", None, "names?", _CLASS),
     _i("length_column_name", "length", "str", _CLASS),
-    _h("train_sampling_strategy", "random", "str", "random or sequential; absent with kto: random"),
+    _h("train_sampling_strategy", "random", "str", "random or sequential; fasttr kto: sequential"),
     *(
         _i(name, default, type_, _DDP)
         for name, default, type_ in (
@@ -324,7 +362,7 @@ TRAINING = [
 MODEL = [
     _h("model_name_or_path", None, "str?"),
     _h("model_revision", "main", "str"),
-    _h("dtype", "float32", "str", "float32 only; with bf16 the weights stay float32"),
+    _h("dtype", "float32", "str", "bfloat16 and auto: weights and optimizer stay float32"),
     _h(
         "attn_implementation",
         None,
@@ -360,7 +398,7 @@ DATA = [
     _h("dataset_config", None, "str?"),
     _h("dataset_train_split", "train", "str"),
     _h("dataset_test_split", "test", "str"),
-    _r("dataset_streaming", False, "bool", "the plan needs the number of rows; use Parquet files"),
+    _same("dataset_streaming", False, "bool", "streaming"),
     _i("ignore_bias_buffers", False, "bool", _DDP),
     _h(
         "datasets",
@@ -368,7 +406,7 @@ DATA = [
         "any",
         "each with path, name, data_dir, data_files, split, columns, fraction",
     ),
-    _r("streaming", False, "bool", "the plan needs the number of rows; use Parquet files"),
+    _h("streaming", False, "bool", "needs max_steps"),
     _h("test_split_size", None, "float?", "seeded by seed"),
     _h("env", None, "dict?", "set before anything is imported; in a file only"),
 ]
@@ -398,7 +436,8 @@ LAUNCH = [
 _CUTS = "TRL 1.16 cuts by max_length alone; leave it out"
 _ADAPTER = "there is one adapter, and the reference is not named by one; leave it out"
 
-# Keys of older TRL that 1.16 no longer has, with their defaults there.
+# Keys of older TRL, older transformers and alignment-handbook that TRL 1.16 no longer has, with
+# their defaults there.
 OLDER = [
     _n(
         "warmup_ratio",
@@ -407,16 +446,36 @@ OLDER = [
         "warmup_steps",
         "a share of all steps; read when warmup_steps is 0 or absent",
     ),
-    _n("evaluation_strategy", "no", "strategy", "eval_strategy"),
-    _n("torch_dtype", None, "str?", "dtype"),
-    _i("group_by_length", False, "bool", "packing already removes padding"),
-    _r("save_safetensors", True, "bool", "weights are always saved as safetensors"),
+    _same("evaluation_strategy", "no", "strategy", "eval_strategy"),
+    _same("torch_dtype", None, "str?", "dtype"),
+    _same("no_cuda", False, "bool", "use_cpu"),
+    _same("hub_model_revision", "main", "str?", "hub_revision"),
+    _same("push_to_hub_model_id", None, "str?", "hub_model_id"),
+    _same("push_to_hub_token", None, "str?", "hub_token"),
+    _same("preprocessing_num_workers", None, "int?", "dataset_num_proc"),
+    _same("max_seq_length", None, "int?", "max_length"),
+    _n("use_flash_attention_2", False, "bool", "attn_implementation", "true: flash_attention_2"),
+    _h("chat_template", None, "str?"),
+    _h("max_prompt_length", None, "int?", "the prompt's last tokens, as TRL 0.12 to 0.28 had it"),
+    _h("max_completion_length", None, "int?", "the completion's first tokens, as TRL had it"),
+    _h("dataset_mixture", None, "any", "rows and order are alignment-handbook's"),
+    _n(
+        "dataset_mixer",
+        None,
+        "any",
+        "dataset_mixture",
+        "the first rows of each train split, all of each test split, shuffled together",
+    ),
+    _n("dataset_splits", None, "names?", "dataset_mixture", "read with dataset_mixer"),
+    _n("dataset_configs", None, "names?", "dataset_mixture", "read with dataset_mixer"),
     _h(
         "overwrite_output_dir",
         False,
         "bool",
         "deletes the checkpoints in output_dir and starts over",
     ),
+    _i("group_by_length", False, "bool", "packing already removes padding"),
+    _r("save_safetensors", True, "bool", "weights are always saved as safetensors"),
     _i("logging_dir", None, "str?", "TensorBoard writes into runs/ under output_dir"),
     _i(
         "use_logits_to_keep",
@@ -424,8 +483,23 @@ OLDER = [
         "bool",
         "logits of completions alone are always what is computed",
     ),
-    _r("max_prompt_length", None, "int?", _CUTS),
-    _r("max_completion_length", None, "int?", _CUTS),
+    _i(
+        "auto_insert_empty_system_msg",
+        False,
+        "bool",
+        "no message is put in; the chat template decides",
+    ),
+    *(
+        _i(name, default, type_, _OLD)
+        for name, default, type_ in (
+            ("half_precision_backend", "auto", "str"),
+            ("include_tokens_per_second", False, "bool"),
+            ("include_inputs_for_metrics", False, "bool"),
+            ("jit_mode_eval", False, "bool"),
+            ("use_mps_device", False, "bool"),
+            ("past_index", -1, "int"),
+        )
+    ),
     _r(
         "rpo_alpha",
         None,
@@ -438,27 +512,27 @@ OLDER = [
     _r(
         "ref_model_init_kwargs", None, "any", "the reference is read as the policy is; leave it out"
     ),
+    _r("tokenizer_name_or_path", None, "str?", "the tokenizer is that of model_name_or_path"),
     _r("model_adapter_name", None, "str?", _ADAPTER),
     _r("ref_adapter_name", None, "str?", _ADAPTER),
-    _r("dataset_mixer", None, "any", "use datasets: [{path: ...}]"),
-    _r("dataset_mixture", None, "any", "use datasets: [{path: ...}]"),
     _r("label_pad_token_id", -100, "int", "there is no padding; leave it out"),
     _r("padding_value", None, "int?", "there is no padding; leave it out"),
-    _r("packing", False, "bool", "always packed without padding; leave it out"),
 ]
 
 SECTIONS = {
     "DPO and KTO": METHOD,
+    "SFT": SFT,
     "Training": TRAINING,
     "Model": MODEL,
     "Data": DATA,
     "Launch": LAUNCH,
-    "Older TRL": OLDER,
+    "Older TRL, transformers and alignment-handbook": OLDER,
 }
 TABLE: dict[str, Key] = {key.name: key for section in SECTIONS.values() for key in section}
 
-# Where KTOConfig's default is another one.
+# Where the default of KTOConfig, or of SFTConfig, is another one.
 KTO_DEFAULTS: dict[str, Any] = {"loss_type": "kto", "train_sampling_strategy": "sequential"}
+SFT_DEFAULTS: dict[str, Any] = {"loss_type": "nll", "learning_rate": 2e-5}
 
 # Values of accelerator_config that change nothing.
 ACCELERATOR: dict[str, Any] = {
@@ -471,8 +545,33 @@ ACCELERATOR: dict[str, Any] = {
     "use_configured_state": False,
 }
 
-# Losses of older TRL.
-OLDER_LOSSES = {
-    "bco": "TRL 1.16 has no bco for unpaired rows; bco_pair is for pairs",
-    "aot_pair": "it is called aot now",
+# Entries of model_init_kwargs that are settings of ours, and those that change no values.
+MODEL_ENTRIES = {
+    "dtype": "dtype",
+    "torch_dtype": "dtype",
+    "attn_implementation": "attn_implementation",
+    "revision": "model_revision",
+    "trust_remote_code": "trust_remote_code",
 }
+_SPEED = "it concerns speed or memory alone"
+SPEED_ENTRIES = {
+    "use_kernels": _SPEED,
+    "kernel_config": _SPEED,
+    "use_cache": _SPEED,
+    "low_cpu_mem_usage": _SPEED,
+    "use_flash_attention_2": _SPEED,
+    "use_safetensors": "weights are always read from safetensors",
+}
+
+# Two names of one thing: a flag of one name replaces a file's key of the other.
+RIVALS = [
+    {"gradient_checkpointing", "activation_checkpointing"},
+    {"warmup_steps", "warmup_ratio"},
+    {"ref_update", "sync_ref_model"},
+    {"ref_update_alpha", "ref_model_mixup_alpha"},
+    {"ref_update_every", "ref_model_sync_steps"},
+    {"train_batch_size", "per_device_train_batch_size"},
+    {"train_batch_size", "gradient_accumulation_steps"},
+    {"dataset_mixture", "dataset_mixer"},
+    *({key.name, key.ours} for key in TABLE.values() if key.plainly),
+]

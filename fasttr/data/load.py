@@ -3,36 +3,50 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from fasttr.data.arrow import Columns, DataReport, Encoder, TreeSet
-from fasttr.data.formats import DATASET_FORMATS, RowFormat, find_format
+import numpy as np
+
+from fasttr.data.arrow import ODD_ROLE, Columns, TreeSet
+from fasttr.data.encoder import Encoder, Shape
+from fasttr.data.formats import DATASET_FORMATS, LEFT_OUT, RowFormat, Skipped, Status, find_format
+from fasttr.data.reading import looks_like_hh, read_batch, unknown_role
+from fasttr.data.report import DataReport
 from fasttr.data.sources import check_features, read_rows
 from fasttr.data.tokens import require_eos, tokenizer_fingerprint
+from fasttr.data.unpaired import shares_of
 from fasttr.errors import FasttrError
 
 # Part of every cache key: raise it when the same rows and options would give other tokens.
 ENCODING_VERSION = 2
-ROWS_AT_ONCE = 1000
+ROWS_AT_ONCE = 1000  # also what TRL takes pairs apart in
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Which rows to read and how to encode them. FasttrError on a value out of range."""
 
-    name: str = "the rows"  # hub id, folder, or .json, .jsonl, .parquet file (.gz too)
+    name: str = "the rows"  # hub id, folder, or .json, .jsonl, .parquet, .csv file (.gz too)
     config: str | None = None  # configuration of a hub data set
     split: str = "train"  # a single file has the split train alone
     dataset_format: str | None = None  # None: by columns; hh_rlhf: raw transcripts
+    columns: Mapping[str, str] = field(default_factory=dict)  # name here -> name in the data
     max_length: int | None = 1024  # prompt + completion, a side; None: no cut
+    max_prompt_length: int | None = None  # its last tokens are kept
+    max_completion_length: int | None = None
+    keeps_end: bool = False  # max_length cuts on the left
     weight_column: str | None = None
     sides: int = 2  # 1: keep the chosen side of a pair alone, once both are encoded
+    takes_pairs_apart: bool = False  # chosen and rejected become rows with a verdict
+    drops_identical: bool = True  # leave out pairs whose sides are the same tokens
     max_dropped_fraction: float = 1.0
     max_boundary_mismatch: float | None = None  # fraction of rows
     num_proc: int | None = None
+    most_rows: int | None = None  # of a stream: no more kept rows than these are read
     cache_dir: str | None = None  # None: the cache of `datasets`
 
     def __post_init__(self) -> None:
@@ -66,14 +80,13 @@ class DataConfig:
         return f"{self.name} ({self.split})"
 
     @property
+    def shape(self) -> Shape:
+        return Shape(**{one.name: getattr(self, one.name) for one in fields(Shape)})
+
+    @property
     def options(self) -> dict[str, Any]:
         """What, beside rows, format and tokenizer, decides the tokens."""
-        return {
-            "version": ENCODING_VERSION,
-            "max_length": self.max_length,
-            "sides": self.sides,
-            "weight_column": self.weight_column,
-        }
+        return {"version": ENCODING_VERSION, **asdict(self.shape)}
 
 
 def load_trees(tokenizer: Any, config: DataConfig) -> TreeSet:
@@ -91,34 +104,54 @@ def load_trees(tokenizer: Any, config: DataConfig) -> TreeSet:
 def encode_rows(tokenizer: Any, rows: Any, config: DataConfig) -> TreeSet:
     """`load_trees` for rows that are already here.
 
-    A `datasets.Dataset` is tokenised through its cache, a list of mappings in memory.
+    A `datasets.Dataset` is tokenised through its cache, a list of mappings in memory, and a
+    `datasets.IterableDataset` in memory as far as `most_rows` asks.
     """
     require_eos(tokenizer)
-    is_dataset = hasattr(rows, "column_names")
-    names = rows.column_names if is_dataset else _column_names(rows, config)
+    rows = _renamed(rows, config)
+    names = _column_names(rows, config)
     row_format = _find_format(names, config)
-    encoder = Encoder(
-        tokenizer,
-        row_format,
-        max_length=config.max_length,
-        sides=config.sides,
-        weight_column=config.weight_column,
-    )
+    encoder = Encoder(tokenizer, row_format, config.shape)
     options = {**config.options, "format": asdict(row_format)}
     try:
-        if is_dataset:
-            check_features(config.name, rows.features, row_format.columns)
-            columns = _encode_dataset(rows, encoder, options, config)
-        else:
-            columns = _encode_list(rows, encoder)
+        columns = _encoded(rows, encoder, options, config)
+        hints = _hints(rows, names, row_format, columns)
     except FasttrError as error:
         raise FasttrError(f"{config.place}: {error}") from error
-    report = DataReport.of(columns, config.name, config.split, config.max_length)
+    report = DataReport.of(
+        columns, name=config.name, split=config.split, shape=config.shape, hints=hints
+    )
     _check(report, config)
-    return TreeSet(columns, report, options)
+    return TreeSet(columns, report, options, most=config.most_rows)
+
+
+def is_stream(rows: Any) -> bool:
+    """Whether rows come one after the other and cannot be counted, as a `IterableDataset`'s."""
+    return hasattr(rows, "take") and not hasattr(rows, "__len__")
+
+
+def _renamed(rows: Any, config: DataConfig) -> Any:
+    """Rows whose columns have the names that formats know."""
+    if not config.columns:
+        return rows
+    theirs = {there: here for here, there in config.columns.items()}
+    if not hasattr(rows, "rename_columns"):
+        return [{theirs.get(name, name): value for name, value in row.items()} for row in rows]
+    names = rows.column_names or _first_names(rows)
+    absent = [there for there in theirs if there not in names]
+    if absent:
+        raise FasttrError(
+            f"{config.place}: columns names {absent[0]!r}, and the data set has "
+            f"{', '.join(map(repr, names))}"
+        )
+    replaced = [here for here, there in config.columns.items() if here in names and here != there]
+    rows = rows.remove_columns(replaced) if replaced else rows
+    return rows.rename_columns({there: here for there, here in theirs.items() if there != here})
 
 
 def _column_names(rows: Any, config: DataConfig) -> list[str]:
+    if hasattr(rows, "column_names"):
+        return rows.column_names or _first_names(rows)
     is_list = isinstance(rows, Sequence) and not isinstance(rows, str | bytes)
     if not is_list or not rows or not all(isinstance(row, Mapping) for row in rows):
         got = f"{type(rows).__name__} of {len(rows)} rows" if is_list else type(rows).__name__
@@ -127,6 +160,11 @@ def _column_names(rows: Any, config: DataConfig) -> list[str]:
             "columns of a preference set"
         )
     return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _first_names(stream: Any) -> list[str]:
+    """The columns of a stream that does not know them before it is read."""
+    return list(next(iter(stream), {}))
 
 
 def _find_format(names: Sequence[str], config: DataConfig) -> RowFormat:
@@ -141,11 +179,24 @@ def _find_format(names: Sequence[str], config: DataConfig) -> RowFormat:
         raise FasttrError(f"{config.place}: {error}") from None
 
 
+def _encoded(rows: Any, encoder: Encoder, options: dict[str, Any], config: DataConfig) -> Columns:
+    if is_stream(rows):
+        return _encode_stream(rows, encoder, config.most_rows)
+    if hasattr(rows, "column_names"):
+        check_features(config.name, rows.features, encoder.row_format.columns)
+        return _encode_dataset(rows, encoder, options, config)
+    # Pairs are taken apart in each process's share, as `datasets` deals them.
+    shares = config.num_proc or 1 if encoder.takes_apart else 1
+    blocks = (rows[part.start : part.stop] for part in _blocks(len(rows), shares))
+    return _encode_blocks(blocks, encoder)
+
+
 def _encode_dataset(
     rows: Any, encoder: Encoder, options: dict[str, Any], config: DataConfig
 ) -> Columns:
     names = list(encoder.row_format.columns)
-    key = [rows._fingerprint, tokenizer_fingerprint(encoder.tokenizer), options]
+    order = config.num_proc if encoder.takes_apart else None
+    key = [rows._fingerprint, tokenizer_fingerprint(encoder.tokenizer), options, order]
     digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16)
     try:
         encoded = (
@@ -154,6 +205,7 @@ def _encode_dataset(
             .map(
                 encoder,
                 batched=True,
+                batch_size=ROWS_AT_ONCE,
                 with_indices=True,
                 remove_columns=names,
                 features=encoder.features(),
@@ -170,14 +222,75 @@ def _encode_dataset(
     return Columns.of_dataset(encoded)
 
 
-def _encode_list(rows: Sequence[Mapping[str, Any]], encoder: Encoder) -> Columns:
+def _encode_stream(rows: Any, encoder: Encoder, most: int | None) -> Columns:
+    """Blocks of a stream until as many rows are kept as are wanted."""
+
+    def until_enough() -> Iterator[list[Mapping[str, Any]]]:
+        stream = iter(rows)
+        while block := list(itertools.islice(stream, ROWS_AT_ONCE)):
+            yield block
+
+    return _encode_blocks(until_enough(), encoder, most)
+
+
+def _encode_blocks(
+    blocks: Iterable[Sequence[Mapping[str, Any]]], encoder: Encoder, most: int | None = None
+) -> Columns:
     columns: dict[str, list[Any]] = {name: [] for name in encoder.columns}
-    for first in range(0, len(rows), ROWS_AT_ONCE):
-        block = rows[first : first + ROWS_AT_ONCE]
+    first = 0
+    kept = 0
+    for block in blocks:
         batch = {name: [row.get(name) for row in block] for name in encoder.row_format.columns}
-        for name, values in encoder(batch, range(first, first + len(block))).items():
+        encoded = encoder(batch, range(first, first + len(block)))
+        for name, values in encoded.items():
             columns[name] += values
+        first += len(block)
+        kept += encoded["status"].count(int(Status.KEPT))
+        if most is not None and kept >= most:
+            break
     return Columns.of_lists(columns)
+
+
+def _blocks(rows: int, shares: int) -> Iterator[range]:
+    for share in shares_of(rows, min(shares, rows)):
+        for first in range(share.start, share.stop, ROWS_AT_ONCE):
+            yield range(first, min(first + ROWS_AT_ONCE, share.stop))
+
+
+def _hints(rows: Any, names: Sequence[str], row_format: RowFormat, columns: Columns) -> list[str]:
+    """What the rows are likely to be meant as, where they are read in another way."""
+    hints = []
+    left_out = [name for name in LEFT_OUT if name in names]
+    if left_out and row_format.prompt[:1] in (("instruction",), ("conversations",)):
+        hints.append(f"not read: {', '.join(left_out)}; put them into the prompt")
+    if row_format.name == "paired" and not row_format.prompt and looks_like_hh(_row(rows, 0)):
+        hints.append(
+            "the rows look like raw HH transcripts: dataset_format: hh_rlhf takes the last "
+            "Assistant turn for the completion, as the papers do"
+        )
+    odd = np.flatnonzero(columns.numbers["flags"] & ODD_ROLE)
+    if len(odd):
+        hints.append(_about_roles(rows, row_format, columns, odd))
+    return hints
+
+
+def _about_roles(rows: Any, row_format: RowFormat, columns: Columns, odd: np.ndarray) -> str:
+    places = columns.numbers.get("read_row")
+    row = int(odd[0] if places is None else places[odd[0]])
+    values = _row(rows, row)
+    batch = {name: [values.get(name)] for name in row_format.columns}
+    (example,) = read_batch(batch, [row], row_format)
+    role = None if isinstance(example, Skipped) else unknown_role(example)
+    return (
+        f"WARNING: {len(odd)} rows have a message of an unknown role (row {row}: {role!r}), which "
+        "a chat template may leave out; wanted system, user, assistant or tool"
+    )
+
+
+def _row(rows: Any, row: int) -> Mapping[str, Any]:
+    if is_stream(rows):
+        return next(itertools.islice(iter(rows), row, None))
+    return rows[row]
 
 
 def _check(report: DataReport, config: DataConfig) -> None:

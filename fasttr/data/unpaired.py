@@ -1,4 +1,4 @@
-"""Unpaired rows for KTO: pairs taken apart, and each row's mismatched completion put into its tree.
+"""Unpaired rows for KTO: each row's mismatched completion put into its tree.
 
 The mismatched completion estimates the KL term of `kto`. It is fixed once, by TRL's rotation in the
 order of the data: inside each block of consecutive rows every prompt gets the completion of the row
@@ -26,7 +26,11 @@ class Unpaired:
         labels: (n,) bool of a source with one completion; None for pairs.
         block: rows inside which completions rotate; None adds no mismatched completion.
         max_length: a mismatched completion is cut so that prompt and completion fit.
+        shares: consecutive shares of the rows in which blocks begin anew, as TRL's processes have
+            them (`dataset_num_proc`).
     """
+
+    prompt_skips: np.ndarray | None = None  # every row has one prompt
 
     def __init__(
         self,
@@ -35,6 +39,7 @@ class Unpaired:
         labels: np.ndarray | None,
         block: int | None,
         max_length: int | None,
+        shares: int = 1,
     ):
         self.source = source
         if source.completion_lengths.shape[1] == 2:
@@ -51,15 +56,17 @@ class Unpaired:
         self.prompt_lengths = source.prompt_lengths[self._row]
         own_lengths = source.completion_lengths[self._row, self._side]
         lengths = [own_lengths]
+        whole_lengths = getattr(source, "uncut_lengths", None)
+        self._uncut = None if whole_lengths is None else source.uncut  # type: ignore[attr-defined]
         self._partner: np.ndarray | None = None
         if block is not None:
-            self._partner = _rotated(len(self._row), block)
-            mismatched = own_lengths[self._partner]
+            self._partner = _rotated(len(self._row), block, shares)
+            mismatched = (own_lengths if whole_lengths is None else whole_lengths)[self._partner]
             if max_length is not None:
                 mismatched = np.minimum(mismatched, max_length - self.prompt_lengths)
             lengths.append(mismatched)
         self.completion_lengths = np.stack(lengths, axis=1).astype(np.int32)
-        self.fingerprint = f"{source.fingerprint}/unpaired/{block}/{max_length}"
+        self.fingerprint = f"{source.fingerprint}/unpaired/{block}/{max_length}/{shares}"
 
     def __len__(self) -> int:
         return len(self._row)
@@ -68,12 +75,23 @@ class Unpaired:
         tree = self.source[int(self._row[row])]
         completions = [tree.completions[self._side[row]]]
         if self._partner is not None:
-            partner = int(self._partner[row])
-            other = self.source[int(self._row[partner])].completions[self._side[partner]]
-            completions.append(other[: self.completion_lengths[row, 1]])
+            mismatched = self._whole(int(self._partner[row]))
+            completions.append(mismatched[: self.completion_lengths[row, 1]])
         return Tree(
             int(row), tree.prompt_ids, tuple(completions), tree.weight, bool(self.labels[row])
         )
+
+    def _whole(self, row: int) -> np.ndarray:
+        """A row's completion, where the source still has it as it was before it was cut."""
+        if self._uncut is not None:
+            return self._uncut(row)
+        return self.source[int(self._row[row])].completions[self._side[row]]
+
+
+def shares_of(rows: int, shares: int) -> list[range]:
+    """Consecutive shares as `datasets` deals rows to processes: the first ones have one more."""
+    ends = np.cumsum([len(part) for part in np.array_split(np.arange(rows), max(shares, 1))])
+    return [range(first, end) for first, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def _taken_apart(pairs: int) -> tuple[np.ndarray, np.ndarray]:
@@ -86,9 +104,12 @@ def _taken_apart(pairs: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(rows), np.concatenate(sides)
 
 
-def _rotated(rows: int, block: int) -> np.ndarray:
+def _rotated(rows: int, block: int, shares: int) -> np.ndarray:
     """(rows,) the row before each one; for the first row of a block the block's last."""
-    place = np.arange(rows)
-    start = place // block * block
-    last = np.minimum(start + block, rows) - 1
-    return np.where(place == start, last, place - 1)
+    partners = []
+    for share in shares_of(rows, min(shares, rows)):
+        place = np.arange(len(share))
+        start = place // block * block
+        last = np.minimum(start + block, len(share)) - 1
+        partners.append(share.start + np.where(place == start, last, place - 1))
+    return np.concatenate(partners)

@@ -9,6 +9,7 @@ Legend: N completions of a pack, B rows, m completions of a row.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -30,6 +31,7 @@ from fasttr.metrics.sums import (
 )
 from fasttr.models.packed import PackedModel
 from fasttr.packing.plan import Plan, pack_rows
+from fasttr.packing.tiers import SHARED
 from fasttr.reference.logp_table import LogpTable
 
 BLOCK = 64  # rows packed together, about
@@ -42,18 +44,19 @@ class EvaluationSplit:
     trees: TreeSource
     max_tokens_per_batch: int
     group_rows: int = 1
+    tier: str = SHARED
     ref_logps: LogpTable | None = None  # of the window's reference
     anchor_logps: LogpTable | None = None  # of the initial policy
 
     @classmethod
     def of(cls, trees: TreeSource, loss: Loss, plan: Plan) -> EvaluationSplit:
         """A split that is packed as the training rows of `plan` are."""
-        split = cls(trees, plan.max_tokens_per_batch, plan.group_rows)
+        split = cls(trees, plan.max_tokens_per_batch, plan.group_rows, plan.tier)
         return split.with_tables(loss) if loss.needs_reference else split
 
     def with_tables(self, loss: Loss) -> EvaluationSplit:
         tables = [LogpTable(len(self.trees), loss.completions) for _ in range(2)]
-        return EvaluationSplit(self.trees, self.max_tokens_per_batch, self.group_rows, *tables)
+        return dataclasses.replace(self, ref_logps=tables[0], anchor_logps=tables[1])
 
     def lacks_reference(self) -> bool:
         """Whether the window's reference has not scored all rows."""
@@ -65,7 +68,12 @@ class EvaluationSplit:
         for first in range(0, len(self.trees), block):
             rows = np.arange(first, min(first + block, len(self.trees)))
             yield from pack_rows(
-                self.trees, rows, self.max_tokens_per_batch, self.group_rows, ranks
+                self.trees,
+                rows,
+                self.max_tokens_per_batch,
+                self.group_rows,
+                tier=self.tier,
+                ranks=ranks,
             )
 
 
@@ -75,9 +83,11 @@ def evaluate(
     split: EvaluationSplit,
     objective: Objective,
     after: Callable[[PackedBatch, Tensor], None] | None = None,
+    name: str = "",
     ranks: Ranks = ALONE,
 ) -> dict[str, float]:
-    """Means over all rows of the split, under `eval_` names, the same on every rank.
+    """Means over all rows of the split, under `eval_` names, or `eval_NAME_` where it has a name;
+    the same on every rank.
 
     `after` is called after every pack with the model's log-probs (N,) of it.
     """
@@ -97,10 +107,10 @@ def evaluate(
         if after is not None:
             after(batch, out.logp)
     ranks.sum_([sums])
-    line = as_metrics(by_name(means(sums)), loss, prefix="eval_")
-    if "eval_rewards/accuracies" in line:
-        share = line["eval_rewards/accuracies"]
-        line["eval_rewards/accuracies_stderr"] = binomial_stderr(share, len(rows))
+    line = as_metrics(by_name(means(sums)[0]), loss)
+    if "rewards/accuracies" in line:
+        share = line["rewards/accuracies"]
+        line["rewards/accuracies_stderr"] = binomial_stderr(share, len(rows))
     if split.anchor_logps is not None:
         logps = LogpTable(len(rows), loss.completions)
         for batch_rows, logp in found:
@@ -108,7 +118,8 @@ def evaluate(
         logps.merge(rows, ranks)
         logratio_Bm = torch.from_numpy(logps.values - split.anchor_logps.values)
         line.update(_AgainstAnchor(split.trees, logratio_Bm).metrics(loss))
-    return line
+    prefix = f"eval_{name}_" if name else "eval_"
+    return {prefix + metric: value for metric, value in line.items()}
 
 
 class _AgainstAnchor(NamedTuple):
@@ -126,14 +137,14 @@ class _AgainstAnchor(NamedTuple):
             found["logratios/rejected"] = float(rejected.mean())
         if len(chosen) and len(rejected):
             found["rewards/margins"] = loss.beta * float(chosen.mean() - rejected.mean())
-        if not loss.unpaired:
+        if loss.completions > 1 and not loss.unpaired:
             share = float((chosen > rejected).float().mean())
             found["rewards/accuracies"] = share
             found["rewards/accuracies_stderr"] = binomial_stderr(share, len(chosen))
-        return {f"eval_anchor/{name}": value for name, value in found.items()}
+        return {f"anchor/{name}": value for name, value in found.items()}
 
     def _sides(self, loss: Loss) -> tuple[Tensor, Tensor]:
         if not loss.unpaired:
-            return self.logratio_Bm[:, 0], self.logratio_Bm[:, 1]
+            return self.logratio_Bm[:, 0], self.logratio_Bm[:, 1:2].flatten()
         label_B = torch.as_tensor(self.trees.labels)  # type: ignore[attr-defined]
         return self.logratio_Bm[label_B, 0], self.logratio_Bm[~label_B, 0]

@@ -32,8 +32,10 @@ from fasttr.files import write_json
 from fasttr.losses import BaseLoss, Loss, LossInputs
 from fasttr.metrics.sums import binomial_stderr
 from fasttr.models.checks import check_ids
-from fasttr.models.load import ModelConfig, load_config, load_model, load_tokenizer
+from fasttr.models.choice import Candidate, choose_tier
+from fasttr.models.load import ModelConfig, load_model, load_tokenizer, tokenizer_of
 from fasttr.models.packed import PackedModel
+from fasttr.packing.tiers import longest_sequence
 from fasttr.reference.logp_table import LogpTable, fill_logps
 
 ANCHOR_KEY = "anchor_model_name_or_path"
@@ -86,22 +88,23 @@ def measure(config: TrainConfig, anchor: str | None = None) -> Measured:
     of_anchor = None
     if anchor is not None:
         of_anchor = dataclasses.replace(config.model(device, anchor), key=ANCHOR_KEY)
-    _check_models(config, anchor)
-    tokenizer = load_tokenizer(model.name)
+    candidates = _candidates(config, model, of_anchor)
+    tokenizer = tokenizer_of(model)
     if anchor is not None:
         _require_same_tokens(tokenizer, anchor)
     rows = RowReader(config, tokenizer).any_split(config.loss)
     config, loss = _loss_of(config, rows, has_anchor=anchor is not None)
     trees = as_loss_reads(rows, loss, config)
-    split = EvaluationSplit(trees, config.token_budget(device), config.group_rows(loss))
+    tier = choose_tier(config.attention_tier, candidates, longest_sequence(trees)).tier
+    split = EvaluationSplit(trees, config.token_budget(device), config.group_rows(loss), tier)
     anchor_logps = None
     if of_anchor is not None:  # one model at a time
         anchor_logps = LogpTable(len(trees), loss.completions)
         with _Bar(config, "Scoring the anchor", trees) as bar:
-            fill_logps(_loaded(of_anchor, trees), bar.passing(split), anchor_logps)
+            fill_logps(_loaded(of_anchor, tier, trees), bar.passing(split), anchor_logps)
         if loss.needs_reference:
             split = dataclasses.replace(split, ref_logps=anchor_logps)
-    policy = _loaded(model, trees).requires_grad_(False)
+    policy = _loaded(model, tier, trees).requires_grad_(False)
     logps = LogpTable(len(trees), loss.completions)
     with _Bar(config, "Evaluating", trees) as bar:
         found = evaluate(policy, split, config.objective(loss), bar.after(logps))
@@ -135,22 +138,22 @@ class _NoLossOfUnpaired(_NoLoss):
     unpaired: ClassVar[bool] = True
 
 
-def _check_models(config: TrainConfig, anchor: str | None) -> None:
-    """What needs no data is refused before any is read."""
+def _candidates(
+    config: TrainConfig, model: ModelConfig, anchor: ModelConfig | None
+) -> list[Candidate]:
+    """The models, after what needs no data was refused."""
     if config.loss_type is not None and config.loss.needs_reference and anchor is None:
         raise FasttrError(
             f"{ANCHOR_KEY}: missing, and loss_type {' + '.join(config.loss_names)} compares with "
             "it; give the folder that training started from, or leave loss_type out for log-probs "
             "alone"
         )
-    load_config(str(config.model_name_or_path))
-    if anchor is not None:
-        load_config(anchor, key=ANCHOR_KEY)
+    return [Candidate.named(one) for one in (model, anchor) if one is not None]
 
 
-def _loaded(config: ModelConfig, trees: TreeSource) -> PackedModel:
+def _loaded(config: ModelConfig, tier: str, trees: TreeSource) -> PackedModel:
     """A model that has an embedding for every token of the rows."""
-    model = load_model(config)
+    model = load_model(dataclasses.replace(config, tier=tier))
     check_ids(model, trees.largest_id, config.key, config.name)
     return model
 

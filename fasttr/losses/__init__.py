@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from fasttr.errors import did_you_mean
 from fasttr.losses.base import (
     BaseLoss,
     CustomLoss,
@@ -72,6 +73,21 @@ LOSSES: dict[str, type[BaseLoss]] = {
     "apo_zero_unpaired": ApoZeroUnpaired,
 }
 
+# What is meant by names that other tools, and older TRL, have.
+OTHER_NAMES = {
+    "dpo": "DPO is called sigmoid",
+    "tr_dpo": "TR-DPO is sigmoid with ref_update: soft (or hard)",
+    "tr-dpo": "TR-DPO is sigmoid with ref_update: soft (or hard)",
+    "nll": "the likelihood of chosen completions is called sft",
+    "slic": "SLiC is called hinge",
+    "kto_pair": "KTO on pairs is called kto_paired, or fasttr kto takes pairs apart",
+    "aot_pair": "it is called aot now",
+    "bco": "TRL 1.16 has no bco for unpaired rows; bco_pair is for pairs",
+    "sppo": "it is called sppo_hard",
+    "exo": "it is called exo_pair",
+    "nca": "it is called nca_pair",
+}
+
 __all__ = [
     "DIVERGENCES",
     "LOSSES",
@@ -117,7 +133,7 @@ def make_loss(
 def _classes(names: Sequence[str]) -> list[type[BaseLoss]]:
     for name in names:
         if name not in LOSSES:
-            raise ValueError(f"loss_type: got {name!r}; wanted one of {', '.join(LOSSES)}")
+            raise ValueError(f"loss_type: got {name!r}; {_meant_by(name)}")
     if not names or len(set(names)) < len(names):
         raise ValueError(
             f"loss_type: got {list(names)}; wanted one name, or a list of different ones"
@@ -128,6 +144,16 @@ def _classes(names: Sequence[str]) -> list[type[BaseLoss]]:
             f"loss_type: got {list(names)}; an unpaired loss stands alone: wanted one name"
         )
     return classes
+
+
+def _meant_by(name: str) -> str:
+    """What an unknown name may stand for, else the names that there are."""
+    if name in OTHER_NAMES:
+        return OTHER_NAMES[name]
+    parts = [part.strip() for part in name.split(",")]
+    if len(parts) > 1 and all(part in LOSSES for part in parts):
+        return f"a list is written [{', '.join(parts)}]"
+    return f"wanted one of {', '.join(LOSSES)}{did_you_mean(name, LOSSES)}"
 
 
 def _built(cls: type[BaseLoss], settings: dict[str, Any]) -> BaseLoss:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasttr.batch import PackedBatch, TreeSource
+from fasttr.batch import PackedBatch, TreeSource, own_prompt_lengths
 from fasttr.losses.base import Loss, LossInputs
 
 # (logp (n,), ref_logp (n,) or None, groups) -> (): the summed loss of a slice of whole groups.
@@ -34,7 +34,7 @@ class Objective:
 
     def _chosen_tokens_means(self, trees: TreeSource, rows: np.ndarray) -> dict[int, float]:
         """By row: the mean number of predicted chosen tokens of the rows it is averaged with."""
-        unpredicted = trees.prompt_lengths[rows] == 0
+        unpredicted = own_prompt_lengths(trees, rows)[:, 0] == 0
         predicted = trees.completion_lengths[rows, 0] - unpredicted
         size = self.average_over or len(rows)
         means: dict[int, float] = {}

@@ -133,5 +133,9 @@ NAMES = frozenset(metric.name for metric in METRICS)
 
 
 def is_known(name: str) -> bool:
-    """Whether a key of metrics.jsonl is in the table; an evaluation's may drop its `eval_`."""
-    return name in NAMES or name.removeprefix("eval_") in NAMES
+    """Whether a key of metrics.jsonl is in the table; that of an evaluation has `eval_` before it,
+    or `eval_NAME_` with the name of its set."""
+    base = name.removeprefix("eval_")
+    parts = base.split("_")
+    of_a_set = ["_".join(parts[i:]) for i in range(len(parts))] if base != name else []
+    return name in NAMES or any(one in NAMES or f"eval_{one}" in NAMES for one in of_a_set)

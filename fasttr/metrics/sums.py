@@ -59,23 +59,41 @@ class HeadOutput(Protocol):
     def logit_mean(self) -> Tensor | None: ...  # (R,)
 
 
-def zeros(device: torch.device) -> Tensor:
-    """The sums of nothing, (len(SUMS),) fp32."""
-    return torch.zeros(len(SUMS), device=device)
+class MicroBatches(NamedTuple):
+    """Which micro-batch of a step each row of a pack belongs to."""
+
+    of_row_B: Tensor  # int64, on the device
+    number: int  # of micro-batches in the step
+
+
+def zeros(device: torch.device, micro_batches: int = 1) -> Tensor:
+    """The sums of nothing, (micro_batches, len(SUMS)) fp32."""
+    return torch.zeros(micro_batches, len(SUMS), device=device)
 
 
 @torch.no_grad()
-def pack_sums(out: HeadOutput, ref_logp: Tensor | None, batch: PackedBatch, loss: Loss) -> Tensor:
-    """The sums of one pack, (len(SUMS),) fp32 on the device."""
+def pack_sums(
+    out: HeadOutput,
+    ref_logp: Tensor | None,
+    batch: PackedBatch,
+    loss: Loss,
+    micro_batches: MicroBatches | None = None,
+) -> Tensor:
+    """The sums of one pack, (micro_batches, len(SUMS)) fp32 on the device; by default all its rows
+    are of one micro-batch. The loss is summed over all of them and stands in the first."""
+    if micro_batches is None:
+        micro_batches = MicroBatches(torch.zeros_like(batch.labels, dtype=torch.int64), 1)
     sides = _sides(out.logp, batch, loss)
     rewards_N = _rewards(out.logp, ref_logp, batch)
-    found = {"loss": out.loss.detach(), **_row_sums(out.logp, rewards_N, sides, batch, loss)}
+    found = _row_sums(out.logp, rewards_N, sides, loss, micro_batches)
     if loss.unpaired and loss.completions > 1 and ref_logp is not None:
-        found.update(_kl_sums(rewards_N, batch, loss))
+        found |= _kl_sums(rewards_N, batch, loss, micro_batches)
     if out.entropy is not None:
-        found.update(_token_sums(out, sides, batch))
-    zero = out.logp.new_zeros(())
-    return torch.stack([found.get(name, zero).to(torch.float32) for name in NAMES])
+        found |= _token_sums(out, sides, batch, loss, micro_batches)
+    found["loss"] = torch.zeros_like(found["rows"])
+    found["loss"][0] = out.loss.detach()
+    nothing = torch.zeros_like(found["rows"])
+    return torch.stack([found.get(name, nothing).to(torch.float32) for name in NAMES], dim=1)
 
 
 class _Sides(NamedTuple):
@@ -103,35 +121,61 @@ def _rewards(logp_N: Tensor, ref_logp: Tensor | None, batch: PackedBatch) -> Ten
     return logp_N / batch.token_counts if ref_logp is None else logp_N - ref_logp
 
 
+def _summed(values: dict[str, Tensor], place: Tensor, number: int) -> dict[str, Tensor]:
+    """Vectors summed by `place`, each (number,): in a fixed order, and in fp32 whatever TF32 is."""
+    stacked = torch.stack(list(values.values()))
+    if number == 1:
+        return dict(zip(values, stacked.sum(dim=1, keepdim=True), strict=True))
+    is_there = place == torch.arange(number, device=place.device)[:, None]
+    sums = torch.stack([(stacked * chosen).sum(dim=1) for chosen in is_there], dim=1)
+    return dict(zip(values, sums, strict=True))
+
+
 def _row_sums(
-    logp_N: Tensor, rewards_N: Tensor, sides: _Sides, batch: PackedBatch, loss: Loss
+    logp_N: Tensor,
+    rewards_N: Tensor,
+    sides: _Sides,
+    loss: Loss,
+    micro_batches: MicroBatches,
 ) -> dict[str, Tensor]:
     m = loss.completions
+    chosen_N, rejected_N = sides
     of_a_row = 1 if loss.unpaired else m
-    found = {
-        "rows": logp_N.new_full((), len(batch.rows)),
-        "chosen_rows": sides.chosen_N.sum(),
-        "rejected_rows": sides.rejected_N.sum(),
-        "chosen_logp": logp_N @ sides.chosen_N,
-        "rejected_logp": logp_N @ sides.rejected_N,
-        "chosen_reward": loss.beta * (rewards_N @ sides.chosen_N),
-        "rejected_reward": loss.beta * (rewards_N @ sides.rejected_N),
-        "distance": rewards_N.abs() @ (sides.chosen_N + sides.rejected_N) / of_a_row,
+    values_N = {
+        "chosen_rows": chosen_N,
+        "rejected_rows": rejected_N,
+        "chosen_logp": logp_N * chosen_N,
+        "rejected_logp": logp_N * rejected_N,
+        "chosen_reward": loss.beta * rewards_N * chosen_N,
+        "rejected_reward": loss.beta * rewards_N * rejected_N,
+        "distance": rewards_N.abs() * (chosen_N + rejected_N) / of_a_row,
     }
+    values_B = {name: value.view(-1, m).sum(dim=1) for name, value in values_N.items()}
+    values_B["rows"] = torch.ones_like(values_B["distance"])
     if m > 1 and not loss.unpaired:
-        found["wins"] = (rewards_N[0::m] > rewards_N[1::m]).sum()
-    return found
+        values_B["wins"] = (rewards_N[0::m] > rewards_N[1::m]).to(logp_N.dtype)
+    return _summed(values_B, micro_batches.of_row_B, micro_batches.number)
 
 
-def _kl_sums(rewards_N: Tensor, batch: PackedBatch, loss: Loss) -> dict[str, Tensor]:
+def _kl_sums(
+    rewards_N: Tensor, batch: PackedBatch, loss: Loss, micro_batches: MicroBatches
+) -> dict[str, Tensor]:
     """KTO's KL estimate of every group: the mean log-ratio of mismatched completions, from 0."""
     rows_of_groups = [last - first for first, last in itertools.pairwise(batch.cu_rows)]
     mismatched = rewards_N[1 :: loss.completions].split(rows_of_groups)
-    estimates = torch.stack([group.mean().clamp(min=0) for group in mismatched])
-    return {"kl": estimates.sum(), "groups": estimates.new_full((), len(rows_of_groups))}
+    estimates_G = torch.stack([group.mean().clamp(min=0) for group in mismatched])
+    values_G = {"kl": estimates_G, "groups": torch.ones_like(estimates_G)}
+    first_rows = list(batch.cu_rows[:-1])
+    return _summed(values_G, micro_batches.of_row_B[first_rows], micro_batches.number)
 
 
-def _token_sums(out: HeadOutput, sides: _Sides, batch: PackedBatch) -> dict[str, Tensor]:
+def _token_sums(
+    out: HeadOutput,
+    sides: _Sides,
+    batch: PackedBatch,
+    loss: Loss,
+    micro_batches: MicroBatches,
+) -> dict[str, Tensor]:
     """What the head counted of each predicting row."""
     assert out.entropy is not None
     assert out.correct is not None
@@ -141,41 +185,55 @@ def _token_sums(out: HeadOutput, sides: _Sides, batch: PackedBatch) -> dict[str,
     chosen_R = sides.chosen_N.repeat_interleave(lengths_N, output_size=size)
     rejected_R = sides.rejected_N.repeat_interleave(lengths_N, output_size=size)
     either_R = chosen_R + rejected_R
-    return {
-        "tokens": either_R.sum(),
-        "chosen_tokens": chosen_R.sum(),
-        "rejected_tokens": rejected_R.sum(),
-        "chosen_logit": out.logit_mean @ chosen_R,
-        "rejected_logit": out.logit_mean @ rejected_R,
-        "entropy": out.entropy @ either_R,
-        "correct": out.correct.to(out.logp.dtype) @ chosen_R,
+    values_R = {
+        "tokens": either_R,
+        "chosen_tokens": chosen_R,
+        "rejected_tokens": rejected_R,
+        "chosen_logit": out.logit_mean * chosen_R,
+        "rejected_logit": out.logit_mean * rejected_R,
+        "entropy": out.entropy * either_R,
+        "correct": out.correct.to(out.logp.dtype) * chosen_R,
     }
+    place_N = micro_batches.of_row_B.repeat_interleave(loss.completions)
+    place_R = place_N.repeat_interleave(lengths_N, output_size=size)
+    return _summed(values_R, place_R, micro_batches.number)
 
 
 def means(sums: Tensor) -> Tensor:
-    """Sums of an optimizer step (or of an evaluation) to means, still on the device.
+    """Sums of micro-batches (or of an evaluation) to means, still on the device, of their shape.
 
-    NaN where there was nothing to average: a step without desirable rows has no mean of them.
+    NaN where there was nothing to average: one without desirable rows has no mean of them. The loss
+    is a mean already and stands in the first.
     """
     place = {name: i for i, name in enumerate(NAMES)}
     values = []
     for name, count in SUMS.items():
-        total = sums[place[name]]
-        values.append(total if count is None else total / sums[place[count]])
-    return torch.stack(values)
+        total = sums[:, place[name]]
+        values.append(total if count is None else total / sums[:, place[count]])
+    found = torch.stack(values, dim=1)
+    found[1:, place["loss"]] = torch.nan
+    return found
+
+
+def over_micro_batches(micro_means: Tensor) -> Tensor:
+    """(len(SUMS),) the mean over those that have one."""
+    mean = micro_means.nanmean(dim=0)
+    mean[NAMES.index("loss")] = micro_means[0, NAMES.index("loss")]
+    return mean
 
 
 class Averages:
-    """Means of steps, averaged over the steps that have them, until a line is written."""
+    """Means of micro-batches, averaged over those that have one, until a line is written."""
 
     def __init__(self, device: torch.device):
-        self.sums = torch.zeros(2, len(SUMS), device=device)  # values; how many steps had one
+        self.sums = torch.zeros(2, len(SUMS), device=device)  # values; how many of them
 
-    def add(self, step_means: Tensor) -> None:
-        is_there = ~step_means.isnan()
-        is_there[NAMES.index("loss")] = True  # a loss that is not a number is never left out
-        values = torch.where(is_there, step_means, 0.0)
-        self.sums += torch.stack([values, is_there.to(self.sums.dtype)])
+    def add(self, micro_means: Tensor) -> None:
+        """(micro-batches, len(SUMS)) of one step."""
+        is_there = ~micro_means.isnan()
+        is_there[0, NAMES.index("loss")] = True  # a loss that is not a number is never left out
+        values = torch.where(is_there, micro_means, 0.0)
+        self.sums += torch.stack([values.sum(dim=0), is_there.sum(dim=0).to(self.sums.dtype)])
 
     def read(self) -> dict[str, float]:
         """By the names of SUMS; waits for the device."""
@@ -189,7 +247,7 @@ def by_name(vector: Tensor) -> dict[str, float]:
     return dict(zip(NAMES, vector.tolist(), strict=True))
 
 
-def as_metrics(means_of: dict[str, float], loss: Loss, prefix: str = "") -> dict[str, float]:
+def as_metrics(means_of: dict[str, float], loss: Loss) -> dict[str, float]:
     """Means under TRL's metric names; what a loss or the rows do not have is left out."""
     out = {
         "loss": means_of["loss"],
@@ -213,11 +271,7 @@ def as_metrics(means_of: dict[str, float], loss: Loss, prefix: str = "") -> dict
         out["mean_token_accuracy"] = means_of["correct"]
         if has_both_sides:
             out["rewards/accuracies"] = means_of["wins"]
-    return {
-        prefix + name: value
-        for name, value in out.items()
-        if name == "loss" or not math.isnan(value)
-    }
+    return {name: value for name, value in out.items() if name == "loss" or not math.isnan(value)}
 
 
 def binomial_stderr(share: float, n: int) -> float:

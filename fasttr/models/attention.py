@@ -35,6 +35,14 @@ def register() -> str:
     return NAME
 
 
+def own_attention(model: Any, asked: str | None = None) -> str:
+    """transformers' own attention for a model: SDPA has no soft cap on scores and would lose it."""
+    if asked in ("eager", "flash_attention_2"):
+        return asked
+    has_softcap = getattr(model.config, "attn_logit_softcapping", None)
+    return "eager" if has_softcap or not model._supports_sdpa else "sdpa"
+
+
 def backend_for(asked: str | None, device: torch.device, bf16: bool) -> str:
     """`varlen`, `flash` or `segments` for an `attn_implementation`; what is missing stops."""
     if asked is None:

@@ -15,9 +15,12 @@ from fasttr.models.load import (
     ModelConfig,
     adapter_on,
     checkpoint_activations,
+    dropout_rates,
     finish_packed,
 )
 from fasttr.models.packed import PackedModel
+from fasttr.models.probe import probe
+from fasttr.packing.tiers import SHARED
 
 _KEPT = "_fasttr_kept"
 
@@ -29,9 +32,12 @@ def pack_model(model: Any, config: ModelConfig | None = None) -> PackedModel:
     `give_back` undoes that. FasttrError for what could not be exact when packed.
     """
     config = config or ModelConfig(name="the given model", key="model", device=model.device)
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    checks.check_architecture(kind, config.key)
-    checks.check_layers(model.config, config.key, config.name)
+    if not hasattr(model, "config") or model.get_output_embeddings() is None:
+        raise FasttrError(
+            f"{config.key}: got a {type(model).__name__}; wanted a causal language model of "
+            "transformers"
+        )
+    probe(model.config, type(model)).require(config.tier, config.key, config.name)
     checks.check_rope(model.config, config.name, config.max_length)
     other = {str(p.dtype).removeprefix("torch.") for p in model.parameters()} - {"float32"}
     if other:
@@ -42,7 +48,8 @@ def pack_model(model: Any, config: ModelConfig | None = None) -> PackedModel:
     checks.check_finite(model, config.key, config.name)
     model.fasttr_config = copy.deepcopy(model.config)
     setattr(model, _KEPT, _Kept(model))
-    model.set_attn_implementation(attention.register())
+    if config.tier == SHARED:
+        model.set_attn_implementation(attention.register())
     adapter = adapter_on(model, config)
     model.to(config.device).train()
     return finish_packed(model, config, adapter)
@@ -56,7 +63,7 @@ def give_back(packed: PackedModel) -> None:
         kept.put_back()
         delattr(model, _KEPT)
     else:
-        model.set_attn_implementation(plain_attention(model.config))
+        model.set_attn_implementation(attention.own_attention(model))
 
 
 @torch.no_grad()
@@ -81,11 +88,6 @@ def read_weights_into(model: Any, folder: Path) -> None:
     missing = [name for name, target in targets.items() if target.data_ptr() not in found]
     if missing:
         raise FasttrError(f"model: {folder} lacks {missing[0]}, which the given model has")
-
-
-def plain_attention(config: Any) -> str:
-    """transformers' own attention for a model: SDPA has no soft cap on scores and would lose it."""
-    return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
 
 
 class _Kept:
@@ -113,5 +115,4 @@ def _dropout_names(owner: Any) -> list[str]:
     """The attributes of a module or a config that are rates of dropout above 0."""
     if isinstance(owner, nn.Dropout):
         return ["p"] if owner.p > 0 else []
-    rates = {name: value for name, value in vars(owner).items() if "dropout" in name}
-    return [name for name, value in rates.items() if isinstance(value, float) and value > 0]
+    return dropout_rates(owner)

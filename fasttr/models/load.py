@@ -13,9 +13,13 @@ from typing import Any
 
 import torch
 
+from fasttr.data.tokens import adjust
 from fasttr.errors import FasttrError, first_line
+from fasttr.hub import go_offline_if_unreachable
 from fasttr.models import attention, checks, lora
 from fasttr.models.packed import HeadSpec, PackedModel
+from fasttr.models.probe import probe
+from fasttr.packing.tiers import SHARED
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,15 @@ class ModelConfig:
     max_length: int | None = None
     ld_alpha: float | None = None
     adapter: lora.AdapterConfig | None = None  # train this of it, and nothing else
+    chat_template: str | None = None  # instead of the tokenizer's own
+    eos_token: str | None = None
+    tier: str = SHARED  # how tokens reach it; refused where the probe does not find it exact
+    trust_remote_code: bool = False
     key: str = "model_name_or_path"  # the setting that names it, for errors
+
+    def read(self) -> Any:
+        """The transformers config of the folder or hub id."""
+        return load_config(self.name, self.revision, self.key, self.trust_remote_code)
 
 
 def load_model(config: ModelConfig) -> PackedModel:
@@ -40,8 +52,10 @@ def load_model(config: ModelConfig) -> PackedModel:
 
     A folder with an adapter is read as its base with the adapter merged.
     """
-    hf_config = load_config(config.name, config.revision, config.key)
+    hf_config = config.read()
     checks.check_rope(hf_config, config.name, config.max_length)
+    support = probe(hf_config, trust_remote_code=config.trust_remote_code)
+    support.require(config.tier, config.key, config.name)
     original = copy.deepcopy(hf_config)
     for key in dropout_rates(hf_config):
         setattr(hf_config, key, 0.0)
@@ -69,26 +83,34 @@ def finish_packed(model: Any, config: ModelConfig, adapter: lora.Adapter | None)
             f"use_liger_kernel: got true on {config.device.type}; Liger's kernels need CUDA: "
             "leave it out"
         )
+    if config.tier != SHARED:
+        model.set_attn_implementation(attention.own_attention(model, config.attn_implementation))
     if _wants_liger(config, model.config.model_type):
         _apply_liger(model)
     if config.gradient_checkpointing:
         checkpoint_activations(model, True)
     packed = PackedModel(
         model,
-        HeadSpec(softcap=getattr(model.config, "final_logit_softcapping", None)),
+        HeadSpec.of(model.config),
         attention.backend_for(config.attn_implementation, config.device, config.bf16),
         config.bf16,
         config.ld_alpha,
-        adapter,
+        tier=config.tier,
+        adapter=adapter,
     )
     checks.check_head(packed, config.key, config.name)
     return packed
 
 
-def load_config(name: str, revision: str = "main", key: str = "model_name_or_path") -> Any:
-    """The transformers config of a folder or hub id whose architecture is exact when packed."""
+def load_config(
+    name: str,
+    revision: str = "main",
+    key: str = "model_name_or_path",
+    trust_remote_code: bool = False,
+) -> Any:
+    """The transformers config of a folder or hub id, of a causal language model."""
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, PreTrainedConfig
+    from transformers import AutoConfig
 
     if lora.is_adapter(name):
         name, revision = lora.base_of(name, key)
@@ -96,35 +118,63 @@ def load_config(name: str, revision: str = "main", key: str = "model_name_or_pat
         raise FasttrError(
             f"{key}: there is no folder {name}; wanted a Hugging Face folder or a hub id"
         )
+    checks.check_no_adapter(Path(name), key)
+    is_offline = not Path(name).is_dir() and go_offline_if_unreachable()
     try:
-        # The type is read before the config is built: what we refuse may not even be known.
-        content = PreTrainedConfig.get_config_dict(name, revision=revision)[0]
-        checks.check_architecture(content.get("model_type"), key)
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except FasttrError:
-        raise
+        config = AutoConfig.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, AttributeError, TypeError, StrictDataclassError) as error:
+        if is_offline and isinstance(error, OSError):
+            raise FasttrError(
+                f"{key}: there is no folder {name!r} here, and the hub does not answer or is not "
+                "asked (HF_HUB_OFFLINE): check the name and the network"
+            ) from error
         raise FasttrError(f"{key}: cannot read {name!r}: {first_line(error)}") from error
-    checks.check_layers(config, key, name)
+    checks.check_not_quantised(config, key, name)
+    checks.check_causal(config, key)
     return config
 
 
-def load_tokenizer(name: str, revision: str = "main", key: str = "model_name_or_path") -> Any:
+def check_loadable(config: ModelConfig) -> Any:
+    """The model's config, once its weights are known to be there, as far as that can be seen
+    without reading them."""
+    content = config.read()
+    checks.check_weight_files(Path(config.name), config.key)
+    return content
+
+
+def tokenizer_of(model: ModelConfig) -> Any:
+    """The tokenizer of a model, with the template and the EOS that its configuration gives it."""
+    tokenizer = load_tokenizer(model.name, model.revision, model.key, model.trust_remote_code)
+    adjust(tokenizer, chat_template=model.chat_template, eos_token=model.eos_token)
+    return tokenizer
+
+
+def load_tokenizer(
+    name: str,
+    revision: str = "main",
+    key: str = "model_name_or_path",
+    trust_remote_code: bool = False,
+) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # a broken tokenizer.json raises a bare Exception
         if "trust_remote_code" in str(error):
             raise FasttrError(
-                f"{key}: the tokenizer of {name} is code from its own repository, which is not run"
+                f"{key}: the tokenizer of {name} is code from its own repository, which "
+                "is run with trust_remote_code true alone"
             ) from error
         raise FasttrError(f"{key}: no tokenizer in {name!r}: {first_line(error)}") from error
 
 
-def dropout_rates(config: Any) -> list[str]:
-    """The keys of a transformers config that set dropout above 0."""
-    rates = {key: value for key, value in vars(config).items() if "dropout" in key}
+def dropout_rates(owner: Any) -> list[str]:
+    """The attributes of a config of transformers, or of a module, that set dropout above 0."""
+    rates = {k: v for k, v in vars(owner).items() if "dropout" in k or "pdrop" in k}
     return [key for key, value in rates.items() if isinstance(value, float) and value > 0]
 
 
@@ -166,10 +216,10 @@ def _read_weights(config: ModelConfig, hf_config: Any) -> Any:
             name,
             config=hf_config,
             dtype=torch.float32,
-            attn_implementation=attention.register(),
+            attn_implementation=attention.register() if config.tier == SHARED else None,
             use_safetensors=True,
             revision=revision,
-            trust_remote_code=False,
+            trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -17,9 +17,16 @@ from fasttr_kernels import PreferenceLoss, linear_preference_loss
 from torch import Tensor, nn
 
 from fasttr.batch import PackedBatch
+from fasttr.errors import FasttrError
 from fasttr.losses import LossFn
 from fasttr.models.gather import gather_rows
 from fasttr.models.lora import Adapter
+from fasttr.models.tiers import rows_of
+from fasttr.packing.tiers import SHARED
+
+# Keys of configs that scale the logits: by the number, or by one over it.
+_SCALES = ("logit_scale", "lm_head_multiplier")
+_DIVISORS = ("logits_scaling",)
 
 
 class HeadSpec(NamedTuple):
@@ -28,23 +35,45 @@ class HeadSpec(NamedTuple):
     logit_scale: float = 1.0
     softcap: float | None = None
 
+    @classmethod
+    def of(cls, config: Any) -> HeadSpec:
+        """The head that a transformers config describes; `checks.check_head` holds it to that."""
+        scale = 1.0
+        for key in _SCALES:
+            scale *= getattr(config, key, None) or 1.0
+        for key in _DIVISORS:
+            scale /= getattr(config, key, None) or 1.0
+        return cls(scale, getattr(config, "final_logit_softcapping", None))
+
 
 class HeadWeight(NamedTuple):
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
 
 
+def decoder_of(model: Any) -> Any:
+    """The part of a causal LM that makes its last hidden states."""
+    for decoder in (model.base_model, model.get_decoder(), getattr(model, "model", None)):
+        if decoder is not None and decoder is not model:
+            return decoder
+    raise FasttrError(
+        f"{type(model).__name__}: no part of it makes hidden states apart from its head"
+    )
+
+
 class PackedModel(nn.Module):
     """A causal language model that gives log-probs of packed trees.
 
     Args:
-        model: a transformers causal LM whose attention is `fasttr_packed`.
+        model: a transformers causal LM; in the tier `shared` its attention is `fasttr_packed`.
         head: its head beyond weight and bias.
-        attention_backend: `varlen`, `flash` or `segments`.
+        attention_backend: `varlen`, `flash` or `segments`, of the tier `shared`.
         bf16: compute under bfloat16 autocast; log-probs and the loss stay fp32.
         ld_alpha: weight of the log-probs beyond the length of a tree's shortest completion (LD-DPO,
             arXiv:2409.06411); None is 1. It enters every summed log-prob, of the policy and of the
             reference.
+        tier: how tokens reach the model, one of `fasttr.packing.tiers.TIERS`. Packs for others than
+            `shared` repeat the prompt for every completion.
         adapter: what is trained in place of the model's own weights, which are frozen.
     """
 
@@ -57,12 +86,14 @@ class PackedModel(nn.Module):
         attention_backend: str = "segments",
         bf16: bool = False,
         ld_alpha: float | None = None,
+        tier: str = SHARED,
         adapter: Adapter | None = None,
     ):
         super().__init__()
         self.model = model
         self.head = head or HeadSpec()
-        self.attention_backend = attention_backend
+        self.tier = tier
+        self.rows = rows_of(tier, attention_backend)
         self.bf16 = bf16
         self.ld_alpha = ld_alpha
         self.adapter = adapter
@@ -90,19 +121,10 @@ class PackedModel(nn.Module):
         output = self.model.get_output_embeddings()
         return HeadWeight(output.weight, output.bias)
 
-    def attention_inputs(self, batch: PackedBatch) -> dict[str, Any]:
-        """What a call of the base model, or of the whole model, is given for a pack."""
-        return {
-            "input_ids": batch.input_ids[None],
-            "position_ids": batch.position_ids[None],
-            "use_cache": False,
-            "fasttr_layout": batch.attention,
-            "fasttr_backend": self.attention_backend,
-        }
-
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """Final hidden states of a pack, (T, D)."""
-        return self.model.base_model(**self.attention_inputs(batch)).last_hidden_state[0]
+        output = decoder_of(self.model)(**self.rows.inputs(batch))
+        return self.rows.flat(output.last_hidden_state, batch)
 
     def forward(
         self,

@@ -1,12 +1,13 @@
 """Trees to packs: where every token, key and predicting row lies in a pack.
 
-Layout of a tree: [prompt | c1 | c2 | ...], once. The queries stay in that order, cut into the
-segments (prompt + c1), (c2), ...; the keys are gathered so that segment i sees (prompt + ci).
-Causal, aligned at the end: exact for any attention kernel that takes separate query and key
-offsets.
+Layout of a tree: [prompt | c1 | c2 | ...], once; of one whose completions do not share their prompt
+[prompt 1 | c1 | prompt 2 | c2 | ...]: a stem is a prompt with the completions that share it.
+The queries stay in that order, cut into the segments (prompt + c1), (c2), ...; the keys are
+gathered so that segment i sees (prompt + ci). Causal, aligned at the end: exact for any attention
+kernel that takes separate query and key offsets.
 
-Legend: T packed tokens, S gathered key rows, R predicting rows, N completions, B trees, G groups,
-P parts (every prompt and every completion).
+Legend: T packed tokens, S gathered key rows, R predicting rows, N completions, B trees, M stems, G
+groups, P parts (every prompt and every completion).
 """
 
 from __future__ import annotations
@@ -70,7 +71,6 @@ def pack(trees: Sequence[Tree], group_sizes: Sequence[int] | None = None) -> Pac
         labels=torch.tensor([tree.label for tree in trees], dtype=torch.bool),
         per_completion=_per_completion(trees),
         rows=tuple(tree.row for tree in trees),
-        num_tokens=int((parts.prompt_length_N + parts.length_N).sum()),
     )
 
 
@@ -81,7 +81,7 @@ class _Parts(NamedTuple):
     length_P: np.ndarray
     is_prompt_P: np.ndarray  # bool
     completions_B: np.ndarray  # completions of each tree
-    ordinal_N: np.ndarray  # place of a completion in its tree, from 0
+    ordinal_N: np.ndarray  # place of a completion in its stem, from 0
     length_N: np.ndarray
     start_N: np.ndarray  # its first token's place in the pack
     prompt_length_N: np.ndarray
@@ -89,24 +89,40 @@ class _Parts(NamedTuple):
 
 
 def _parts_of(trees: Sequence[Tree]) -> _Parts:
-    pieces = [ids for tree in trees for ids in (tree.prompt_ids, *tree.completions)]
+    stems = [stem for tree in trees for stem in _stems(tree)]
+    pieces = [ids for stem in stems for ids in (stem.prompt_ids, *stem.completions)]
     length_P = np.array([len(ids) for ids in pieces], dtype=np.int64)
     start_P = np.cumsum(length_P) - length_P
-    completions_B = np.array([len(tree.completions) for tree in trees])
-    prompt_place_B = np.cumsum(1 + completions_B) - (1 + completions_B)
+    completions_M = np.array([len(stem.completions) for stem in stems])
+    prompt_place_M = np.cumsum(1 + completions_M) - (1 + completions_M)
     is_prompt_P = np.zeros(len(pieces), dtype=bool)
-    is_prompt_P[prompt_place_B] = True
+    is_prompt_P[prompt_place_M] = True
     return _Parts(
         ids_T=np.concatenate(pieces).astype(np.int64),
         length_P=length_P,
         is_prompt_P=is_prompt_P,
-        completions_B=completions_B,
-        ordinal_N=_ramp(completions_B),
+        completions_B=np.array([len(tree.completions) for tree in trees]),
+        ordinal_N=_ramp(completions_M),
         length_N=length_P[~is_prompt_P],
         start_N=start_P[~is_prompt_P],
-        prompt_length_N=np.repeat(length_P[prompt_place_B], completions_B),
-        prompt_start_N=np.repeat(start_P[prompt_place_B], completions_B),
+        prompt_length_N=np.repeat(length_P[prompt_place_M], completions_M),
+        prompt_start_N=np.repeat(start_P[prompt_place_M], completions_M),
     )
+
+
+class _Stem(NamedTuple):
+    prompt_ids: np.ndarray
+    completions: tuple[np.ndarray, ...]
+
+
+def _stems(tree: Tree) -> list[_Stem]:
+    """A tree whose prompt is shared is one; else each completion has its own."""
+    if tree.prompt_skips is None:
+        return [_Stem(tree.prompt_ids, tree.completions)]
+    return [
+        _Stem(tree.prompt_ids[skip:], (completion,))
+        for skip, completion in zip(tree.prompt_skips, tree.completions, strict=True)
+    ]
 
 
 def _positions(parts: _Parts) -> np.ndarray:

@@ -14,18 +14,20 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from fasttr.batch import PackedBatch, TreeSource
+from fasttr.batch import PackedBatch, Tree, TreeSource, own_prompt_lengths
 from fasttr.distributed.ranks import ALONE, Ranks
-from fasttr.packing.layout import first_fit_decreasing, pack
+from fasttr.packing.layout import pack
 from fasttr.packing.shares import even_shares
+from fasttr.packing.tiers import SHARED, bins_of_groups, tree_sizes, unshared
 
 
 @dataclass(frozen=True)
 class Plan:
     """Optimizer steps over a data set.
 
-    An epoch's remainder is a shorter last step, normalised by its own row count. `max_steps` above
-    0 wins over `num_train_epochs`, which may be a fraction.
+    An epoch's remainder is a shorter last step, normalised by its own row count, or, with
+    `micro_batch_size`, the mean of its micro-batches' means. `max_steps` above 0 wins over
+    `num_train_epochs`, which may be a fraction.
     """
 
     trees: TreeSource = field(repr=False)
@@ -37,7 +39,9 @@ class Plan:
     seed: int = 42
     shuffle: bool = True  # else the order of the data, in every epoch
     group_rows: int = 1  # consecutive rows of a step whose loss is computed together share a pack
+    micro_batch_size: int | None = None  # rows whose mean counts as that of any other so many
     multiple_of: int = 1  # an epoch's last rows that do not fill this many are left out
+    tier: str = SHARED  # one of packing.tiers.TIERS: how rows share a call of the model
 
     @property
     def rows_per_epoch(self) -> int:
@@ -68,9 +72,35 @@ class Plan:
         Among several ranks no row needs to share a pack with another: see
         `fasttr.training.coupled_step`.
         """
-        group_rows = self.group_rows if ranks.world == 1 else 1
         rows = self.rows(step)
-        return pack_rows(self.trees, rows, self.max_tokens_per_batch, group_rows, ranks)
+        return pack_rows(
+            self.trees,
+            rows,
+            self.max_tokens_per_batch,
+            self.group_rows if ranks.world == 1 else 1,
+            self._row_weights(rows),
+            self.tier,
+            ranks,
+        )
+
+    def one_pack(self, step: int) -> PackedBatch:
+        """All rows of a step and their groups in one pack, in the step's order, however long."""
+        rows = self.rows(step)
+        weights = self._row_weights(rows)
+        trees = [_weighted(self.trees[int(row)], weights, i) for i, row in enumerate(rows)]
+        starts = range(0, len(rows), self.group_rows)
+        return pack(trees, [min(self.group_rows, len(rows) - first) for first in starts])
+
+    def micro_batches(self, rows: np.ndarray) -> np.ndarray:
+        """(len(rows),) the micro-batch of each row of a step, counted from 0."""
+        return np.arange(len(rows)) // (self.micro_batch_size or max(len(rows), 1))
+
+    def _row_weights(self, rows: np.ndarray) -> np.ndarray | None:
+        """Factors that make a step's mean over its rows the mean of its micro-batches' means."""
+        members = np.bincount(self.micro_batches(rows))
+        if members.size == 0 or (members == members[0]).all():
+            return None
+        return (len(rows) / (len(members) * members))[self.micro_batches(rows)]
 
     def windows(self, every: int | None, start: int = 0) -> Iterator[range]:
         """Steps [0, every), [every, 2 every), ... from the window that holds `start`.
@@ -86,12 +116,6 @@ class Plan:
         """Packed tokens of some rows: each prompt once."""
         return int(tree_sizes(self.trees, rows).sum())
 
-    def unshared_tokens(self, rows: np.ndarray) -> int:
-        """Tokens of an unshared layout: the prompt once per completion."""
-        completions = self.trees.completion_lengths[rows]
-        prompts = completions.shape[1] * self.trees.prompt_lengths[rows].sum(dtype=np.int64)
-        return int(completions.sum(dtype=np.int64) + prompts)
-
 
 @lru_cache(maxsize=2)
 def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
@@ -100,10 +124,11 @@ def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
     return torch.randperm(rows, generator=generator).numpy()
 
 
-def tree_sizes(trees: TreeSource, rows: np.ndarray | Sequence[int]) -> np.ndarray:
-    """Packed tokens of each tree: the prompt once and every completion."""
-    completions = trees.completion_lengths[rows].sum(axis=1, dtype=np.int64)
-    return trees.prompt_lengths[rows] + completions
+def unshared_tokens(trees: TreeSource, rows: np.ndarray, completions: int) -> int:
+    """Tokens of the first so many completions of some rows, each with its prompt."""
+    prompts = own_prompt_lengths(trees, rows)[:, :completions]
+    own = trees.completion_lengths[rows, :completions]
+    return int(prompts.sum() + own.sum(dtype=np.int64))
 
 
 def pack_rows(
@@ -111,21 +136,38 @@ def pack_rows(
     rows: np.ndarray | Sequence[int],
     budget: int,
     group_rows: int = 1,
+    weights: np.ndarray | None = None,
+    tier: str = SHARED,
     ranks: Ranks = ALONE,
 ) -> list[PackedBatch]:
-    """Pack some rows, first-fit decreasing under `budget` tokens; among several ranks, this one's
-    even share of them.
+    """Pack some rows under `budget` tokens of the model; among several ranks, this one's even
+    share of them.
 
-    Each run of `group_rows` rows stays together.
+    Each run of `group_rows` rows stays together. `weights` (len(rows),) multiply those of the rows.
     """
     rows = np.asarray(rows)
+    places = np.arange(len(rows))
     starts = np.arange(0, len(rows), group_rows)
-    groups = np.split(rows, starts[1:])
-    sizes = np.add.reduceat(tree_sizes(trees, rows), starts)
-    share = even_shares(sizes.tolist(), ranks.world)[ranks.rank]
+    groups = np.split(places, starts[1:])
+    if ranks.world > 1:
+        sizes = np.add.reduceat(tree_sizes(trees, rows), starts)
+        groups = [groups[i] for i in even_shares(sizes.tolist(), ranks.world)[ranks.rank]]
+        if not groups:
+            return []
+        places = np.concatenate(groups)
+        starts = np.cumsum([0, *map(len, groups[:-1])])
     packs = []
-    for places in first_fit_decreasing(sizes[share].tolist(), budget):
-        members = [share[place] for place in places]
-        chosen = [trees[int(row)] for group in members for row in groups[group]]
+    for members in bins_of_groups(tier, trees, rows[places], starts, budget):
+        chosen = [
+            _weighted(trees[int(rows[place])], weights, place)
+            for group in members
+            for place in groups[group]
+        ]
+        if tier != SHARED:
+            chosen = [unshared(tree) for tree in chosen]
         packs.append(pack(chosen, [len(groups[group]) for group in members]))
     return packs
+
+
+def _weighted(tree: Tree, weights: np.ndarray | None, place: int) -> Tree:
+    return tree if weights is None else tree._replace(weight=tree.weight * float(weights[place]))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fasttr.batch import PackedBatch
 from fasttr.distributed.ranks import Ranks
+from fasttr.errors import FasttrError
 from fasttr.models.packed import PackedModel
 
 
@@ -23,8 +24,18 @@ class LogpTable:
         self.values = np.full((rows, completions), np.nan, dtype=np.float32)  # (n, m)
 
     def put(self, rows: Iterable[int], logp: Tensor) -> None:
-        """`logp` (N,): the completions of `rows`, row after row."""
-        self.values[list(rows)] = logp.cpu().numpy().reshape(-1, self.values.shape[1])
+        """`logp` (N,): the completions of `rows`, row after row. FasttrError where one is not
+        finite."""
+        rows = list(rows)
+        values = logp.cpu().numpy().reshape(-1, self.values.shape[1])
+        broken = np.flatnonzero(~np.isfinite(values).all(axis=1))
+        if len(broken):
+            raise FasttrError(
+                f"the log-probs of row {rows[broken[0]]} (of those kept, counted from 0) are "
+                f"{values[broken[0]].tolist()}; wanted finite ones: the model that scores has "
+                "diverged, or its numbers are too large for what it computes in (bf16)"
+            )
+        self.values[rows] = values
 
     def get(self, rows: Iterable[int]) -> Tensor:
         """(N,) on the host, row after row."""

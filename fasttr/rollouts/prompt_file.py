@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -12,11 +13,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from fasttr.data.formats import read_prompt
+from fasttr.data.reading import read_prompt
 from fasttr.data.sources import FILE_KINDS, read_rows
 from fasttr.data.tokens import Messages
 from fasttr.errors import FasttrError
-from fasttr.models.load import ModelConfig, load_model, load_tokenizer
+from fasttr.models.choice import Candidate
+from fasttr.models.load import ModelConfig, load_model, tokenizer_of
 from fasttr.models.packed import PackedModel
 from fasttr.rollouts.sampler import Sample, Sampling, draw, encode_prompts
 
@@ -47,9 +49,10 @@ def sample_file(
     if files.batch_size < 1:
         raise FasttrError(f"batch_size: got {files.batch_size}; wanted a whole number from 1")
     prompts = read_prompts(files.prompts)
-    tokenizer = load_tokenizer(model.name)
+    tokenizer = tokenizer_of(model)
     ids = encode_prompts(tokenizer, prompts, str(files.prompts))
-    packed = load_model(model)
+    tier = Candidate.named(model).support.best()
+    packed = load_model(dataclasses.replace(model, tier=tier))
     _check_lengths(packed, ids, sampling)
     partial = files.samples_file.with_name(files.samples_file.name + ".partial")
     written = 0

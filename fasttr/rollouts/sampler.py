@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fasttr.data.tokens import Messages, encode_texts
 from fasttr.errors import FasttrError, one_line
-from fasttr.models.given import plain_attention
+from fasttr.models.attention import own_attention
 from fasttr.models.packed import PackedModel
 
 
@@ -159,7 +159,7 @@ def _end_ids(causal_lm: Any, tokenizer: Any) -> list[int]:
 def _generating(causal_lm: Any) -> Iterator[None]:
     """Within, the model attends as transformers does, with a cache, and is not in training mode."""
     packed, training = causal_lm.config._attn_implementation, causal_lm.training
-    causal_lm.set_attn_implementation(plain_attention(causal_lm.config))
+    causal_lm.set_attn_implementation(own_attention(causal_lm))
     causal_lm.eval()
     try:
         yield

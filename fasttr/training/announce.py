@@ -6,14 +6,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fasttr.batch import TreeSource
 from fasttr.config.train_config import TrainConfig
 from fasttr.console import say
 from fasttr.distributed.ranks import Ranks
 from fasttr.losses import Loss
+from fasttr.models.choice import Choice
 from fasttr.models.lora import factor_names
 from fasttr.models.packed import PackedModel
-from fasttr.packing.plan import Plan, tree_sizes
+from fasttr.optim.named import OPTIMIZERS
+from fasttr.packing.plan import Plan, unshared_tokens
 from fasttr.packing.shares import balance
+from fasttr.packing.tiers import (
+    SHARED,
+    bins_of_groups,
+    model_tokens,
+    sequence_lengths,
+    tree_sizes,
+)
+from fasttr.settings import settings_of
 from fasttr.training.run import Run
 
 
@@ -37,8 +48,7 @@ def announce_plan(config: TrainConfig, loss: Loss, plan: Plan, ranks: Ranks) -> 
     """What a run will do, and a warning where it will not do what was asked."""
     steps, trees = plan.total_steps, plan.trees
     shared = plan.tokens(np.arange(len(trees)))
-    extra_prompts = trees.completion_lengths.shape[1] - 1
-    unshared = shared + extra_prompts * int(trees.prompt_lengths.sum(dtype=np.int64))
+    unshared = unshared_tokens(trees, np.arange(len(trees)), trees.completion_lengths.shape[1])
     epochs = steps / plan.steps_per_epoch
     say(
         f"{steps} steps of {config.train_batch_size} rows ({epochs:.2f} epochs of "
@@ -74,6 +84,62 @@ def _announce_ranks(config: TrainConfig, plan: Plan, ranks: Ranks) -> None:
     say(f"{ranks.world} processes, whose shares of a step are {share:.0%} of even{advice}")
 
 
+def announce_tier(choice: Choice, trees: TreeSource, config: TrainConfig) -> None:
+    """How rows share a call of the model, why not in a cheaper way, and what that costs."""
+    say(f"attention_tier: {choice.tier} ({choice.reason}){_cost(choice.tier, trees, config)}")
+
+
+def _cost(tier: str, trees: TreeSource, config: TrainConfig) -> str:
+    """Tokens of the model for the first steps' rows, against sharing their prompts."""
+    if tier == SHARED:
+        return ""
+    rows = np.arange(min(len(trees), 8 * config.train_batch_size))
+    budget = config.max_tokens_per_batch or 0
+    lengths = sequence_lengths(trees, rows)
+    bins = bins_of_groups(tier, trees, rows, np.arange(len(rows)), budget)
+    given = sum(model_tokens(tier, lengths[members].ravel().tolist()) for members in bins)
+    return f"; {given / int(tree_sizes(trees, rows).sum()):.2f} times the tokens of shared prompts"
+
+
+def announce_settings(config: TrainConfig, loss: Loss, trees: TreeSource) -> None:
+    """Settings that do nothing, or something else than they may be meant for."""
+    if config.dtype != "float32":
+        say(
+            f"dtype: got {config.dtype}; weights and optimizer stay float32 (16 bytes a weight in "
+            "all), so that no small update is rounded away; bf16: true computes in bfloat16"
+        )
+    if OPTIMIZERS[config.optim].notice:
+        say(f"optim: got {config.optim}: {OPTIMIZERS[config.optim].notice}")
+    if config.learning_rate == 0:
+        say("WARNING: learning_rate is 0: nothing will be learned")
+    for name in config.unread_loss_settings(loss):
+        say(f"WARNING: {name}: ignored: {' + '.join(config.loss_names)} does not read it")
+    for name in ("ref_update_alpha", "ref_update_every"):
+        is_default = getattr(config, name) == settings_of(TrainConfig)[name].default
+        if config.ref_update == "none" and not is_default:
+            say(
+                f"WARNING: {name}: ignored: the reference does not move; write ref_update: soft "
+                "(or hard)"
+            )
+    if loss.unpaired:
+        _announce_unpaired(config, loss, trees)
+
+
+def _announce_unpaired(config: TrainConfig, loss: Loss, trees: TreeSource) -> None:
+    if loss.completions > 1 and config.train_sampling_strategy == "random":
+        say(
+            "train_sampling_strategy: random: rows are shuffled, each with its mismatched "
+            "completion; TRL's KTO takes them in their order: write sequential for that"
+        )
+    labels = getattr(trees, "labels", None)
+    if labels is not None and (labels.all() or not labels.any()):
+        verdict = "desirable (label true)" if labels.all() else "undesirable (label false)"
+        say(
+            f"WARNING: all {len(labels)} rows are {verdict}: without rows of the other class the "
+            "loss only pushes one way"
+        )
+
+
 def _announce_reference(config: TrainConfig, steps: int) -> None:
     schedule = config.schedule
     updates = schedule.updates(steps)
@@ -107,14 +173,17 @@ def announce_step(run: Run, line: dict[str, Any]) -> None:
     say("  ".join(parts))
 
 
-def announce_evaluation(run: Run, line: dict[str, Any]) -> None:
-    parts = [f"evaluation at step {run.step}: loss {line['eval_loss']:.4f}"]
-    accuracy = line.get("eval_rewards/accuracies")
+def announce_evaluation(run: Run, metrics: dict[str, float], name: str) -> None:
+    prefix = f"eval_{name}_" if name else "eval_"
+    line = {metric.removeprefix(prefix): value for metric, value in metrics.items()}
+    where = f" on {name}" if name else ""
+    parts = [f"evaluation{where} at step {run.step}: loss {line['loss']:.4f}"]
+    accuracy = line.get("rewards/accuracies")
     if accuracy is not None:
-        error = line["eval_rewards/accuracies_stderr"]
+        error = line["rewards/accuracies_stderr"]
         parts.append(f"accuracy {accuracy:.3f} +- {error:.3f}")
-    if "eval_rewards/margins" in line:
-        parts.append(f"margin {line['eval_rewards/margins']:+.4f}")
-    if "eval_anchor/rewards/margins" in line:
-        parts.append(f"against the initial policy {line['eval_anchor/rewards/margins']:+.4f}")
+    if "rewards/margins" in line:
+        parts.append(f"margin {line['rewards/margins']:+.4f}")
+    if "anchor/rewards/margins" in line:
+        parts.append(f"against the initial policy {line['anchor/rewards/margins']:+.4f}")
     say("  ".join(parts))

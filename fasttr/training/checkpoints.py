@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,10 +72,11 @@ def check_resume(resume: Resume, config: TrainConfig, loss: Loss, plan: Plan) ->
             f"resume_from_checkpoint: {resume.folder} was made with another configuration "
             f"({'; '.join(changed)}); use the same, or start over in another output_dir"
         )
-    if facts.get("loss", str(loss)) != str(loss):
+    now = _name_of(loss)
+    if facts.get("loss", now) != now:
         raise FasttrError(
             f"resume_from_checkpoint: {resume.folder} was made with the loss {facts['loss']}; got "
-            f"{loss}"
+            f"{now}"
         )
     if facts["data"] != plan.trees.fingerprint:
         raise FasttrError(
@@ -123,8 +124,7 @@ def _own_output_dir(run: Run) -> None:
     if run.is_resumed:
         folders.supersede_after(output_dir, run.step)
     else:
-        for old in folders.list_checkpoints(output_dir):
-            shutil.rmtree(old)
+        folders.remove_checkpoints(output_dir)
     folders.rotate(output_dir, run.config.save_total_limit, best_folder(run))
 
 
@@ -158,9 +158,11 @@ def save_model_alone(run: Run, callbacks: Callbacks) -> Path:
 
 def save_final(run: Run) -> None:
     """The final model: the best checkpoint's where that is asked for, else the policy."""
-    best = None
+    best = best_folder(run) if run.config.load_best_model_at_end else None
+    if best is not None and not best.is_dir():
+        say(f"{best} was the best checkpoint and is gone")
+        best = None
     if run.config.load_best_model_at_end:
-        best = best_folder(run)
         if best is None or run.best is None:
             say("no checkpoint was called the best: the final model is the last one")
         else:
@@ -202,11 +204,16 @@ def _facts(run: Run) -> dict[str, Any]:
     best = run.best
     return {
         "config": run.config.as_dict(),
-        "loss": str(run.loss),
+        "loss": _name_of(run.loss),
         "data": run.trees.fingerprint,
         "total_steps": run.plan.total_steps,
         "best": None if best is None or best.step is None else [best.value, best.step],
     }
+
+
+def _name_of(loss: Loss) -> str:
+    """Its settings without the addresses that Python shows of functions: a process has its own."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(loss))
 
 
 def _check_scored(resume: Resume, config: TrainConfig, plan: Plan) -> None:

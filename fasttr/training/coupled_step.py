@@ -16,8 +16,7 @@ from torch import Tensor
 
 from fasttr.batch import PackedBatch
 from fasttr.losses import LossFn, StepObjective
-from fasttr.metrics.sums import NAMES, pack_sums
-from fasttr.packing.layout import pack
+from fasttr.metrics.sums import NAMES, MicroBatches, pack_sums
 from fasttr.training.run import Run
 
 # What is summed over groups, not over rows: packs know nothing of the groups here.
@@ -49,11 +48,13 @@ class CoupledStep(NamedTuple):
         """The sums of this rank's packs, with what is of groups counted once for all ranks."""
         for name in OF_GROUPS:
             entry = NAMES.index(name)
-            sums[entry] = self.sums[entry] if is_first else 0.0
+            sums[:, entry] = self.sums[:, entry] if is_first else 0.0
         return sums
 
 
-def coupled_step(run: Run, step: int, objective: StepObjective) -> CoupledStep:
+def coupled_step(
+    run: Run, step: int, objective: StepObjective, micro_batches: MicroBatches
+) -> CoupledStep:
     """The first sweep over this rank's packs, and the loss on what all ranks found."""
     rows = run.plan.rows(step)
     place = {int(row): i for i, row in enumerate(rows)}
@@ -62,16 +63,15 @@ def coupled_step(run: Run, step: int, objective: StepObjective) -> CoupledStep:
         found = run.policy.logps(batch).cpu().numpy()
         logp_Bm[[place[row] for row in batch.rows]] = found.reshape(len(batch.rows), -1)
     run.ranks.merge_(logp_Bm)
-    size = run.plan.group_rows
-    group_sizes = [min(size, len(rows) - first) for first in range(0, len(rows), size)]
-    whole = pack([run.trees[int(row)] for row in rows], group_sizes)
+    whole = run.plan.one_pack(step)
     ref_logp = run.window_logps.get(whole.rows) if run.loss.needs_reference else None
     logp = torch.from_numpy(logp_Bm).flatten().requires_grad_()
     with torch.enable_grad():
-        summed = objective.loss_fn(whole)(logp, ref_logp, slice(0, len(group_sizes)))
+        summed = objective.loss_fn(whole)(logp, ref_logp, slice(0, len(whole.cu_rows) - 1))
         loss = summed / objective.normalizer
         (derivative,) = torch.autograd.grad(loss, logp)
-    sums = pack_sums(_Scored(loss.detach(), logp.detach()), ref_logp, whole, run.loss)
+    found_of_step = _Scored(loss.detach(), logp.detach())
+    sums = pack_sums(found_of_step, ref_logp, whole, run.loss, micro_batches)
     derivative_Bm = derivative.view(logp_Bm.shape).to(run.device)
     return CoupledStep(place, derivative_Bm, sums.to(run.device))
 

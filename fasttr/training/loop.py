@@ -25,9 +25,12 @@ from fasttr.metrics.log import MetricsLog, NoLog
 from fasttr.metrics.sums import as_metrics
 from fasttr.metrics.throughput import Throughput
 from fasttr.models.given import give_back
+from fasttr.optim.adamw import PLATEAU, after_evaluation
 from fasttr.training import checkpoints
 from fasttr.training.announce import announce_evaluation, announce_step
+from fasttr.training.best import value_of
 from fasttr.training.callbacks import Callback, Callbacks
+from fasttr.training.hub import hub_callbacks
 from fasttr.training.intervals import Intervals
 from fasttr.training.run import REQUESTS, Run
 from fasttr.training.setup import Given, setup
@@ -69,8 +72,9 @@ def train(
     Args:
         model: a loaded transformers model, trained in place, instead of `model_name_or_path`.
         tokenizer: its tokenizer; by default that of the model's own folder or hub id.
-        train_dataset, eval_dataset: a `datasets.Dataset`, a list of dicts with the columns of a
-            preference set, or a TreeSource, instead of `dataset_name` and its test split.
+        train_dataset, eval_dataset: a `datasets.Dataset` or `IterableDataset`, a list of dicts
+            with the columns of a preference set, or a TreeSource, instead of `dataset_name` and its
+            test split; to evaluate on also a mapping of names to such rows.
         loss: a `fasttr.losses.Loss`, or any function of `LossInputs` that returns a number for each
             row, instead of `loss_type`.
         callbacks: see `fasttr.Callback`.
@@ -86,7 +90,8 @@ def train(
     )
     given = Given(model, tokenizer, train_dataset, eval_dataset, loss)
     with joined(config.use_cpu, config.ddp_timeout) as ranks, silent(not ranks.is_first):
-        return _train(config, given, Callbacks(callbacks), ranks)
+        told = [*callbacks, *(hub_callbacks(config) if ranks.is_first else ())]
+        return _train(config, given, Callbacks(told), ranks)
 
 
 def _train(config: TrainConfig, given: Given, callbacks: Callbacks, ranks: Ranks) -> TrainResult:
@@ -161,7 +166,7 @@ class _Loop:
                         self.write_line(metrics, window)
 
                     # once in a while: evaluate, against the reference of this window
-                    is_saved = self.intervals.saves(run.step)
+                    is_saved = self.intervals.saves(run.step) or "save" in run.requests
                     if self.intervals.evaluates(run.step) or "evaluate" in run.requests:
                         is_saved |= self.evaluate(is_saved)
 
@@ -203,8 +208,8 @@ class _Loop:
         run = self.run
         self.guard.verify()
         self.guard.note(run.step, run.trees.positions[run.plan.rows(step)], metrics.is_broken)
-        run.averages.add(metrics.step_means)
-        run.total_loss += metrics.step_means[0]
+        run.averages.add(metrics.micro_means)
+        run.total_loss += metrics.micro_means[0, 0]
         self.stillness.note(metrics.gradient_norm)
         self.callbacks.on_step(run, metrics)
 
@@ -243,20 +248,26 @@ class _Loop:
         """Evaluate; whether that calls for a checkpoint."""
         run = self.run
         run.requests.discard("evaluate")
-        if run.split is None:
+        if not run.splits:
             raise FasttrError(
                 "evaluate: a callback asks for it and there are no rows; give eval_strategy and "
                 "rows to evaluate on"
             )
-        if run.loss.needs_reference and run.split.lacks_reference():
+        lacks_reference = any(split.lacks_reference() for split in run.splits.values())
+        if run.loss.needs_reference and lacks_reference:
             raise FasttrError(
                 "evaluate: a callback asks for it in a window that was scored without the "
                 "evaluation rows; set may_evaluate = True on the callback"
             )
-        line = evaluate(run.policy, run.split, run.objective, ranks=run.ranks)
+        line: dict[str, float] = {}
+        for name, split in run.splits.items():
+            found = evaluate(run.policy, split, run.objective, name=name, ranks=run.ranks)
+            announce_evaluation(run, found, name)
+            line |= found
         self.log.write(run.step, line)
-        announce_evaluation(run, line)
         self.callbacks.on_evaluate(run, line)
+        if run.config.lr_scheduler_type == PLATEAU:
+            after_evaluation(run.scheduler, value_of(line, run.config.best_metric))
         if run.best is None or not (is_saved or run.best.saves_itself):
             return False
         return run.best.note(line, run.step) and run.best.saves_itself

@@ -37,7 +37,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scheduler: Any
     window_logps: LogpTable  # of the reference, for the rows of the current window
-    split: EvaluationSplit | None  # what is evaluated on
+    splits: dict[str, EvaluationSplit]  # what is evaluated on, by its name; "" for one without
     best: Best | None  # None: no checkpoint is called the best
     averages: Averages  # since the last line of metrics
     total_loss: Tensor  # () over all steps
@@ -61,10 +61,12 @@ class Run:
     def tables(self) -> dict[str, LogpTable]:
         """The log-probs that resuming needs, by their names in a checkpoint."""
         found = {"scores": self.window_logps}
-        if self.split is not None and self.split.ref_logps is not None:
-            found["eval_scores"] = self.split.ref_logps
-        if self.split is not None and self.split.anchor_logps is not None:
-            found["anchor"] = self.split.anchor_logps
+        for name, split in self.splits.items():
+            ending = f"/{name}" if name else ""
+            if split.ref_logps is not None:
+                found[f"eval_scores{ending}"] = split.ref_logps
+            if split.anchor_logps is not None:
+                found[f"anchor{ending}"] = split.anchor_logps
         return found
 
     def ask(self, request: str) -> None:

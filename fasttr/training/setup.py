@@ -10,9 +10,10 @@ import torch
 
 from fasttr.batch import TreeSource
 from fasttr.config import rules
-from fasttr.config.rows import RowReader, as_loss_reads
+from fasttr.config.rows import RowReader, as_loss_reads, reads_a_stream
 from fasttr.config.train_config import TrainConfig
 from fasttr.console import say
+from fasttr.data.tokens import adjust
 from fasttr.distributed.ranks import ALONE, Ranks
 from fasttr.environment import device_for
 from fasttr.errors import FasttrError
@@ -21,19 +22,26 @@ from fasttr.losses import Loss, as_loss
 from fasttr.metrics.sums import Averages
 from fasttr.metrics.trackers import require_trackers
 from fasttr.models.checks import check_ids
+from fasttr.models.choice import Candidate, choose_tier
 from fasttr.models.given import pack_model, read_weights_into
 from fasttr.models.load import (
     ModelConfig,
+    check_loadable,
     dropout_rates,
-    load_config,
     load_model,
     load_tokenizer,
 )
 from fasttr.models.packed import PackedModel
 from fasttr.packing.plan import Plan
+from fasttr.packing.tiers import longest_sequence
 from fasttr.reference.logp_table import LogpTable
 from fasttr.reference.moving import MovingReference
-from fasttr.training.announce import announce_adapter, announce_plan
+from fasttr.training.announce import (
+    announce_adapter,
+    announce_plan,
+    announce_settings,
+    announce_tier,
+)
 from fasttr.training.best import Best
 from fasttr.training.checkpoints import Resume, check_resume, find_resume, take_up
 from fasttr.training.run import Run
@@ -50,32 +58,43 @@ class Given(NamedTuple):
 
 
 def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
-    """Read rows and models, say what was found, and take up a checkpoint when asked to."""
+    """Read rows and models, say what was found, and take up a checkpoint when asked to.
+
+    What can be refused without a row is refused first: tokenising takes long.
+    """
     device = _prepare_torch(config)
     require_trackers(config.report_to)
+    config.optimizer().check_schedule()
     resume = ranks.first_alone(lambda: find_resume(config), of_each_machine=False)
     source = config.model_name_or_path
     if resume is not None and not config.use_peft:
         source = str(resume.folder)
-    tokenizer = _checked_tokenizer(config, given, source)
+    tokenizer = _checked_tokenizer(config, given, device, source)
+    candidates = _candidates(config, given, device, source)
     reader = RowReader(config, tokenizer)
+    if reads_a_stream(config, given.train_dataset):
+        config = _in_order_of_the_stream(config)
     custom_loss = None if given.loss is None else as_loss(given.loss, config.beta)
     rows = ranks.first_alone(lambda: reader.train(custom_loss or config.loss, given.train_dataset))
     config, loss = _with_loss(config, custom_loss, rows)
     trees = as_loss_reads(rows, loss, config)
-    eval_trees = None
+    eval_trees: dict[str, TreeSource] = {}
     if config.evaluates:
         eval_rows = ranks.first_alone(lambda: reader.evaluation(loss, given.eval_dataset))
-        eval_trees = as_loss_reads(eval_rows, loss, config)
+        eval_trees = {name: as_loss_reads(one, loss, config) for name, one in eval_rows.items()}
     config = dataclasses.replace(config, max_tokens_per_batch=config.token_budget(device))
+    config = _with_tier(config, candidates, [trees, *eval_trees.values()])
     plan = config.plan(trees, loss, device)
     if resume is not None:
         check_resume(resume, config, loss, plan)
     _require_same(ranks, config, plan)
     announce_plan(config, loss, plan, ranks)
+    announce_settings(config, loss, trees)
     with ranks.together():
         policy, initial = _models(config, device, given, resume)
-    _check_ids(config, given, policy, initial, [trees, eval_trees])
+    _check_ids(config, given, policy, initial, [trees, *eval_trees.values()])
+    if config.eos_token is not None:
+        _end_with(policy, tokenizer)
     optimizer = config.optimizer().optimizer(policy.model)
     run = Run(
         config=config,
@@ -89,7 +108,7 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
         optimizer=optimizer,
         scheduler=config.optimizer().scheduler(optimizer, plan.total_steps),
         window_logps=LogpTable(len(trees), loss.completions),
-        split=None if eval_trees is None else EvaluationSplit.of(eval_trees, loss, plan),
+        splits={name: EvaluationSplit.of(one, loss, plan) for name, one in eval_trees.items()},
         best=Best.of(config),
         averages=Averages(device),
         total_loss=torch.zeros((), device=device),
@@ -122,27 +141,79 @@ def _prepare_torch(config: TrainConfig) -> torch.device:
     return device
 
 
-def _checked_tokenizer(config: TrainConfig, given: Given, source: str | None) -> Any:
+def _checked_tokenizer(
+    config: TrainConfig, given: Given, device: torch.device, source: str | None
+) -> Any:
     """The tokenizer, after what cannot be trained has stopped: before any row is read."""
     if given.model is None:
         assert source is not None
         revision = config.model_revision if source == config.model_name_or_path else "main"
-        rates = dropout_rates(load_config(source, revision))
+        model = dataclasses.replace(config.model(device), name=source, revision=revision)
+        rates = dropout_rates(check_loadable(model))
         if rates and not config.disable_dropout:
             raise FasttrError(
                 f"disable_dropout: got false and the model has {', '.join(rates)}; it is off in "
                 "both models: leave it out"
             )
-        if given.tokenizer is None:
-            return load_tokenizer(source, revision)
-    if given.tokenizer is not None:
-        return given.tokenizer
-    name = config.model_name_or_path or given.model.config.name_or_path
+        tokenizer = given.tokenizer or load_tokenizer(
+            source, revision, trust_remote_code=config.trust_remote_code
+        )
+    else:
+        tokenizer = given.tokenizer or _tokenizer_of(given.model, config)
+    adjust(tokenizer, chat_template=config.chat_template, eos_token=config.eos_token)
+    if config.ref_model_name_or_path is not None:
+        check_loadable(_named_reference(config, device))
+    return tokenizer
+
+
+def _tokenizer_of(model: Any, config: TrainConfig) -> Any:
+    name = config.model_name_or_path or model.config.name_or_path
     if not name:
         raise FasttrError(
             "tokenizer: missing beside the model, which does not say where it came from; give one"
         )
     return load_tokenizer(name, key="tokenizer")
+
+
+def _in_order_of_the_stream(config: TrainConfig) -> TrainConfig:
+    if config.train_sampling_strategy == "random":
+        say("train_sampling_strategy: rows of a stream are taken in their order, as in TRL")
+    return dataclasses.replace(config, train_sampling_strategy="sequential")
+
+
+def _end_with(policy: PackedModel, tokenizer: Any) -> None:
+    """Let the saved model end with the tokenizer's EOS, in its config and when it generates."""
+    model = policy.model
+    eos = tokenizer.eos_token_id
+    model.fasttr_config.eos_token_id = eos
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    model.generation_config.eos_token_id = [eos, *(end for end in ends if end != eos)]
+
+
+def _candidates(
+    config: TrainConfig, given: Given, device: torch.device, source: str | None
+) -> list[Candidate]:
+    """The models that the packs of a run go through."""
+    if given.model is not None:
+        candidates = [Candidate.given(given.model)]
+    else:
+        revision = config.model_revision if source == config.model_name_or_path else "main"
+        policy = dataclasses.replace(config.model(device), name=str(source), revision=revision)
+        candidates = [Candidate.named(policy)]
+    if config.ref_model_name_or_path is not None:
+        candidates.append(Candidate.named(_named_reference(config, device)))
+    return candidates
+
+
+def _with_tier(
+    config: TrainConfig, candidates: list[Candidate], splits: list[TreeSource]
+) -> TrainConfig:
+    """The configuration with a tier that is exact for the longest row."""
+    longest = max(longest_sequence(trees) for trees in splits)
+    choice = choose_tier(config.attention_tier, candidates, longest)
+    announce_tier(choice, splits[0], config)
+    return dataclasses.replace(config, attention_tier=choice.tier)
 
 
 def _with_loss(
@@ -164,11 +235,16 @@ def _models(
 ) -> tuple[PackedModel, PackedModel | None]:
     """The policy, and a first reference of its own where one is named and still needed."""
     policy = _policy(config.model(device), given.model, resume)
-    name = config.ref_model_name_or_path
-    if name is None or (resume is not None and config.ref_update != "soft"):
+    if config.ref_model_name_or_path is None or (
+        resume is not None and config.ref_update != "soft"
+    ):
         return policy, None
-    key = "ref_model_name_or_path"
-    return policy, load_model(dataclasses.replace(config.model(device, name), key=key))
+    return policy, load_model(_named_reference(config, device))
+
+
+def _named_reference(config: TrainConfig, device: torch.device) -> ModelConfig:
+    model = config.model(device, config.ref_model_name_or_path)
+    return dataclasses.replace(model, key="ref_model_name_or_path")
 
 
 def _check_ids(
@@ -176,10 +252,10 @@ def _check_ids(
     given: Given,
     policy: PackedModel,
     initial: PackedModel | None,
-    splits: list[TreeSource | None],
+    splits: list[TreeSource],
 ) -> None:
     """Both models have an embedding for every token that they will meet."""
-    largest_id = max(trees.largest_id for trees in splits if trees is not None)
+    largest_id = max(trees.largest_id for trees in splits)
     if given.model is None:
         check_ids(policy, largest_id, "model_name_or_path", str(config.model_name_or_path))
     else:

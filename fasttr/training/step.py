@@ -8,8 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from fasttr.losses import Loss
-from fasttr.metrics.sums import as_metrics, by_name, means, pack_sums, zeros
+from fasttr.metrics.sums import (
+    MicroBatches,
+    as_metrics,
+    by_name,
+    means,
+    over_micro_batches,
+    pack_sums,
+    zeros,
+)
 from fasttr.metrics.throughput import Throughput
+from fasttr.optim.adamw import after_step
+from fasttr.optim.named import update
+from fasttr.packing.plan import unshared_tokens
 from fasttr.training.coupled_step import coupled_step
 from fasttr.training.run import Run
 
@@ -17,7 +28,7 @@ from fasttr.training.run import Run
 class StepMetrics(NamedTuple):
     """What one optimizer step did; on the device until it is read."""
 
-    step_means: Tensor  # in the order of fasttr.metrics.sums
+    micro_means: Tensor  # (micro-batches of the step, values in the order of fasttr.metrics.sums)
     gradient_norm: Tensor  # () before clipping
     learning_rate: float  # that the step used
     is_broken: Tensor  # () fp32: 1 when loss or gradient were not finite and nothing was changed
@@ -26,7 +37,7 @@ class StepMetrics(NamedTuple):
     def read(self) -> dict[str, float]:
         """Under TRL's names; waits for the device."""
         return {
-            **as_metrics(by_name(self.step_means), self.loss),
+            **as_metrics(by_name(over_micro_batches(self.micro_means)), self.loss),
             "grad_norm": float(self.gradient_norm),
             "learning_rate": self.learning_rate,
         }
@@ -40,27 +51,32 @@ def train_step(run: Run, step: int, throughput: Throughput) -> StepMetrics:
     """
     sums = _backward(run, step, throughput)
     _sum_over_ranks(run, sums)
+    micro_means = means(sums)
     gradient_norm = _clip(run.policy, run.config.max_grad_norm)
-    is_broken = ~torch.isfinite(gradient_norm) | ~torch.isfinite(sums[0])
+    is_broken = ~torch.isfinite(gradient_norm) | ~torch.isfinite(micro_means[0, 0])
     learning_rate = run.scheduler.get_last_lr()[0]
-    # With this flag up the fused kernel changes nothing: no weight, no moment.
-    run.optimizer.found_inf = is_broken.to(torch.float32)  # type: ignore[attr-defined]
-    run.optimizer.step()
-    run.scheduler.step()
+    update(run.optimizer, is_broken)
+    after_step(run.scheduler)
     run.optimizer.zero_grad(set_to_none=True)
     return StepMetrics(
-        means(sums), gradient_norm, learning_rate, is_broken.to(torch.float32), run.loss
+        micro_means, gradient_norm, learning_rate, is_broken.to(torch.float32), run.loss
     )
 
 
 def _backward(run: Run, step: int, throughput: Throughput) -> Tensor:
-    """Gradients of all packs; returns the sums of their metrics."""
+    """Gradients of all packs; returns the sums of their metrics, by micro-batch."""
     rows = run.plan.rows(step)
     objective = run.objective.of_rows(run.trees, rows)
+    micro_batches = run.plan.micro_batches(rows)
+    micro_batch_of = dict(zip(rows.tolist(), micro_batches.tolist(), strict=True))
+    number = int(micro_batches[-1]) + 1
     normalizer: float = objective.normalizer
     is_spread = run.loss.coupled and run.ranks.world > 1
-    coupled = coupled_step(run, step, objective) if is_spread else None
-    sums = zeros(run.device)
+    coupled = None
+    if is_spread:
+        of_step = MicroBatches(torch.from_numpy(micro_batches), number)
+        coupled = coupled_step(run, step, objective, of_step)
+    sums = zeros(run.device, number)
     for host_batch in run.plan.packs(step, run.ranks):
         batch = host_batch.to(run.device)
         ref_logp = None
@@ -71,9 +87,13 @@ def _backward(run: Run, step: int, throughput: Throughput) -> Tensor:
             loss_fn, normalizer = coupled.loss_fn(batch), 1.0
         out = run.policy(batch, loss_fn, ref_logp, normalizer=normalizer, stats=True)
         out.loss.backward()
-        sums += pack_sums(out, ref_logp, batch, run.loss)
+        places = torch.tensor([micro_batch_of[row] for row in batch.rows])
+        of_pack = MicroBatches(places.to(run.device, non_blocking=True), number)
+        sums += pack_sums(out, ref_logp, batch, run.loss, of_pack)
         throughput.add(host_batch, len(host_batch.rows))
-    run.num_tokens += run.plan.unshared_tokens(rows)
+    # A mismatched completion of KTO is of another row and is not counted twice.
+    completions = 1 if run.loss.unpaired else run.loss.completions
+    run.num_tokens += unshared_tokens(run.trees, rows, completions)
     return sums if coupled is None else coupled.corrected(sums, run.ranks.is_first)
 
 

@@ -24,7 +24,7 @@ from fasttr.console import say
 from fasttr.distributed.ranks import Ranks
 from fasttr.errors import FasttrError, one_line
 from fasttr.evaluation.split import EvaluationSplit
-from fasttr.files import written_aside
+from fasttr.files import remove_torn, written_aside
 from fasttr.models.packed import PackedModel
 from fasttr.reference.logp_table import LogpTable, fill_logps
 from fasttr.training.run import Run
@@ -50,18 +50,19 @@ def score_window(run: Run, window: range, *, evaluates: bool, stop: StopSignal) 
     with run.reference.model() as reference:
         partial = _Partial.of(run, reference) if window.start == 0 else None
         _sweep(run, reference, steps, partial, stop)
-        if run.split is not None and evaluates:
-            _score_split(run, run.split, reference)
+        if evaluates:
+            _score_splits(run, reference)
     run.reference.window_scored()
     run.window_scored = True
     if partial is not None and run.ranks.is_first:
-        partial.path.unlink(missing_ok=True)
+        partial.remove()
 
 
 def score_anchor(run: Run) -> None:
-    """Score the evaluation split by the policy as it is now: the initial one, before any step."""
-    if run.split is not None and run.split.anchor_logps is not None:
-        _fill_split(run, run.split, run.policy, run.split.anchor_logps)
+    """Score the evaluation splits by the policy as it is now: the initial one, before any step."""
+    for split in run.splits.values():
+        if split.anchor_logps is not None:
+            _fill_split(run, split, run.policy, split.anchor_logps)
 
 
 def score_late(run: Run, window: range, *, evaluates: bool) -> None:
@@ -70,10 +71,11 @@ def score_late(run: Run, window: range, *, evaluates: bool) -> None:
     Only a soft reference still has, inside a window, the weights that it began with.
     """
     steps = range(run.step, window.stop)
+    if not steps:
+        return
     lacks_rows = any(run.window_logps.lacks(run.plan.rows(step)) for step in steps)
-    split = run.split if evaluates else None
-    lacks_split = split is not None and split.lacks_reference()
-    if not lacks_rows and not lacks_split:
+    splits = [split for split in run.splits.values() if evaluates and split.lacks_reference()]
+    if not lacks_rows and not splits:
         return
     if run.reference.weights is None:
         raise FasttrError(
@@ -83,7 +85,7 @@ def score_late(run: Run, window: range, *, evaluates: bool) -> None:
         )
     with run.reference.model() as reference:
         _sweep(run, reference, steps, None, StopSignal())
-        if split is not None and lacks_split:
+        for split in splits:
             _score_split(run, split, reference)
 
 
@@ -153,6 +155,11 @@ class _Sweep:
             raise SweepStopped
 
 
+def _score_splits(run: Run, reference: PackedModel) -> None:
+    for split in run.splits.values():
+        _score_split(run, split, reference)
+
+
 def _score_split(run: Run, split: EvaluationSplit, reference: PackedModel) -> None:
     if split.ref_logps is None:
         return
@@ -194,6 +201,10 @@ class _Partial:
             return
         self.table.values[rows] = logp
         say(f"taking up the reference's log-probs of {len(rows)} rows from {self.path}")
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+        remove_torn(self.path.parent, PARTIAL_FILE)
 
     def is_due(self) -> bool:
         return time.perf_counter() - self.saved_at > PARTIAL_SECONDS

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from fasttr import files
 from fasttr.checkpoint import folder as folders
 from fasttr.errors import FasttrError
 from fasttr.models.load import ModelConfig, load_model
@@ -78,6 +79,29 @@ def test_the_oldest_beyond_the_limit_go_and_the_best_stays(tmp_path, keep, best,
     best_folder = None if best is None else folders.folder_of(tmp_path, best)
     folders.rotate(tmp_path, keep, best_folder)
     assert checkpoint_names(tmp_path) == [f"checkpoint-{step}" for step in left]
+
+
+def test_a_kill_in_the_middle_of_a_removal_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    made(tmp_path, 2, 4)
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        folders.rotate(tmp_path, 1)
+    monkeypatch.undo()
+    assert checkpoint_names(tmp_path) == ["checkpoint-4"]
+    files.remove_torn(tmp_path, "checkpoint-*")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+
+
+def test_a_checkpoint_that_will_not_go_stops_no_run(tmp_path, monkeypatch, capsys):
+    made(tmp_path, 2, 4)
+    monkeypatch.setattr(files.os, "rename", raises(PermissionError(13, "Permission denied")))
+    folders.rotate(tmp_path, 1)
+    assert checkpoint_names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+    assert "checkpoint-2 cannot be removed and stays" in capsys.readouterr().out
 
 
 def weight_files(folder: Path) -> set[str]:

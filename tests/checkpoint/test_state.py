@@ -44,18 +44,19 @@ def fresh_run() -> SimpleNamespace:
     )
 
 
-def one_step(run: SimpleNamespace) -> None:
+def one_step(run: SimpleNamespace, unused: torch.Tensor | None = None) -> None:
     """Gradients that follow the random state and the step, and everything that a step moves on."""
     run.optimizer.zero_grad()
     for parameter in run.policy.parameters():
-        parameter.grad = torch.randn_like(parameter)
+        if parameter is not unused:
+            parameter.grad = torch.randn_like(parameter)
     run.optimizer.step()
     run.scheduler.step()
     run.step += 1
     run.num_tokens += 17
     run.window_scored = True
     run.total_loss += 0.25
-    run.averages.add(torch.arange(len(run.averages.sums[0]), dtype=torch.float32))
+    run.averages.add(torch.arange(len(run.averages.sums[0]), dtype=torch.float32)[None])
     for number, table in enumerate(run.tables.values()):
         table.put([run.step, 0], torch.randn(4) - number)
     if run.step == 2:
@@ -115,6 +116,24 @@ def test_a_run_goes_on_from_its_state_bit_for_bit(tmp_path):
     torch.set_rng_state(random_state)
     one_step(first)
     assert second.scheduler.get_last_lr() == first.scheduler.get_last_lr()
+    for name, weight in first.policy.state_dict().items():
+        assert torch.equal(second.policy.state_dict()[name], weight), name
+
+
+def test_a_parameter_that_has_had_no_gradient_has_no_moments(tmp_path):
+    """An expert that no token has met yet, or a layer that the loss does not reach."""
+    first = fresh_run()
+    unused = first.policy.model.model.layers[1].mlp.up_proj.weight
+    one_step(first, unused)
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    write_state(folder, capture(first, FACTS))
+    weights = {name: x.clone() for name, x in first.policy.state_dict().items()}
+    second = taken_up(folder, weights)
+    random_state = torch.get_rng_state()
+    one_step(first)
+    torch.set_rng_state(random_state)
+    one_step(second)
     for name, weight in first.policy.state_dict().items():
         assert torch.equal(second.policy.state_dict()[name], weight), name
 
@@ -193,3 +212,7 @@ def test_the_digest_of_weights_follows_each_of_them():
     with torch.no_grad():
         model.model.model.norm.weight[3] += 1e-3
     assert weights_digest(model) != before
+    turned = packed_tiny()
+    with torch.no_grad():
+        turned.model.lm_head.weight[3] *= -1
+    assert weights_digest(turned) != before

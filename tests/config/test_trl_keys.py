@@ -9,20 +9,27 @@ import pytest
 from docs.tables import keys_table
 from fasttr.config.train_config import TrainConfig
 from fasttr.config.trl import translate
-from fasttr.config.trl_table import KTO_DEFAULTS, LAUNCH, OLDER, TABLE
+from fasttr.config.trl_table import KTO_DEFAULTS, LAUNCH, OLDER, SFT_DEFAULTS, TABLE
 from fasttr.data.mixture import Part
 from fasttr.errors import FasttrError
 
 
 def their_fields() -> dict[str, dict]:
     """The fields of TRL's dataclasses with their defaults, by class."""
-    from trl import DPOConfig, KTOConfig, ModelConfig, ScriptArguments
+    from trl import DPOConfig, KTOConfig, ModelConfig, ScriptArguments, SFTConfig
     from trl.scripts.utils import DatasetMixtureConfig
 
     def default(field):
         return field.default_factory() if field.default is dataclasses.MISSING else field.default
 
-    classes = (DPOConfig, KTOConfig, ModelConfig, ScriptArguments, DatasetMixtureConfig)
+    classes = (
+        DPOConfig,
+        KTOConfig,
+        SFTConfig,
+        ModelConfig,
+        ScriptArguments,
+        DatasetMixtureConfig,
+    )
     return {
         cls.__name__: {field.name: default(field) for field in dataclasses.fields(cls)}
         for cls in classes
@@ -37,11 +44,8 @@ def test_every_key_of_the_installed_trl_is_classed_with_its_default():
     assert TABLE.keys() - fields - extra == set()
     for cls, found in theirs.items():
         for name, default in found.items():
-            ours = (
-                KTO_DEFAULTS.get(name, TABLE[name].default)
-                if cls == "KTOConfig"
-                else TABLE[name].default
-            )
+            own = {"KTOConfig": KTO_DEFAULTS, "SFTConfig": SFT_DEFAULTS}.get(cls, {})
+            ours = own.get(name, TABLE[name].default)
             assert ours == default, (cls, name)
             assert isinstance(ours, bool) == isinstance(default, bool), (cls, name)
 
@@ -59,11 +63,11 @@ def test_every_kind_is_carried_out():
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
     for key in TABLE.values():
         if key.kind == "honoured":
-            assert key.name in fields | {"optim", "env"}, key
+            assert key.name in fields | {"env"}, key
         if key.kind == "renamed":
             assert set(key.ours.split(", ")) <= fields, key
         if key.kind in ("ignored", "refused"):
-            assert key.name not in fields
+            assert key.name not in fields, key
             assert key.note, key
 
 
@@ -124,11 +128,20 @@ def test_a_soft_update_with_all_of_the_policy_is_hard():
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"loss_type": "bco"}, "loss_type: got 'bco'; TRL 1.16 has no bco for unpaired rows"),
+        ({"completion_only_loss": False}, "completion_only_loss: got false; a prompt is never"),
+        ({"dataset_mixer": "x"}, "dataset_mixer: got 'x'; wanted a mapping of data sets to shares"),
         (
-            {"optim": "adafactor"},
-            "optim: got 'adafactor'; wanted one of adamw_torch, adamw_torch_fused",
+            {"dataset_mixer": {"d": 1}, "dataset_splits": ["dev"]},
+            "dataset_splits: got 'dev'; wanted names with train or test in them",
         ),
+        (
+            {"dataset_mixer": {"d": 1}, "dataset_configs": ["a", "b"]},
+            "dataset_configs: got 2 for 1 data sets",
+        ),
+        ({"columns": "good"}, "columns: got 'good'; wanted such as chosen=good rejected=bad"),
+        ({"device": "cuda"}, "unknown key 'device': a run takes the GPU when there is one"),
+        ({"ref_update_alpha": 0.7}, "ref_update_alpha: got 0.7 without ref_update"),
+        ({"ref_update_every": 8}, "ref_update_every: got 8 without ref_update"),
         ({"max_steps": "1e3"}, "max_steps: got 1e3; wanted int"),
         ({"per_device_train_batch_size": 2.5}, "per_device_train_batch_size: got 2.5; wanted int"),
         (
@@ -175,10 +188,101 @@ def test_spellings_of_nothing_are_accepted():
     assert translate(empty) == ({}, [])
 
 
-def test_kto_says_that_its_order_is_random():
-    _, notices = translate({"loss_type": "kto"})
-    assert any(line.startswith("train_sampling_strategy: absent, so random") for line in notices)
-    assert translate({"loss_type": "kto", "train_sampling_strategy": "sequential"})[1] == []
+def test_all_refusals_of_a_file_are_said_at_once():
+    values = {
+        "load_in_4bit": True,
+        "num_machines": 8,
+        "max_steps": "many",
+        "lerning_rate": 1,
+        "beta": 0.1,
+    }
+    with pytest.raises(FasttrError) as stopped:
+        translate(values)
+    told = str(stopped.value)
+    assert told.startswith("4 settings cannot be taken: (1) ")
+    for part in (
+        "load_in_4bit: got True; a quantised base is not built",
+        "num_machines: got 8; start torchrun on every machine",
+        "max_steps: got many; wanted int",
+        "unknown key 'lerning_rate' (did you mean 'learning_rate'?)",
+    ):
+        assert part in told
+    assert "beta" not in told
+
+
+def test_more_refusals_than_a_person_reads_are_counted():
+    names = [key.name for key in TABLE.values() if key.kind == "refused"]
+    with pytest.raises(FasttrError) as stopped:
+        translate({name: other_value(name) for name in names})
+    assert len(str(stopped.value)) < 2000
+    assert re.search(r"\.\.\. and \d+ more$", str(stopped.value))
+
+
+def test_ranges_and_contradictions_are_said_at_once_too():
+    with pytest.raises(FasttrError, match=r"2 settings .* max_length: .* beta: "):
+        TrainConfig(beta=0.0, max_length=1)
+    with pytest.raises(FasttrError, match=r"2 settings .* ld_alpha: .* group_size: "):
+        TrainConfig(loss_type="sft", ld_alpha=0.5, group_size=3)
+
+
+def test_older_names_of_one_thing_are_renamed():
+    values = {
+        "no_cuda": True,
+        "hub_model_revision": "v1",
+        "preprocessing_num_workers": 3,
+        "dataset_streaming": True,
+        "torch_dtype": "auto",
+        "use_flash_attention_2": True,
+        "max_seq_length": 512,
+    }
+    assert translate(values) == (
+        {
+            "use_cpu": True,
+            "hub_revision": "v1",
+            "dataset_num_proc": 3,
+            "streaming": True,
+            "dtype": "auto",
+            "attn_implementation": "flash_attention_2",
+            "max_length": 512,
+        },
+        [],
+    )
+
+
+def test_entries_of_a_model_that_concern_speed_are_ignored_with_a_line():
+    entries = {"use_kernels": True, "use_cache": False, "dtype": "bfloat16", "revision": "v2"}
+    ours, notices = translate({"model_init_kwargs": entries})
+    assert ours == {"dtype": "bfloat16", "model_revision": "v2"}
+    assert [line.split(":")[1].strip() for line in notices] == ["use_kernels", "use_cache"]
+
+
+def test_the_mixer_of_alignment_handbook_becomes_a_mixture():
+    ours, _ = translate(
+        {
+            "dataset_mixer": {"a": 0.5, "b": 1.0},
+            "dataset_splits": ["train_prefs", "test_prefs"],
+            "dataset_configs": ["x", None],
+        }
+    )
+    assert ours["dataset_mixture"] == {
+        "datasets": [
+            {"id": "a", "config": "x", "split": "train_prefs", "weight": 0.5},
+            {"id": "b", "config": None, "split": "train_prefs", "weight": 1.0},
+        ],
+        "test_datasets": [
+            {"id": "a", "config": "x", "split": "test_prefs"},
+            {"id": "b", "config": None, "split": "test_prefs"},
+        ],
+        "seed": 42,
+        "draws_rows": False,
+    }
+
+
+def test_accumulation_that_is_written_makes_micro_batches():
+    ours, _ = translate({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3})
+    assert ours == {"train_batch_size": 12, "group_size": 4, "micro_batch_size": 4}
+    ours, _ = translate({"per_device_train_batch_size": 4})
+    assert ours == {"train_batch_size": 4, "group_size": 4}
 
 
 def test_the_table_for_readers_holds_every_key():

@@ -215,7 +215,10 @@ def test_trls_yaml_of_a_mixture_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"test_split_size": 0.1}, "it splits a mixture"),
+        (
+            {"test_split_size": 0.1, "dataset_test_split": "train"},
+            "dataset_test_split: got 'train'",
+        ),
         ({"datasets": [{"path": "a"}], "test_split_size": 1.5}, "test_split_size: got 1.5"),
         ({"datasets": [{"path": "a"}], "test_split_size": 0}, "test_split_size: got 0"),
         ({"datasets": [{"path": "a"}], "eval_strategy": "steps"}, "no test split of its own"),

@@ -52,7 +52,7 @@ def test_code_beside_the_weights_is_not_run_nor_asked_about(folder, tmp_path, mo
         tokenizer_class="Own",
         auto_map={"AutoTokenizer": ["own.T", "own.T"]},
     )
-    assert "is not run" in refused(load_tokenizer, str(folder))
+    assert "which is run with trust_remote_code true alone" in refused(load_tokenizer, str(folder))
     assert not (tmp_path / "ran").exists()
 
 

@@ -11,7 +11,7 @@ import torch
 from fasttr.data.in_memory import ListTrees
 from fasttr.data.unpaired import Unpaired
 from fasttr.evaluation.split import BLOCK, EvaluationSplit, evaluate
-from fasttr.losses import Kto, Loss, Objective, Sft, Sigmoid
+from fasttr.losses import CustomLoss, Kto, Loss, Objective, Sft, Sigmoid
 from fasttr.packing.plan import Plan
 from tests.tiny import alone_logps, packed_tiny, random_trees, tiny_model
 
@@ -21,12 +21,12 @@ TO_REFERENCE = np.array([[1.0, -0.5], [0.25, -2.0], [-1.5, -1.75], [-0.5, 0.5], 
 TO_ANCHOR = np.array([[0.5, 1.5], [2.0, -1.0], [-0.25, 0.75], [1.25, 0.5], [-3.0, -2.0]])
 
 
-def split_of(trees, loss: Loss, budget: int = 20) -> EvaluationSplit:
+def split_of(trees, loss: Loss, budget: int = 20, columns: int = 2) -> EvaluationSplit:
     """With both references as far from the model as the log-ratios say."""
     logps = alone_logps(tiny_model(), list(trees)).detach().numpy().reshape(len(trees), -1)
     split = EvaluationSplit(trees, budget, 1).with_tables(loss)
-    split.ref_logps.values[:] = logps - TO_REFERENCE
-    split.anchor_logps.values[:] = logps - TO_ANCHOR
+    split.ref_logps.values[:] = logps - TO_REFERENCE[:, :columns]
+    split.anchor_logps.values[:] = logps - TO_ANCHOR[:, :columns]
     return split
 
 
@@ -86,6 +86,20 @@ def test_a_loss_without_a_reference_has_no_tables():
     predicted = sum(len(t.completions[0]) for t in trees) - 1  # one row has no prompt
     assert found["eval_loss"] == pytest.approx(-float(logps.sum()) / predicted, rel=1e-5)
     assert not [name for name in found if "anchor" in name or "ref/" in name]
+
+
+def test_a_loss_of_one_completion_has_a_reference_too():
+    """A likelihood held near the reference: there is no other side, so nothing is won."""
+    trees = ListTrees([t._replace(completions=t.completions[:1]) for t in random_trees(SHAPES)])
+    loss = CustomLoss(lambda inputs: inputs.chosen_logratio**2, beta=0.2, completions=1)
+    split = split_of(trees, loss, columns=1)
+    found = evaluate(packed_tiny(), split, Objective(loss))
+    u, a = TO_REFERENCE[:, 0], TO_ANCHOR[:, 0]
+    assert found["eval_loss"] == pytest.approx((u**2).mean(), abs=1e-4)
+    assert found["eval_ref/distance"] == pytest.approx(np.abs(u).mean(), abs=1e-5)
+    assert found["eval_anchor/logratios/chosen"] == pytest.approx(a.mean(), abs=1e-5)
+    others = [name for name in found if "rejected" in name or "margins" in name]
+    assert not [*others, *(name for name in found if "accuracies" in name)]
 
 
 def test_every_pack_is_handed_on_with_its_logps():

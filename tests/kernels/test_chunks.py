@@ -65,6 +65,11 @@ def test_the_last_chunk_is_not_a_small_rest() -> None:
     assert max(sizes) - min(sizes) <= 128 + 100
 
 
+def test_groups_that_fill_a_chunk_exactly_share_it() -> None:
+    cut = list(chunks.plan(offsets([64, 192] * 4), list(range(0, 9, 2)), 512))
+    assert [(c.groups.start, c.groups.stop) for c in cut] == [(0, 2), (2, 4)]
+
+
 def test_pieces_of_a_long_group_are_of_equal_size_in_whole_tiles() -> None:
     sizes = [p.stop - p.start for p in chunks.pieces(0, 4200, 4096)]
     assert sizes == [2176, 2024]

@@ -1,10 +1,14 @@
 """Losses: known values, and the fused head against the plain one in fp64 for every loss."""
 
+from __future__ import annotations
+
+import math
+
 import pytest
 import torch
 from fasttr_kernels import linear_preference_loss
 
-from fasttr.losses import LOSSES, IpoSum, LossInputs, Sigmoid, group_loss, make_loss
+from fasttr.losses import LOSSES, IpoSum, LossInputs, Orpo, Sigmoid, group_loss, make_loss
 
 
 def inputs(logp, ref=None, tokens=None, **more):
@@ -22,6 +26,17 @@ def test_an_update_of_the_reference_moves_the_target_margin_of_ipo_by_half_over_
         loss = IpoSum(beta=0.25)(LossInputs(logp, logp.detach(), torch.ones(2)))
         loss.sum().backward()
         assert logp.grad.tolist() == pytest.approx([-2 / (2 * 0.25), 2 / (2 * 0.25)])
+
+
+def test_orpos_odds_of_certain_tokens_are_those_of_one_minus_a_millionth():
+    """A completion whose every token is certain has infinite odds, and no gradient through them."""
+    logp = torch.tensor([0.0, -1.0], dtype=torch.float64, requires_grad=True)
+    loss = Orpo(beta=0.5)(LossInputs(logp, None, torch.ones(2)))
+    odds = math.log(1 - 1e-6) - math.log(1e-6) - (-1 - math.log(1 - math.exp(-1)))
+    assert loss.item() == pytest.approx(0.5 * math.log1p(math.exp(-odds)), rel=1e-5)
+    loss.sum().backward()
+    assert logp.grad[0] == -1  # of the likelihood
+    assert logp.grad.isfinite().all()
 
 
 def test_a_loss_with_a_reference_refuses_to_go_without():

@@ -15,11 +15,13 @@ from torch import Tensor
 from fasttr.losses import ApoZeroUnpaired, Kto, Loss, Sft, Sigmoid, Simpo
 from fasttr.metrics.names import NAMES
 from fasttr.metrics.sums import (
+    SUMS,
     Averages,
     as_metrics,
     binomial_stderr,
     by_name,
     means,
+    over_micro_batches,
     pack_sums,
     zeros,
 )
@@ -64,7 +66,7 @@ def head(loss: float, completions: slice = slice(None), tokens: slice = slice(No
 
 
 def metrics_of(loss: Loss, sums: Tensor) -> dict[str, float]:
-    return as_metrics(by_name(means(sums)), loss)
+    return as_metrics(by_name(over_micro_batches(means(sums))), loss)
 
 
 def mean_at(values: list[float], places: list[int]) -> float:
@@ -180,8 +182,8 @@ def test_sft_has_the_chosen_side_alone():
 def test_steps_are_averaged_over_those_that_have_a_mean():
     averages = Averages(CPU)
     for reward in (1.25, math.nan, 2.0):
-        step_means = dict.fromkeys(by_name(zeros(CPU)), 3.0) | {"rejected_reward": reward}
-        averages.add(torch.tensor(list(step_means.values())))
+        step_means = dict.fromkeys(SUMS, 3.0) | {"rejected_reward": reward}
+        averages.add(torch.tensor([list(step_means.values())]))
     found = averages.read()
     assert found["rejected_reward"] == pytest.approx(3.25 / 2)
     assert found["chosen_reward"] == 3.0
@@ -190,8 +192,10 @@ def test_steps_are_averaged_over_those_that_have_a_mean():
 
 def test_a_loss_that_is_not_a_number_is_never_left_out():
     averages = Averages(CPU)
-    broken = dict.fromkeys(by_name(zeros(CPU)), 3.0) | {"loss": math.nan}
-    averages.add(torch.tensor(list(broken.values())))
+    sound = dict.fromkeys(SUMS, 3.0)
+    broken = sound | {"loss": math.nan}
+    for step_means in (sound, broken, sound):
+        averages.add(torch.tensor([list(step_means.values())]))
     assert math.isnan(averages.read()["loss"])
     assert math.isnan(as_metrics(broken, Sigmoid())["loss"])
 

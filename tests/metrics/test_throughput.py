@@ -10,8 +10,9 @@ import torch
 from fasttr import Callback, TrainConfig, train
 from fasttr.metrics.throughput import FlopCount, Throughput, peak_flops
 from fasttr.packing.layout import pack
+from tests.architectures import VOCAB
 from tests.runs import settings, steps
-from tests.tiny import VOCAB, random_trees, tiny_model
+from tests.tiny import random_trees, tiny_model
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")

@@ -15,7 +15,8 @@ from fasttr.models.backend import Offsets, Scores
 from fasttr.models.flash import TorchFlash
 from fasttr.models.segments import Segments
 from fasttr.packing.layout import pack
-from tests.tiny import WINDOW, packed_tiny, random_trees
+from tests.architectures import WINDOW
+from tests.tiny import packed_tiny, random_trees
 
 H, HKV, DH = 4, 2, 8
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -1,15 +1,20 @@
 """Packed = prefix-shared = padded = one completion at a time: log-probs and every gradient, per
-architecture."""
+architecture in the tier that is exact for it."""
+
+from __future__ import annotations
 
 import pytest
 import torch
 
 from fasttr.batch import Tree
 from fasttr.errors import FasttrError
-from fasttr.models.checks import ARCHITECTURES
+from fasttr.models import attention
+from fasttr.models.attention import own_attention
+from fasttr.models.checks import check_head
+from fasttr.models.probe import probe
 from fasttr.packing.layout import pack
+from tests.architectures import ARCHITECTURES, TIERS, USUAL, VOCAB, WINDOW
 from tests.tiny import (
-    WINDOW,
     alone_logps,
     gradients,
     packed,
@@ -45,9 +50,11 @@ def assert_same(got_logps, got_grads, want_logps, want_grads):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_packed_shared_padded_and_alone_agree(arch, checkpointing):
+    tier = TIERS.get(arch, "shared")
     trees = random_trees(SHAPES)
     assert max(len(t.prompt_ids) + len(c) for t in trees for c in t.completions) > WINDOW
-    plain = tiny_model(arch, implementation="eager" if arch == "gemma2" else "sdpa")
+    plain = tiny_model(arch)
+    plain.set_attn_implementation(own_attention(plain))
     alone = alone_logps(plain, trees)
     weighted(alone).backward()
     want = gradients(plain)
@@ -59,8 +66,8 @@ def test_packed_shared_padded_and_alone_agree(arch, checkpointing):
     assert_same(padded, gradients(plain), alone, want)
 
     single = [Tree(i, t.prompt_ids, (c,)) for i, t in enumerate(trees) for c in t.completions]
-    for layout in (trees, single):
-        model = packed_tiny(arch)
+    for layout in (trees, single) if tier == "shared" else (single,):
+        model = packed_tiny(arch, tier=tier)
         if checkpointing:
             model.model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -103,7 +110,7 @@ def test_no_grad_scoring_is_bitwise_the_training_forward():
         assert torch.equal(scored, trained.logp)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", USUAL)
 def test_bf16_compute_stays_near_fp32_and_keeps_the_step_0_zero(arch):
     """Autocast on fp32 weights: every back end gets q, k and v of one dtype, and gradients come
     back in fp32."""
@@ -123,3 +130,27 @@ def test_bf16_compute_stays_near_fp32_and_keeps_the_step_0_zero(arch):
 
 def test_packed_helper_keeps_the_softcap():
     assert packed(tiny_model("gemma2", implementation="eager")).head.softcap == 3.0
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_probe_finds_the_tier_and_the_head(arch):
+    config = tiny_config(arch)
+    support = probe(config)
+    tier = TIERS.get(arch, "shared")
+    assert support.best(4 * WINDOW) == tier
+    check_head(packed_tiny(arch, tier=tier), "model_name_or_path", arch)
+
+
+def test_a_head_with_a_bias_keeps_it():
+    trees = random_trees(SHAPES)
+    models = [tiny_model("llama"), tiny_model("llama", implementation=attention.register())]
+    for model in models:
+        torch.manual_seed(1)
+        model.lm_head = torch.nn.Linear(32, VOCAB)
+    plain, shared = models
+    want = alone_logps(plain, trees)
+    weighted(want).backward()
+    out = packed(shared)(pack(trees), sum_loss)
+    out.loss.backward()
+    assert "lm_head.bias" in gradients(shared)
+    assert_same(out.logp, gradients(shared), want, gradients(plain))

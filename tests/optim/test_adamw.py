@@ -7,8 +7,8 @@ import torch
 from transformers import Trainer
 
 from fasttr.errors import FasttrError
-from fasttr.models.checks import ARCHITECTURES
 from fasttr.optim.adamw import OptimizerConfig, parameter_groups
+from tests.architectures import ARCHITECTURES
 from tests.tiny import packed_tiny, tiny_model
 
 

@@ -51,7 +51,6 @@ def test_layout_of_a_pack_by_hand():
     assert batch.cu_completions.tolist() == [0, 3, 4, 5]
     assert batch.cu_groups.tolist() == [0, 2, 3]
     assert batch.token_counts.tolist() == [3, 1, 2]
-    assert batch.num_tokens == 5 + 3 + 2
 
 
 def test_each_completion_is_parted_at_the_length_of_its_trees_shortest():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+from fasttr.errors import FasttrError
 from fasttr.packing.layout import pack
 from fasttr.reference.logp_table import LogpTable, fill_logps
 from tests.tiny import alone_logps, packed_tiny, random_trees, tiny_model
@@ -47,3 +50,12 @@ def test_every_pack_is_scored_once_and_the_last_one_too():
     assert scored == [(2,)]
     want = alone_logps(tiny_model(), trees).detach()
     torch.testing.assert_close(table.get([0, 1, 2]), want, atol=1e-4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("broken", [math.nan, -math.inf])
+def test_a_log_prob_that_is_not_finite_is_one_line_that_names_its_row(broken):
+    table = LogpTable(9, 2)
+    with pytest.raises(FasttrError, match=r"log-probs of row 7 .*; wanted finite ones") as raised:
+        table.put([3, 7], torch.tensor([-1.0, -2.0, -3.0, broken]))
+    assert str(broken) in str(raised.value)
+    assert table.lacks([3])

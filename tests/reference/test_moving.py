@@ -102,6 +102,16 @@ def test_a_named_first_reference_scores_window_0_and_is_let_go(schedule):
     assert reference.weights is None
 
 
+def test_a_move_ends_the_time_of_a_named_first_reference():
+    """Whether or not its window was scored: under hard updates the policy is the next one."""
+    policy, initial = packed_tiny(seed=0), packed_tiny(seed=1)
+    reference = MovingReference(Hard(2), policy, initial)
+    reference.move()
+    assert reference.is_the_policy
+    with reference.model() as model:
+        assert model is policy
+
+
 def test_a_named_soft_reference_begins_at_its_weights():
     policy, initial = packed_tiny(seed=0), packed_tiny(seed=1)
     before = weights_of(initial)
@@ -134,7 +144,9 @@ def test_a_soft_reference_that_is_another_model_is_refused(other, expected):
 
 def test_updates_and_ages_of_a_schedule():
     """The mean age is every (1 - a) / a + (every - 1) / 2 under soft updates."""
-    assert (Fixed().updates(100), Soft(0.5, 8).updates(20), Hard(8).updates(24)) == (0, 2, 3)
+    assert Fixed().updates(100) == 0
+    assert [Soft(0.5, 8).updates(steps) for steps in (7, 8, 20)] == [0, 1, 2]
+    assert [Hard(8).updates(steps) for steps in (7, 8, 20)] == [0, 1, 2]
     assert Fixed().mean_age(9) == 4.0
     assert Hard(8).mean_age(100) == 3.5
     assert Hard(8).mean_age(3) == 1.0

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fasttr.errors import FasttrError
 from fasttr.models.load import ModelConfig, load_model, load_tokenizer
 from fasttr.rollouts.prompt_file import PromptFile, read_prompts, sample_file
-from fasttr.rollouts.sampler import Sampling, draw, encode_prompts
+from fasttr.rollouts.sampler import Sample, Sampling, draw, encode_prompts
 from tests.runs import read_rows
 
 
@@ -35,6 +35,10 @@ def samples_of(workspace, folder: Path, prompts: str, batch_size: int, seed: int
     return read_rows(out)
 
 
+def texts_of(drawn: list[list[Sample]]) -> list[str]:
+    return [sample.completion for samples in drawn for sample in samples]
+
+
 def test_greedy_samples_are_those_of_each_prompt_alone(workspace, model, tokenizer):
     """Padding a batch changes nothing, and the model attends as before afterwards."""
     before = model.model.config._attn_implementation
@@ -55,11 +59,33 @@ def test_samples_follow_the_seed_and_leave_the_callers_random_state(model, token
     before = torch.get_rng_state()
     texts = []
     for seed in (1, 1, 2):
-        drawn = draw(model, tokenizer, ids, Sampling(8, num_samples=2, seed=seed))
-        texts.append([sample.completion for samples in drawn for sample in samples])
+        texts.append(texts_of(draw(model, tokenizer, ids, Sampling(8, num_samples=2, seed=seed))))
     assert texts[0] == texts[1] != texts[2]
     assert texts[0][0] != texts[0][1]
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_sample_ends_with_the_token_that_ended_it_and_counts_it(model, tokenizer, monkeypatch):
+    """The fourth token of a greedy sample becomes an end, of the model's own or of a list."""
+    prompt = encode_prompts(tokenizer, ["alpha?"])
+    ((whole,),) = draw(model, tokenizer, prompt, Sampling(8, temperature=0))
+    assert (whole.tokens, whole.finished) == (8, False)
+    end = int(whole.ids[3])
+    first = whole.ids.tolist().index(end) + 1
+    assert first < 8
+    for ends in (end, [299, end]):
+        monkeypatch.setattr(model.model.generation_config, "eos_token_id", ends)
+        ((cut,),) = draw(model, tokenizer, prompt, Sampling(8, temperature=0))
+        assert cut.ids.tolist() == whole.ids[:first].tolist()
+        assert (cut.tokens, cut.finished) == (first, True)
+
+
+def test_the_colder_the_likelier(model, tokenizer):
+    """Next to temperature 0 the likeliest token is drawn each time."""
+    prompts = encode_prompts(tokenizer, ["alpha?", "beta gamma?"])
+    greedy = texts_of(draw(model, tokenizer, prompts, Sampling(8, temperature=0)))
+    assert texts_of(draw(model, tokenizer, prompts, Sampling(8, temperature=1e-4))) == greedy
+    assert texts_of(draw(model, tokenizer, prompts, Sampling(8, temperature=1.0))) != greedy
 
 
 def test_every_batch_has_a_seed_of_its_own(workspace, tmp_path):

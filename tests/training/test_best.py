@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 
+from fasttr import Callback, train
 from fasttr.cli import main
 from fasttr.config.train_config import TrainConfig
 from fasttr.errors import FasttrError
 from fasttr.training.best import Best
 from tests.runs import (
+    Asks,
     checkpoint_names,
     error_line,
     evaluations,
@@ -44,6 +47,11 @@ def best_of(values: list[float], *, more_is_better: bool) -> list[int]:
 def test_the_first_of_equal_values_is_the_best():
     assert best_of([0.7, 0.9, 0.9, 0.8, 1.1], more_is_better=True) == [1, 2, 5]
     assert best_of([0.7, 0.9, 0.6, 0.6, 0.5], more_is_better=False) == [1, 3, 5]
+
+
+def test_a_value_that_is_not_a_number_is_never_the_best():
+    assert best_of([math.nan, 0.7, math.nan, 0.6], more_is_better=False) == [2, 4]
+    assert best_of([math.nan, 0.7, math.nan, 0.6], more_is_better=True) == [2]
 
 
 def test_a_metric_that_no_evaluation_has_is_one_line():
@@ -149,3 +157,28 @@ def test_without_any_best_the_last_weights_are_the_model(workspace, tmp_path, ca
     run(workspace, tmp_path, **best_settings(workspace, eval_delay=100))
     assert "no checkpoint was called the best" in capsys.readouterr().out
     assert same_weights(tmp_path, tmp_path / "checkpoint-4")
+
+
+class RemovesTheFirst(Callback):
+    """Somebody makes room by hand while the run goes on."""
+
+    def on_save(self, run, folder: Path) -> None:
+        if run.step == 3:
+            shutil.rmtree(run.output_dir / "checkpoint-1")
+
+
+def test_a_best_checkpoint_that_goes_in_mid_run_leaves_the_last_weights(
+    workspace, tmp_path, capsys
+):
+    values = settings(workspace, tmp_path, **best_settings(workspace))
+    train(TrainConfig(**values), callbacks=[RemovesTheFirst()])
+    assert "checkpoint-1 was the best checkpoint and is gone" in capsys.readouterr().out
+    assert same_weights(tmp_path, tmp_path / "checkpoint-4")
+
+
+def test_a_step_that_a_callback_saves_may_be_the_best(workspace, tmp_path):
+    """Planned are checkpoints 2 and 4; the evaluations of 1 and 3 count where they are saved."""
+    values = settings(workspace, tmp_path, **best_settings(workspace, save_steps=2, eval_steps=1))
+    train(TrainConfig(**values), callbacks=[Asks("save", at=1)])
+    assert checkpoint_names(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-4"]
+    assert same_weights(tmp_path, tmp_path / "checkpoint-1")

@@ -15,7 +15,7 @@ from fasttr.data.in_memory import ListTrees
 from fasttr.data.load import DataConfig, load_trees
 from fasttr.data.unpaired import Unpaired
 from fasttr.losses import LOSSES, Loss, Objective, Sigmoid
-from fasttr.metrics.sums import as_metrics, by_name, means, pack_sums, zeros
+from fasttr.metrics.sums import as_metrics, by_name, means, over_micro_batches, pack_sums, zeros
 from fasttr.models.load import ModelConfig, load_model, load_tokenizer
 from fasttr.optim.adamw import OptimizerConfig
 from fasttr.packing.plan import Plan, pack_rows
@@ -85,7 +85,7 @@ def test_at_step_0_the_loss_is_its_constant_and_every_logratio_is_0(name):
         assert torch.equal(out.logp, ref_logp)
         out.loss.backward()
         sums += pack_sums(out, ref_logp, batch, loss)
-    found = as_metrics(by_name(means(sums)), loss)
+    found = as_metrics(by_name(over_micro_batches(means(sums))), loss)
     assert found["loss"] == pytest.approx(CONSTANT[name], rel=1e-6)
     assert found["ref/distance"] == found["rewards/margins"] == 0.0
     assert found.get("rewards/accuracies", 0.0) == 0.0  # strict, as TRL's

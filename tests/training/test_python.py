@@ -8,22 +8,19 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fasttr import Callback, TrainConfig, train
+from fasttr import TrainConfig, train
 from fasttr.data.in_memory import ListTrees
 from fasttr.data.load import DataConfig, load_trees
 from fasttr.errors import FasttrError
 from fasttr.losses import LOSSES, LossInputs, as_loss
 from tests.runs import (
-    Asks,
     assert_same_run,
-    checkpoint_names,
     evaluations,
     read_rows,
     run,
     same_weights,
     settings,
     steps,
-    timeless,
     weights,
 )
 from tests.tiny import random_trees
@@ -134,6 +131,46 @@ def test_a_function_as_loss_is_the_loss_that_it_computes(workspace, tmp_path):
     assert given.metrics["rewards/margins"] == named.metrics["rewards/margins"]
 
 
+def test_a_function_as_loss_resumes_in_another_process(workspace, tmp_path):
+    """There it is the same function at another address."""
+
+    def margin(inputs: LossInputs):
+        return inputs.rejected_logratio - inputs.chosen_logratio
+
+    def again(beta):
+        def margin(inputs: LossInputs):
+            return inputs.rejected_logratio - inputs.chosen_logratio
+
+        return margin
+
+    first, second = again(1), again(2)
+    assert str(first) != str(second)
+    values = settings(workspace, tmp_path / "whole", save_strategy="steps", save_steps=3)
+    train(TrainConfig(**values), loss=first)
+    half = str(tmp_path / "whole" / "checkpoint-3")
+    values |= {"output_dir": str(tmp_path / "resumed"), "resume_from_checkpoint": half}
+    train(TrainConfig(**values), loss=second)
+    assert same_weights(tmp_path / "resumed", tmp_path / "whole")
+    with pytest.raises(FasttrError, match=r"was made with the loss .*again.*; got .*margin"):
+        train(TrainConfig(**values), loss=margin)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "completions"), [("sft", 2), ("sigmoid", 3), ("kto", 3)], ids=str
+)
+def test_trees_hold_the_completions_that_the_loss_reads(
+    workspace, tmp_path, model, tokenizer, loss_type, completions
+):
+    trees = ListTrees(random_trees([(3, *[4] * completions)] * 8))
+    with pytest.raises(FasttrError, match=f"got trees of {completions} completions; wanted"):
+        train(
+            config(workspace, tmp_path, loss_type=loss_type),
+            model=model,
+            tokenizer=tokenizer,
+            train_dataset=trees,
+        )
+
+
 def test_a_loss_object_says_what_it_reads(workspace, tmp_path):
     """One that needs no reference is given none, and cannot have one that moves."""
 
@@ -173,124 +210,13 @@ def test_a_loss_reads_numbers_that_came_with_the_trees(tokenizer, workspace, tmp
     assert seen[1] == [4.0, -1.0, 5.0, -1.0, 6.0, -1.0, 7.0, -1.0]
 
 
-class Diary(Callback):
-    """Writes down what it was called for."""
-
-    def __init__(self):
-        self.calls = []
-
-    def on_train_begin(self, run):
-        self.calls.append(("begin", run.step))
-
-    def on_window(self, run, window):
-        assert not run.window_logps.lacks(run.plan.rows(window.start))
-        self.calls.append(("window", window))
-
-    def on_step(self, run, metrics):
-        self.calls.append(("step", run.step))
-        assert metrics.read()["loss"] > 0
-
-    def on_evaluate(self, run, metrics):
-        self.calls.append(("evaluate", metrics["eval_loss"]))
-
-    def on_move(self, run):
-        self.calls.append(("move", run.reference.updates))
-
-    def on_save(self, run, folder):
-        assert (folder / "fasttr" / "state.json").is_file()
-        self.calls.append(("save", folder.name))
-
-    def on_train_end(self, run):
-        self.calls.append(("end", (run.output_dir / "model.safetensors").is_file()))
-
-
-def test_callbacks_are_called_in_the_order_of_the_loop(workspace, tmp_path):
-    diary = Diary()
-    values = settings(
-        workspace,
-        tmp_path,
-        max_steps=3,
-        ref_update="hard",
-        ref_update_every=2,
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="steps",
-        save_steps=2,
-        eval_dataset_name=str(workspace / "test.jsonl"),
-    )
-    train(TrainConfig(**values), callbacks=[diary])
-    losses = [line["eval_loss"] for line in evaluations(tmp_path)]
-    assert diary.calls == [
-        ("begin", 0),
-        ("window", range(0, 2)),
-        ("step", 1),
-        ("step", 2),
-        ("evaluate", losses[0]),
-        ("move", 1),
-        ("save", "checkpoint-2"),
-        ("window", range(2, 3)),
-        ("step", 3),
-        ("evaluate", losses[1]),
-        ("save", "checkpoint-3"),
-        ("end", True),
-    ]
-
-
-def test_what_a_callback_asks_for_is_done_after_the_step(workspace, tmp_path):
-    plain, asked = tmp_path / "plain", tmp_path / "asked"
-    run(workspace, plain)
-    values = settings(workspace, asked)
-    result = train(TrainConfig(**values), callbacks=[Asks("save", 2), Asks("stop", 4)])
-    assert result.steps == 4
-    assert checkpoint_names(asked) == ["checkpoint-2"]
-    assert list(map(timeless, steps(asked))) == list(map(timeless, steps(plain)[:4]))
-
-
-def test_a_request_that_does_not_exist_is_refused(workspace, tmp_path):
-    values = settings(workspace, tmp_path)
-    with pytest.raises(ValueError, match="ask: got 'rest'; wanted one of stop, save, evaluate"):
-        train(TrainConfig(**values), callbacks=[Asks("rest", 1)])
-
-
-@pytest.mark.parametrize("ref_update", ["soft", "hard"])
-def test_an_evaluation_that_is_asked_for_is_against_the_windows_reference(
-    workspace, tmp_path, ref_update
-):
-    changes = {
-        "ref_update": ref_update,
-        "ref_update_every": 4,
-        "eval_dataset_name": str(workspace / "test.jsonl"),
-    }
-    run(workspace, tmp_path / "planned", eval_strategy="steps", eval_steps=3, **changes)
-    values = settings(workspace, tmp_path / "asked", eval_strategy="steps", eval_steps=6, **changes)
-    train(TrainConfig(**values), callbacks=[Asks("evaluate", 3, may_evaluate=True)])
-    planned = evaluations(tmp_path / "planned")[0]
-    first, second = evaluations(tmp_path / "asked")
-    assert first == planned
-    assert (first["step"], second["step"]) == (3, 6)
-
-
-def test_an_evaluation_in_a_window_that_was_scored_without_it_is_refused(workspace, tmp_path):
-    values = settings(
-        workspace,
-        tmp_path,
-        ref_update="hard",
-        ref_update_every=4,
-        eval_strategy="steps",
-        eval_steps=6,
-        eval_dataset_name=str(workspace / "test.jsonl"),
-    )
-    with pytest.raises(FasttrError, match="may_evaluate"):
-        train(TrainConfig(**values), callbacks=[Asks("evaluate", 3)])
-
-
 MISTAKES = {
     "nothing": ([], {}, "missing: model_name_or_path .*; dataset_name"),
     "no rows": (["model"], {}, "missing: dataset_name"),
     "a mapping": (["model"], {"train_dataset": {"prompt": "a"}}, "got dict; wanted"),
     "an empty list": (["model"], {"train_dataset": []}, "list of 0 rows; wanted"),
     "other columns": (["model"], {"train_dataset": [{"a": 1}]}, "the rows .train.: .*'a'"),
-    "no model": (["rows"], {"model": nn.Linear(2, 2)}, "model: got architecture None"),
+    "no model": (["rows"], {"model": nn.Linear(2, 2)}, "model: got a Linear; wanted a causal"),
 }
 
 

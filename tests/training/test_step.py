@@ -86,9 +86,10 @@ def test_a_first_step_that_is_not_finite_changes_no_weight(workspace, tmp_path):
     assert same({name: p.detach() for name, p in run.policy.model.named_parameters()}, before)
 
 
-def test_a_step_is_adamws_on_the_clipped_gradient(workspace, tmp_path):
+@pytest.mark.parametrize("max_norm", [0.5, 0.0], ids=["clipped", "unclipped"])
+def test_a_step_is_adamws_on_the_clipped_gradient(workspace, tmp_path, max_norm):
     """The first update of AdamW by its equation: moments (1 - b) g and (1 - b) g^2."""
-    max_norm, rate, eps, decay = 0.5, 3e-3, 1e-4, 0.1
+    rate, eps, decay = 3e-3, 1e-4, 0.1
     run = ready_run(
         workspace,
         tmp_path,
@@ -110,12 +111,20 @@ def test_a_step_is_adamws_on_the_clipped_gradient(workspace, tmp_path):
     assert float(metrics.gradient_norm) == pytest.approx(float(norm), rel=1e-5)
     assert metrics.learning_rate == rate
     assert norm > 2 * max_norm
+    share = max_norm / norm if max_norm else 1.0
     undecayed = set(run.optimizer.param_groups[1]["names"])
     for name, parameter in run.policy.model.named_parameters():
-        g = gradients[name] * max_norm / norm
+        g = gradients[name] * share
         kept = 1 - rate * (0.0 if name in undecayed else decay)
         want = before[name].double() * kept - rate * g / (g.abs() + eps)
         assert (parameter.double() - want).abs().max() < 1e-7, name
+
+
+def test_a_step_reports_the_rate_that_it_used(workspace, tmp_path):
+    """From 3e-3 to 0 in six steps, the first of which is warm-up: it uses a rate of 0."""
+    run = ready_run(workspace, tmp_path, warmup_steps=1)
+    used = [step_of(run, step).learning_rate for step in range(3)]
+    assert used == pytest.approx([0.0, 3e-3, 3e-3 * 4 / 5])
 
 
 def test_what_a_step_reports_is_read_under_trls_names(workspace, tmp_path):

@@ -120,6 +120,13 @@ def test_what_is_taken_up_is_not_scored_again(broken_off, capsys):
     assert not path.exists()
 
 
+def test_what_a_kill_left_beside_the_partial_file_goes_with_it(broken_off, capsys):
+    beside = broken_off.output_dir / f".{PARTIAL_FILE}.tmp"
+    beside.write_bytes(b"half")
+    said_of_a_new_sweep(broken_off, capsys)
+    assert not beside.exists()
+
+
 @pytest.mark.parametrize(
     "damage",
     [lambda content: b"", lambda content: bytes(len(content)), lambda content: content[:-9]],
@@ -179,6 +186,18 @@ def test_a_soft_reference_scores_the_rows_of_a_run_that_was_made_longer(workspac
     run(workspace, tmp_path, **{**values, "max_steps": 8}, resume_from_checkpoint=True)
     run(workspace, tmp_path / "whole", **{**values, "max_steps": 8})
     assert same_weights(tmp_path, tmp_path / "whole")
+
+
+def test_a_run_that_lacks_its_final_model_alone_needs_no_reference(workspace, tmp_path):
+    """Resumed at its last step, in a window without evaluations, by a callback that may ask."""
+    values = resumable(workspace, "hard", eval_delay=100, max_steps=6)
+    whole = run(workspace, tmp_path, **values)
+    (tmp_path / "model.safetensors").unlink()
+    resumed = settings(workspace, tmp_path, **values, resume_from_checkpoint=True)
+    asks = Asks("evaluate", at=100, may_evaluate=True)
+    ended = train(TrainConfig(**resumed), callbacks=[asks])
+    assert ended.steps == whole.steps
+    assert same_weights(tmp_path, tmp_path / "checkpoint-6")
 
 
 @pytest.mark.parametrize(("ref_update", "most"), [("none", 4), ("hard", 4)])

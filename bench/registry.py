@@ -1,0 +1,10 @@
+"""The benchmarks that have cases, in the order of the README."""
+
+from __future__ import annotations
+
+from bench import attention, head, layer, lerp, optim, overhead, step
+
+BENCHMARKS = {
+    module.BENCHMARK.name: module.BENCHMARK
+    for module in (head, lerp, optim, layer, attention, step, overhead)
+}

@@ -1,0 +1,70 @@
+"""The model of a step's time and of memory: counts that can be checked by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import model
+from bench.shapes import SHAPES, build
+
+LLAMA_8B, PYTHIA = SHAPES["llama-3-8b"], SHAPES["pythia-2.8b"]
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-neox", "qwen2.5-0.5b", "llama-3-8b", "pythia-2.8b"])
+def test_parameters_are_counted_as_transformers_has_them(name):
+    shape = SHAPES[name]
+    # qwen2.5 has biases of q, k, v, which the benchmark's llama of that size does not.
+    with torch.device("meta"):
+        parameters = build(shape, torch.device("meta")).parameters()
+    assert sum(p.numel() for p in parameters) == shape.parameters
+    sizes = sorted(tuple(p.shape) for p in build(SHAPES["tiny"], torch.device("cpu")).parameters())
+    assert sizes == sorted(SHAPES["tiny"].tensors())
+
+
+def test_operations_of_a_step_are_the_textbooks():
+    """6 operations a parameter of the layers and token, and the head on predicting rows alone."""
+    work = model.Work(pairs=1, tokens=1000, predicting=300, attended=0)
+    layers = LLAMA_8B.layers * LLAMA_8B.layer_weights
+    expected = 6 * layers * 1000 + 6 * 300 * LLAMA_8B.head_weights
+    assert model.useful_operations(LLAMA_8B, work) == pytest.approx(expected)
+    assert layers == pytest.approx(6.98e9, rel=1e-3)
+
+
+def test_attended_pairs_are_counted_as_a_causal_mask_has_them(monkeypatch):
+    trees = model.make_trees("tiny", 8, vocabulary=8)
+    monkeypatch.setattr(model, "SAMPLE", 8)
+    monkeypatch.setattr(model, "make_trees", lambda *args, **kwargs: trees)
+    work = model.Work.of.__wrapped__(model.Work, "tiny", 8)
+    seen = 0
+    for tree in trees:
+        p = len(tree.prompt_ids)
+        lengths = [p, *(p + len(ids) for ids in tree.completions)]
+        triangles = [int(torch.ones(n, n).tril().sum()) for n in lengths]
+        seen += triangles[1] + triangles[2] - triangles[0]
+    assert work.attended == seen
+    assert work.predicting == sum(len(ids) for tree in trees for ids in tree.completions)
+
+
+def test_every_change_of_the_plan_makes_a_step_shorter():
+    for shape in (LLAMA_8B, PYTHIA):
+        work = model.Work.of("hh")
+        times = [model.step_seconds(shape, work, stage, model.H200).total for stage in model.STAGES]
+        assert times == sorted(times, reverse=True)
+        shares = [model.mfu(shape, work, stage, model.H200) for stage in model.STAGES]
+        assert 0.3 < shares[0] < 0.4
+        assert 0.5 < shares[3] < 0.65
+
+
+def test_8b_fits_one_card_when_it_is_split_and_not_before():
+    """141 GB of states alone leave no token; 12 bytes a parameter leave a pack of 10,000."""
+    (
+        today,
+        *_,
+    ) = model.STORAGES
+    split = next(s for s in model.STORAGES if s.bytes == 12)
+    assert model.tokens_that_fit(LLAMA_8B, today, 25, model.H200) == 0
+    tokens = model.tokens_that_fit(LLAMA_8B, split, 25, model.H200)
+    by_hand = 0.975 * 143771 * 2**20 - 12 * 8.03e9 - 2**31 * 1.5 - 4 * 128256 * 4096
+    assert tokens == pytest.approx(by_hand / (25 * 4096 * 32), rel=1e-3)
+    assert "Model, not a measurement" in model.tables()
