@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,17 +25,23 @@ from fasttr import TrainConfig, train
 from fasttr.errors import FasttrError
 from tests.killed import signal_at
 
-PATIENCE = 60  # seconds in which a launch must have ended
+PATIENCE = 60  # seconds in which a launch with a fault must have ended
+ALL = -1  # in place of a rank
 
 
 class Fault(NamedTuple):
-    """What happens to one rank."""
+    """What happens to one rank, or to all of them."""
 
     rank: int
     kind: str  # signal, nan, error, disk, settings
     what: str = "step"  # a point of tests.killed, for a signal
     calls: int = 1
     signum: int = 0
+
+    def named(self) -> str:
+        who = "all ranks" if self.rank == ALL else f"rank {self.rank}"
+        what = f"signal {self.signum} at {self.what}" if self.kind == "signal" else self.kind
+        return f"{who}, {what}, call {self.calls}"
 
 
 class Ended(NamedTuple):
@@ -59,8 +66,9 @@ def launched(
         args = (rank, world, port, [dict(one) for one in runs], output / f"{rank}.txt", fault)
         processes.append(context.Process(target=_rank, args=args))
         processes[-1].start()
+    ends_at = time.monotonic() + (PATIENCE if fault is not None else 10 * PATIENCE)
     for process in processes:
-        process.join(timeout=PATIENCE)
+        process.join(timeout=max(ends_at - time.monotonic(), 0))
     is_hanging = [process.is_alive() for process in processes]
     for process in processes:
         process.kill()
@@ -87,7 +95,7 @@ def _rank(
         "MASTER_PORT": str(port),
     }
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=PATIENCE))
-    if fault is not None and fault.rank == rank:
+    if fault is not None and fault.rank in (rank, ALL):
         _prepare(fault)
     try:
         for settings in runs:

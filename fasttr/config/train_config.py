@@ -17,17 +17,16 @@ import torch
 from fasttr.batch import TreeSource
 from fasttr.config import rules
 from fasttr.config.common import (
-    AdapterSettings,
     ComputeSettings,
     DataSettings,
     EvaluationSettings,
-    LaunchSettings,
     LoggingSettings,
     ModelSettings,
     OptimizerSettings,
     SavingSettings,
     StepSettings,
 )
+from fasttr.config.scale import AdapterSettings, LaunchSettings
 from fasttr.data.load import DataConfig
 from fasttr.errors import FasttrError
 from fasttr.losses import DIVERGENCES, BaseLoss, Loss, Objective, WeightedSum, make_loss
