@@ -168,8 +168,10 @@ class Ablation:
         return step_with_liger
 
     def _compiled(self) -> Step:
+        """Each decoder layer, which all share what is compiled."""
         model = self._packed(self.plain)
-        model.model.base_model.compile(dynamic=True)
+        for layer in model.model.base_model.layers:
+            layer.compile(dynamic=True, fullgraph=True)
         return self._fused(model)
 
 

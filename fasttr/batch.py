@@ -9,8 +9,9 @@ data), G groups of trees, m completions of a tree.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -63,9 +64,6 @@ class RowGather(NamedTuple):
     offsets: Tensor  # (T + 1,) int32
     readers: Tensor  # (S,) int32
 
-    def to(self, device: torch.device) -> RowGather:
-        return RowGather(*(_to(x, device) for x in self))
-
 
 class AttentionLayout(NamedTuple):
     """Which keys each packed query row sees: segments of queries against segments of gathered keys.
@@ -78,13 +76,6 @@ class AttentionLayout(NamedTuple):
     cu_k: Tensor  # (segments + 1,) int32
     on_host: Tensor  # (2, segments + 1) int32: both once more, where Python reads them
     keys: RowGather  # packed rows -> key rows
-
-    def to(self, device: torch.device) -> AttentionLayout:
-        return self._replace(
-            cu_q=_to(self.cu_q, device),
-            cu_k=_to(self.cu_k, device),
-            keys=self.keys.to(device),
-        )
 
     def lengths(self) -> tuple[list[int], list[int]]:
         """Queries and keys of each segment."""
@@ -113,22 +104,60 @@ class PackedBatch(NamedTuple):
     rows: tuple[int, ...]  # (B,) data-set rows
 
     def to(self, device: torch.device) -> PackedBatch:
-        """Move what the model and the loss read; the offsets stay on the host."""
+        """Move what the model and the loss read; the offsets stay on the host. To a GPU it is one
+        copy, which nothing waits for."""
+        attention = self.attention
+        alone = {name: getattr(self, name) for name in _ALONE}
+        tensors = [
+            *alone.values(),
+            attention.cu_q,
+            attention.cu_k,
+            *attention.keys,
+            *self.predicting,
+            *self.per_completion.values(),
+        ]
+        if device.type == "cuda" and not self.input_ids.is_cuda:
+            buffer = one_buffer(tensors, pinned=True).to(device, non_blocking=True)
+            moved = iter(views_of(buffer, tensors))
+        else:
+            moved = iter([x.to(device) for x in tensors])
+        moved_alone: dict[str, Any] = {name: next(moved) for name in alone}
         return self._replace(
-            input_ids=_to(self.input_ids, device),
-            position_ids=_to(self.position_ids, device),
-            attention=self.attention.to(device),
-            predicting=self.predicting.to(device),
-            target=_to(self.target, device),
-            token_counts=_to(self.token_counts, device),
-            weights=_to(self.weights, device),
-            labels=_to(self.labels, device),
-            per_completion={name: _to(x, device) for name, x in self.per_completion.items()},
+            **moved_alone,
+            attention=attention._replace(
+                cu_q=next(moved), cu_k=next(moved), keys=RowGather(*itertools.islice(moved, 3))
+            ),
+            predicting=RowGather(*itertools.islice(moved, 3)),
+            per_completion={name: next(moved) for name in self.per_completion},
         )
 
 
-def _to(x: Tensor, device: torch.device) -> Tensor:
-    """To the device without waiting for it: a copy from pageable memory would be staged."""
-    if device.type == "cuda" and not x.is_cuda:
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
+# Tensors of a pack that are read on the device and stand alone.
+_ALONE = ("input_ids", "position_ids", "target", "token_counts", "weights", "labels")
+_ALIGNED = 16  # bytes at which every tensor of a buffer starts
+
+
+def one_buffer(tensors: Sequence[Tensor], pinned: bool = False) -> Tensor:
+    """The bytes of some tensors behind each other, uint8 on the host."""
+    starts, size = _starts_and_size(tensors)
+    buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+    for start, x in zip(starts, tensors, strict=True):
+        # numpy takes no part in torch's threads: small copies are fastest so.
+        content = np.ascontiguousarray(x.numpy()).reshape(-1).view(np.uint8)
+        buffer.numpy()[start : start + len(content)] = content
+    return buffer
+
+
+def views_of(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """What `one_buffer` of these tensors holds, wherever the buffer lies now."""
+    starts, _ = _starts_and_size(like)
+    return [
+        buffer[start : start + x.nbytes].view(x.dtype).view(x.shape)
+        for start, x in zip(starts, like, strict=True)
+    ]
+
+
+def _starts_and_size(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
+    sizes = [-(-x.nbytes // _ALIGNED) * _ALIGNED for x in tensors]
+    starts = list(itertools.accumulate(sizes, initial=0))
+    return starts[:-1], starts[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import gzip
 import io
 import json
@@ -52,6 +53,8 @@ ODD_MESSAGE = st.one_of(
 )
 MESSAGES = st.lists(MESSAGE, min_size=1, max_size=3)
 ANSWERED = MESSAGES.map(lambda messages: [{"role": "user", "content": "a"}, *messages])
+SAID_ONCE = st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt", "x"]), "value": TEXT})
+SAID = st.lists(SAID_ONCE, min_size=1, max_size=3)
 IDS = st.lists(st.integers(0, 259), max_size=6)
 ANYTHING = st.one_of(
     st.none(),
@@ -74,6 +77,17 @@ COLUMNS = {
     "unpaired": {"prompt": TEXT, "completion": TEXT, "label": st.booleans()},
     "unpaired messages": {"prompt": MESSAGES, "completion": MESSAGES, "label": st.booleans()},
     "ids": {"prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS},
+    "unpaired by number": {
+        "prompt": TEXT,
+        "completion": TEXT,
+        "label": st.sampled_from([0.0, 1.0]),
+    },
+    "completion alone": {"prompt": TEXT, "completion": TEXT},
+    "conversation": {"messages": ANSWERED},
+    "instruction": {"instruction": TEXT, "input": TEXT, "output": TEXT, "label": st.booleans()},
+    "instructed pair": {"instruction": TEXT, "chosen": TEXT, "rejected": TEXT},
+    "sharegpt": {"conversations": SAID, "chosen": SAID_ONCE, "rejected": SAID_ONCE},
+    "other names": {"question": TEXT, "good": TEXT, "bad": TEXT},
     "unpaired ids": {"prompt_ids": IDS, "completion_ids": IDS, "label": st.booleans()},
 }
 EXTRA = {
@@ -110,8 +124,9 @@ def files(draw):
     """A name and the bytes of a data file."""
     wild = draw(st.integers(0, 2)) == 0
     rows = draw(tables(wild))
-    kinds = ["jsonl", "jsonl", "json", "jsonl.gz", "parquet"]
-    kind = draw(st.sampled_from(kinds + (["csv", "jsonl"] if wild else [])))
+    kind = draw(st.sampled_from(["jsonl", "jsonl", "json", "jsonl.gz", "parquet", "csv"]))
+    if kind == "csv":
+        return "data.csv", csv_text(rows)
     if kind == "parquet":
         content = parquet(rows)
         if content is not None:
@@ -134,6 +149,15 @@ def parquet(rows) -> bytes | None:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
         return buffer.getvalue()
     return None
+
+
+def csv_text(rows) -> bytes:
+    file = io.StringIO()
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(file, names)
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue().encode("utf-8", "surrogatepass")
 
 
 def json_text(rows, kind: str, *, ascii_only: bool) -> bytes:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
+from torch import Tensor
 
-from fasttr.batch import RowGather
+from fasttr import batch as batches
+from fasttr.batch import one_buffer
 from fasttr.packing.layout import pack
 from tests.tiny import random_trees
 
@@ -14,54 +18,50 @@ CUDA = torch.device("cuda", 0)
 STAYS = {"cu_completions", "cu_groups", "cu_rows", "cu_ld_parts", "rows", "num_tokens"}
 
 
-class HostTensor:
-    """A tensor of the host that notes how it is moved."""
+class OnItsWay:
+    """A buffer that notes how it is moved, and stays where it is."""
 
-    is_cuda = False
+    def __init__(self, content: Tensor, is_pinned: bool, moves: list[Any]):
+        self.content, self.is_pinned, self.moves = content, is_pinned, moves
 
-    def __init__(self):
-        self.is_pinned = False
-
-    def pin_memory(self) -> HostTensor:
-        pinned = HostTensor()
-        pinned.is_pinned = True
-        return pinned
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> Any:
-        return ("moved", device, self.is_pinned, non_blocking)
+    def to(self, device: torch.device, non_blocking: bool = False) -> Tensor:
+        self.moves.append((device, self.is_pinned, non_blocking))
+        return self.content.clone()
 
 
-MOVED = ("moved", CUDA, True, True)
-
-
-def test_a_pack_moves_through_pinned_memory_without_a_wait_and_its_offsets_stay():
-    batch = pack(random_trees([(2, 3, 1)]))
-    layout = batch.attention._replace(cu_q=HostTensor(), cu_k=HostTensor(), keys=host_gather())
-    on_host = batch._replace(
-        attention=layout,
-        predicting=host_gather(),
-        per_completion={"margin": HostTensor()},
-        **{
-            name: HostTensor()
-            for name in ("input_ids", "position_ids", "target", "token_counts", "weights", "labels")
-        },
+def test_a_pack_moves_in_one_copy_without_a_wait_and_its_offsets_stay(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    moves: list[Any] = []
+    monkeypatch.setattr(
+        batches,
+        "one_buffer",
+        lambda tensors, pinned: OnItsWay(one_buffer(tensors), pinned, moves),
+    )
+    on_host = pack(random_trees([(2, 3, 1)]))._replace(
+        per_completion={"margin": torch.tensor([1.5, -2.0])}
     )
     moved = on_host.to(CUDA)
-    for name in batch._fields:
-        value = getattr(moved, name)
-        if name in STAYS:
-            assert value is getattr(on_host, name), name
-        elif name == "attention":
-            assert (value.cu_q, value.cu_k) == (MOVED, MOVED)
-            assert value.keys == RowGather(MOVED, MOVED, MOVED)
-            assert value.on_host is layout.on_host
-        elif name == "predicting":
-            assert value == RowGather(MOVED, MOVED, MOVED)
-        elif name == "per_completion":
-            assert value == {"margin": MOVED}
-        else:
-            assert value == MOVED, name
+    assert moves == [(CUDA, True, True)]
+    storages = set()
+    for got, want in zip(tensors_of(moved), tensors_of(on_host), strict=True):
+        assert got is not want
+        assert got.dtype == want.dtype
+        assert torch.equal(got, want)
+        storages.add(got.untyped_storage().data_ptr())
+    assert len(storages) == 1
+    for name in STAYS & set(on_host._fields):
+        assert getattr(moved, name) is getattr(on_host, name), name
+    assert moved.attention.on_host is on_host.attention.on_host
 
 
-def host_gather() -> RowGather:
-    return RowGather(HostTensor(), HostTensor(), HostTensor())
+def tensors_of(batch: batches.PackedBatch) -> list[Tensor]:
+    """All that is read on the device."""
+    layout = batch.attention
+    alone = [
+        x
+        for name, x in batch._asdict().items()
+        if name not in STAYS and isinstance(x, Tensor | np.ndarray)
+    ]
+    found = [*alone, layout.cu_q, layout.cu_k, *layout.keys, *batch.predicting]
+    return [*found, *batch.per_completion.values()]

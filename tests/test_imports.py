@@ -27,7 +27,7 @@ FLOORS = [
     {"__init__", "__main__"},
 ]
 # The only folders that call the fused ops.
-USERS_OF_KERNELS = {"models", "reference"}
+USERS_OF_KERNELS = {"models", "optim", "reference"}
 
 
 def module_name(path: Path, root: Path) -> str:
@@ -146,32 +146,9 @@ def test_the_kernels_folder_is_not_a_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("module", ["fasttr_kernels", "fasttr.losses", "fasttr"])
-def test_imports_with_torch_and_triton_alone(module):
-    """Everything else that is installed is hidden from the child process."""
-    code = f"""
-import importlib.metadata, sys
-allowed = {{
-    "torch", "triton", "numpy", "torchgen", "functorch", "sympy", "mpmath", "networkx", "jinja2",
-    "markupsafe", "filelock", "fsspec", "typing_extensions", "setuptools", "pkg_resources",
-    "_distutils_hack", "fasttr", "fasttr_kernels", "nvidia", "cuda", "packaging",
-}}
-names = importlib.metadata.packages_distributions()
-class Hide:
-    def find_spec(self, name, path=None, target=None):
-        top = name.split(".")[0]
-        if top in names and top not in allowed:
-            raise ModuleNotFoundError(f"hidden: {{name}}")
-sys.meta_path.insert(0, Hide())
-try:
-    import transformers
-except ModuleNotFoundError as error:
-    assert "hidden" in str(error)
-else:
-    raise SystemExit("transformers was not hidden")
-import {module}
-"""
-    done = subprocess.run(
+def bare(code: str) -> subprocess.CompletedProcess[str]:
+    """Another process that has imported nothing."""
+    return subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
@@ -179,4 +156,47 @@ import {module}
         env={"PYTHONPATH": ".:kernels", "PATH": "/usr/bin:/bin", "HOME": "/tmp"},
         check=False,
     )
+
+
+def test_imports_with_torch_and_triton_alone():
+    """Everything else that is installed is hidden from the child process."""
+    code = """
+import importlib.metadata, sys
+allowed = {
+    "torch", "triton", "numpy", "torchgen", "functorch", "sympy", "mpmath", "networkx", "jinja2",
+    "markupsafe", "filelock", "fsspec", "typing_extensions", "setuptools", "pkg_resources",
+    "_distutils_hack", "fasttr", "fasttr_kernels", "nvidia", "cuda", "packaging",
+}
+names = importlib.metadata.packages_distributions()
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        top = name.split(".")[0]
+        if top in names and top not in allowed:
+            raise ModuleNotFoundError(f"hidden: {name}")
+sys.meta_path.insert(0, Hide())
+try:
+    import transformers
+except ModuleNotFoundError as error:
+    assert "hidden" in str(error)
+else:
+    raise SystemExit("transformers was not hidden")
+import fasttr_kernels
+assert "fasttr" not in sys.modules
+import fasttr.losses
+import fasttr
+"""
+    done = bare(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_reading_data_and_reporting_the_environment_import_nothing_heavy_by_themselves():
+    code = """
+import sys
+import fasttr.data.load
+from fasttr import environment
+environment.report()
+heavy = {"transformers", "datasets", "trl", "matplotlib", "liger_kernel"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+    done = bare(code)
     assert done.returncode == 0, done.stderr

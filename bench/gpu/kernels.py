@@ -3,6 +3,7 @@ bit."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from bench.shapes import SHAPES
 
 REPEATS = 3
 TESTS = "tests/kernels"
+FOR_OTHER_CHIPS = "tests/kernels/test_aot.py"  # compiles without a GPU, for three kinds of them
 # At toy sizes one file shows that the tests can be started from here.
 ONE_FILE = "tests/kernels/test_chunks.py"
 
@@ -90,7 +92,9 @@ def _own_tests(task: Task) -> None:
     """pytest on the kernels' tests, which run compiled where there is a GPU."""
     results = task.out / "junit.xml"
     command = [sys.executable, "-m", "pytest", ONE_FILE if task.dry else TESTS]
-    command += ["-p", "no:cacheprovider", f"--junitxml={results}"]
+    command += ["-p", "no:cacheprovider", f"--junitxml={results}", f"--ignore={FOR_OTHER_CHIPS}"]
+    if not task.dry and importlib.util.find_spec("xdist"):
+        command += ["-n", "8"]  # most of the time goes into compiling
     environment = os.environ | {"PYTHONPATH": python_path(ROOT)}
     subprocess.run(command, cwd=ROOT, env=environment, check=False)
     _read_results(results, task.notes)

@@ -9,7 +9,7 @@ from bench.gpu.notes import Task
 from bench.lengths import trees_filling
 from bench.optim import measure as measure_optimizer
 from bench.shapes import SHAPES, build
-from bench.timing import Call, interleaved, peak_bytes_of
+from bench.timing import Call, interleaved, peak_bytes_of, process_peak_bytes
 from fasttr.batch import PackedBatch
 from fasttr.losses import Sigmoid, group_loss
 from fasttr.metrics.throughput import FlopCount, peak_flops
@@ -49,6 +49,9 @@ def _pack(
     task: Task, model: PackedModel, host_batch: PackedBatch, what: str, operations: int
 ) -> None:
     batch = host_batch.to(task.device)
+    on_gpu = task.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(task.device)
     ref_logp = model.logps(batch)
     loss_fn = group_loss(Sigmoid(0.1), batch.token_counts, batch.weights)
 
@@ -59,8 +62,7 @@ def _pack(
     calls: dict[str, Call] = {"forward alone": lambda: model.logps(batch), "both": both}
     # The first call makes the gradients, which then stay: the peak holds them.
     both()
-    peak = torch.cuda.max_memory_allocated() if task.device.type == "cuda" else 0
-    peak = peak or peak_bytes_of(both, task.device)
+    peak = process_peak_bytes(task.device) if on_gpu else peak_bytes_of(both, task.device)
     times = interleaved(
         calls, task.device, seconds=0.05 if task.dry else SECONDS, warm_seconds=0.0, least=3
     )

@@ -31,6 +31,8 @@ from fasttr.environment import device_for
 from fasttr.errors import first_line
 
 ROOT = Path(__file__).resolve().parents[2]
+# What cuBLAS must find when it is first used, to repeat bit for bit where that is asked for.
+ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 
 class Launch(NamedTuple):
@@ -78,7 +80,7 @@ def run_apart(part: Part, launch: Launch, limit: float) -> None:
             command,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONPATH": python_path(ROOT)},
+            env=os.environ | ENVIRONMENT | {"PYTHONPATH": python_path(ROOT)},
             start_new_session=True,
         )
         try:

@@ -30,7 +30,7 @@ from fasttr.environment import device_for
 
 MARGIN = 5.0  # seconds that are left for collecting results
 SPARE = 1.6  # a part is cut at so many times what it is expected to take
-DRY_SECONDS = 30.0  # a part at toy sizes
+DRY_SECONDS = 60.0  # a part at toy sizes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

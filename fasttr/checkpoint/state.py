@@ -14,15 +14,19 @@ from torch import Tensor
 
 from fasttr.errors import FasttrError, one_line
 from fasttr.metrics.sums import Averages
+from fasttr.models.halves import remainders
+from fasttr.models.packed import PackedModel
 from fasttr.optim.adamw import schedule_state, take_up_schedule
-from fasttr.optim.named import state_tensors, take_up_state
+from fasttr.optim.update import state_tensors, take_up_state
 from fasttr.reference.logp_table import LogpTable
 from fasttr.reference.moving import MovingReference
 
-FORMAT = 1
+FORMAT = 2
+# 1 had fp32 weights in its folder and no remainders.
+READABLE = (1, FORMAT)
 STATE_DIR = "fasttr"
 _FACTS = "state.json"
-_TENSOR_FILES = ("state", "optimizer", "reference")
+_TENSOR_FILES = ("state", "optimizer", "reference", "remainders")
 # What every state.json holds: `capture` writes the first four, the trainer config and data.
 _WRITTEN = ("step", "updates", "window_scored", "num_tokens", "config", "data", "files")
 
@@ -34,6 +38,7 @@ class RunState(NamedTuple):
     tensors: dict[str, Tensor]  # log-prob tables, metric sums, random state
     optimizer: dict[str, Tensor]  # NAME.KEY, such as NAME.exp_avg of AdamW
     reference: dict[str, Tensor]  # weights of a soft reference, else empty
+    remainders: dict[str, Tensor]  # what bf16 weights of the folder leave out, else empty
 
 
 class Resumable(Protocol):
@@ -49,6 +54,8 @@ class Resumable(Protocol):
     def device(self) -> torch.device: ...
     @property
     def reference(self) -> MovingReference: ...
+    @property
+    def policy(self) -> PackedModel: ...
     @property
     def optimizer(self) -> torch.optim.Optimizer: ...
     @property
@@ -79,12 +86,17 @@ def capture(run: Resumable, facts: Mapping[str, Any]) -> RunState:
         "schedule": schedule_state(run.scheduler),
     }
     return RunState(
-        {**own, **facts}, tensors, state_tensors(run.optimizer), dict(run.reference.weights or {})
+        facts={**own, **facts},
+        tensors=tensors,
+        optimizer=state_tensors(run.optimizer),
+        reference=run.reference.named_tensors(),
+        remainders=remainders(run.policy, run.optimizer),
     )
 
 
 def apply(state: RunState, run: Resumable) -> None:
-    """Take up a saved state; the policy's weights have been read from the same folder."""
+    """Take up a saved state; the policy's weights have been read from the same folder, and its
+    remainders."""
     facts, tensors = state.facts, state.tensors
     run.step = facts["step"]
     run.window_scored = facts["window_scored"]
@@ -98,9 +110,7 @@ def apply(state: RunState, run: Resumable) -> None:
     for name, table in run.tables.items():
         if f"{name}.rows" in tensors:
             table.values[tensors[f"{name}.rows"].numpy()] = tensors[f"{name}.logp"].numpy()
-    if run.reference.weights is not None:
-        for name, weight in run.reference.weights.items():
-            weight.copy_(state.reference[name])
+    run.reference.take_up(state.reference)
     take_up_state(run.optimizer, state.optimizer)
     take_up_schedule(run.scheduler, run.optimizer, run.step, facts.get("schedule"))
 
@@ -111,7 +121,7 @@ def write_state(folder: Path, state: RunState) -> None:
 
     inner = folder / STATE_DIR
     inner.mkdir()
-    contents = (state.tensors, state.optimizer, state.reference)
+    contents = (state.tensors, state.optimizer, state.reference, state.remainders)
     for name, tensors in zip(_TENSOR_FILES, contents, strict=True):
         if tensors:
             on_host = {key: x.detach().cpu().contiguous() for key, x in tensors.items()}
@@ -130,7 +140,13 @@ def read_state(folder: Path) -> RunState:
     for name in _TENSOR_FILES:
         file = folder / STATE_DIR / f"{name}.safetensors"
         parts[name] = load_file(file) if file.is_file() else {}
-    return RunState(facts, parts["state"], parts["optimizer"], parts["reference"])
+    return RunState(
+        facts=facts,
+        tensors=parts["state"],
+        optimizer=parts["optimizer"],
+        reference=parts["reference"],
+        remainders=parts["remainders"],
+    )
 
 
 def weights_digest(model: torch.nn.Module) -> str:
@@ -171,8 +187,8 @@ def _what_is_broken(facts: Any) -> str | None:
     """Why the content of a state.json cannot be taken up, or None."""
     if not isinstance(facts, dict):
         return f"it holds {type(facts).__name__}, wanted an object"
-    if facts.get("format") != FORMAT:
-        return f"it has format {facts.get('format')}, wanted {FORMAT}"
+    if facts.get("format") not in READABLE:
+        return f"it has format {facts.get('format')}, wanted {FORMAT} or {READABLE[0]}"
     missing = [name for name in _WRITTEN if name not in facts]
     if missing:
         return f"it lacks {missing[0]}"

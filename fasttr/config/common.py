@@ -49,12 +49,25 @@ class ModelSettings:
         "attention; none picks what the device has, else sdpa, eager, varlen, flash_attention_2",
         in_eval=True,
     )
+    compile: bool | None = setting(
+        None,
+        None,
+        "compile decoder layers with torch.compile; none means on a CUDA device, where they have a "
+        "whole graph",
+        in_eval=True,
+    )
     attention_tier: str = setting(
         AUTO,
         one_of(AUTO, *TIERS),
         "how rows share a call of the model: auto takes the first that a probe finds exact for the "
         "architecture; shared has each prompt once, packed repeats it, padded adds padding",
         in_eval=True,
+    )
+    router_aux_loss_coef: float | None = setting(
+        None,
+        at_least(0),
+        "factor on the loss that keeps experts of a mixture equally busy; none means the "
+        "architecture's own, and each micro-batch is one pack where it is not 0",
     )
     trust_remote_code: bool = setting(
         False, None, "run the code that a model's folder brings", in_eval=True
@@ -258,6 +271,12 @@ class OptimizerSettings:
     adam_beta1: float = setting(0.9, from_to_below(0, 1), "decay of AdamW's first moment")
     adam_beta2: float = setting(0.999, from_to_below(0, 1), "decay of AdamW's second moment")
     adam_epsilon: float = setting(1e-8, above(0), "AdamW's epsilon")
+    adam_moments: str = setting(
+        "fp32",
+        one_of("fp32", "bf16", "int8"),
+        "how AdamW's moments are held: 8, 4 or 2.06 bytes a weight; bf16 is rounded "
+        "stochastically, int8 is companded in groups of 128",
+    )
     max_grad_norm: float = setting(
         1.0, at_least(0), "clip the gradient's norm to this; 0 clips nothing"
     )
@@ -278,9 +297,13 @@ class ComputeSettings:
     )
     dtype: str = setting(
         "float32",
-        one_of("float32", "bfloat16", "auto"),
-        "asked dtype of weights; they and the optimizer stay float32 whatever is asked, and bf16: "
-        "true computes in bfloat16",
+        Range(
+            "one of float32, bfloat16, auto (float16 loses small gradients)",
+            lambda x: x in ("float32", "bfloat16", "auto"),
+        ),
+        "what AdamW's steps are made on. float32, also called auto: under bf16 a matrix is "
+        "bfloat16 for the model with 16 more bits for the optimizer. bfloat16 leaves those out, "
+        "rounds stochastically and implies bf16",
     )
     full_determinism: bool = setting(False, None, "deterministic CUDA kernels, slower")
     use_cpu: bool = setting(False, None, "train on the CPU even when there is a GPU", in_eval=True)

@@ -15,7 +15,7 @@ from fasttr.losses import Loss
 from fasttr.metrics.trackers import tracker_names
 from fasttr.models.lora import is_adapter
 from fasttr.optim.adamw import PLATEAU
-from fasttr.optim.named import check_optimizer
+from fasttr.optim.named import OPTIMIZERS, check_optimizer
 
 PATHS = (
     "output_dir",
@@ -53,6 +53,16 @@ def check(config: Any) -> None:
 
 def _check_optimizer(config: Any) -> None:
     check_optimizer(config.optim, config.optim_args)
+    if config.adam_moments != "fp32" and not OPTIMIZERS[config.optim].is_adamw:
+        raise FasttrError(
+            f"adam_moments: got {config.adam_moments} with optim {config.optim}, which has its "
+            "own; leave it out, or take adamw_torch"
+        )
+    if config.dtype == "bfloat16" and config.bf16 is False:
+        raise FasttrError(
+            "dtype: got bfloat16 with bf16 false; bfloat16 weights compute in bfloat16: leave bf16 "
+            "out, or take dtype float32"
+        )
     if config.lr_scheduler_type != PLATEAU:
         return
     asks = f"lr_scheduler_type: got {PLATEAU}"

@@ -29,7 +29,7 @@ from fasttr.config.common import (
 from fasttr.config.scale import AdapterSettings, LaunchSettings
 from fasttr.data.load import DataConfig
 from fasttr.errors import FasttrError
-from fasttr.losses import DIVERGENCES, BaseLoss, Loss, Objective, WeightedSum, make_loss
+from fasttr.losses import DIVERGENCES, BaseLoss, Loss, Objective, WeightedSum, Wpo, make_loss
 from fasttr.metrics.trackers import TrackerConfig
 from fasttr.models.load import ModelConfig
 from fasttr.models.lora import AdapterConfig
@@ -61,6 +61,7 @@ LOSS_SETTINGS = (
     "desirable_weight",
     "undesirable_weight",
 )
+WPO_SETTINGS = ("use_weighting", "wpo_max_weight")
 
 # The settings of the TR paper (arXiv:2404.09656), one preset for each of its two updates.
 _PAPER = {
@@ -120,6 +121,15 @@ class LossSettings:
     )
     undesirable_weight: float = setting(
         1.0, at_least(0), "factor on the losses of undesirable rows", in_eval=True
+    )
+    use_weighting: bool = setting(
+        False,
+        None,
+        "weigh each pair by how likely the policy is to write its sides (WPO, arXiv:2406.11827)",
+        in_eval=True,
+    )
+    wpo_max_weight: float | None = setting(
+        None, above(0), "most that WPO weighs a pair; 1 in the paper's code", in_eval=True
     )
     group_size: int | None = setting(
         None,
@@ -185,7 +195,7 @@ class TrainConfig(
 
     @property
     def loss(self) -> Loss:
-        settings = {key: getattr(self, key) for key in LOSS_SETTINGS}
+        settings = {key: getattr(self, key) for key in LOSS_SETTINGS + WPO_SETTINGS}
         try:
             return make_loss(self.loss_names, self.loss_weights, **settings)
         except ValueError as error:
@@ -193,7 +203,8 @@ class TrainConfig(
 
     def unread_loss_settings(self, loss: Loss) -> list[str]:
         """Settings of losses that are off their defaults and that none of `loss` reads."""
-        parts = loss.losses if isinstance(loss, WeightedSum) else (loss,)
+        weighed = loss.loss if isinstance(loss, Wpo) else loss
+        parts = weighed.losses if isinstance(weighed, WeightedSum) else (weighed,)
         if not all(isinstance(part, BaseLoss) for part in parts):
             return []  # a loss of one's own: nobody knows what it reads
         read = {field.name for part in parts for field in dataclasses.fields(part)}  # type: ignore[arg-type]
@@ -271,8 +282,10 @@ class TrainConfig(
             max_length=self.max_length,
             ld_alpha=self.ld_alpha,
             adapter=self.adapter() if name is None else None,
+            compile=self.compile,
             tier=SHARED if self.attention_tier == AUTO else self.attention_tier,
             trust_remote_code=self.trust_remote_code,
+            router_aux_loss_coef=(self.router_aux_loss_coef or 0.0) if name is None else 0.0,
             chat_template=self.chat_template,
             eos_token=self.eos_token,
         )
@@ -309,6 +322,9 @@ class TrainConfig(
             schedule=self.lr_scheduler_type,
             schedule_kwargs=self.lr_scheduler_kwargs,
             warmup_steps=self.warmup_steps,
+            moments=self.adam_moments,
+            keeps_masters=self.dtype != "bfloat16",
+            seed=self.seed,
         )
 
     def plan(self, trees: TreeSource, loss: Loss, device: torch.device) -> Plan:
@@ -323,6 +339,7 @@ class TrainConfig(
             group_rows=self.group_rows(loss),
             micro_batch_size=self.micro_batch_size,
             multiple_of=self._full_batch if self.dataloader_drop_last else 1,
+            separate_groups=bool(self.router_aux_loss_coef),
             tier=SHARED if self.attention_tier == AUTO else self.attention_tier,
         )
         if plan.rows_per_epoch == 0:
@@ -336,14 +353,19 @@ class TrainConfig(
         return TrackerConfig(self.report_to, self.run_name, self.project)
 
     def computes_in_bf16(self, device: torch.device) -> bool:
-        return device.type == "cuda" if self.bf16 is None else self.bf16
+        if self.bf16 is not None:
+            return self.bf16
+        return device.type == "cuda" or self.dtype == "bfloat16"
 
     def token_budget(self, device: torch.device) -> int:
         return self.max_tokens_per_batch or (8192 if device.type == "cuda" else 1024)
 
     def group_rows(self, loss: Loss) -> int:
-        """Rows that must share a pack: the group of a loss that couples rows, else one."""
-        return self._full_batch if loss.coupled else 1
+        """Rows that must share a pack: the group of a loss that couples rows, a micro-batch whose
+        router has a loss, else one."""
+        if loss.coupled:
+            return self._full_batch
+        return (self.micro_batch_size or self.train_batch_size) if self.router_aux_loss_coef else 1
 
     @property
     def _full_batch(self) -> int:
@@ -365,6 +387,8 @@ class TrainConfig(
     def differences(self, saved: dict[str, Any]) -> list[str]:
         """What binds a resumed run and differs from the configuration it was saved with."""
         now = self.as_dict()
+        # A setting that is younger than the checkpoint had what is its default now.
+        saved = {**{name: one.default for name, one in settings_of(type(self)).items()}, **saved}
         bound = self.bound_on_resume()
         if self.evaluates and self.eval_steps is None:
             bound.append("logging_steps")  # it says when to evaluate

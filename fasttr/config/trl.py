@@ -250,6 +250,8 @@ class _Translation:
             self.attempt(self._take_model_entry, key, value)
         if self.given.get("use_flash_attention_2"):
             self.ours.setdefault("attn_implementation", "flash_attention_2")
+        if self.given.get("torch_compile"):
+            self.ours.setdefault("compile", True)
         kernel = self.ours.get("attn_implementation")
         if isinstance(kernel, str) and kernel.startswith(
             ("flash_attention_3", "kernels-community/")

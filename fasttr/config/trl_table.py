@@ -74,7 +74,7 @@ METHOD = [
     _h("f_divergence_type", "reverse_kl", "str"),
     _h("f_alpha_divergence_coef", 0.5, "float"),
     _h("ld_alpha", None, "float?"),
-    _r("use_weighting", False, "bool", "WPO weights are not built; leave it out"),
+    _h("use_weighting", False, "bool", "refused with sft, on which TRL stops"),
     _h("discopop_tau", 0.05, "float"),
     _h("desirable_weight", 1.0, "float"),
     _h("undesirable_weight", 1.0, "float"),
@@ -113,12 +113,7 @@ METHOD = [
         "bool",
         "it saves memory only; lower max_tokens_per_batch for that",
     ),
-    _i(
-        "router_aux_loss_coef",
-        None,
-        "float?",
-        "mixture-of-experts models are refused by their architecture",
-    ),
+    _h("router_aux_loss_coef", None, "float?"),
     _n(
         "model_init_kwargs",
         None,
@@ -227,9 +222,9 @@ TRAINING = [
     _i("activation_checkpointing_kwargs", None, "any", "values do not depend on it"),
     _h("gradient_checkpointing", True, "bool"),
     _i("gradient_checkpointing_kwargs", None, "any", "values do not depend on it"),
-    _r("torch_compile", False, "bool", "not needed: the kernels are fused"),
-    _r("torch_compile_backend", None, "str?", "not needed: the kernels are fused"),
-    _r("torch_compile_mode", None, "str?", "not needed: the kernels are fused"),
+    _n("torch_compile", False, "bool", "compile", "false leaves the choice to compile"),
+    _r("torch_compile_backend", None, "str?", "layers are compiled with inductor: leave it out"),
+    _r("torch_compile_mode", None, "str?", "layers are compiled in the default mode: leave it out"),
     _h(
         "use_liger_kernel",
         False,
@@ -362,7 +357,7 @@ TRAINING = [
 MODEL = [
     _h("model_name_or_path", None, "str?"),
     _h("model_revision", "main", "str"),
-    _h("dtype", "float32", "str", "bfloat16 and auto: weights and optimizer stay float32"),
+    _h("dtype", "float32", "str", "bfloat16 as in the table of settings; auto is float32"),
     _h(
         "attn_implementation",
         None,

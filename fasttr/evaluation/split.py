@@ -95,17 +95,25 @@ def evaluate(
     step = objective.of_rows(split.trees, rows)
     sums = zeros(model.device)
     found: list[tuple[tuple[int, ...], Tensor]] = []
-    for host_batch in split.packs(ranks):
-        batch = host_batch.to(model.device)
-        ref_logp = None
-        if split.ref_logps is not None:
-            ref_logp = split.ref_logps.get(batch.rows).to(model.device)
-        out = model(batch, step.loss_fn(batch), ref_logp, normalizer=step.normalizer, stats=True)
-        sums += pack_sums(out, ref_logp, batch, loss)
-        if split.anchor_logps is not None:
-            found.append((batch.rows, out.logp))
-        if after is not None:
-            after(batch, out.logp)
+    with model.weights_still():
+        for host_batch in split.packs(ranks):
+            batch = host_batch.to(model.device)
+            ref_logp = None
+            if split.ref_logps is not None:
+                ref_logp = split.ref_logps.get(batch.rows).to(model.device)
+            out = model(
+                batch,
+                step.loss_fn(batch),
+                ref_logp,
+                normalizer=step.normalizer,
+                stats=True,
+                head_means=step.head_means,
+            )
+            sums += pack_sums(out, ref_logp, batch, loss)
+            if split.anchor_logps is not None:
+                found.append((batch.rows, out.logp))
+            if after is not None:
+                after(batch, out.logp)
     ranks.sum_([sums])
     line = as_metrics(by_name(means(sums)[0]), loss)
     if "rewards/accuracies" in line:

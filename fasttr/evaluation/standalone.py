@@ -153,7 +153,7 @@ def _candidates(
 
 def _loaded(config: ModelConfig, tier: str, trees: TreeSource) -> PackedModel:
     """A model that has an embedding for every token of the rows."""
-    model = load_model(dataclasses.replace(config, tier=tier))
+    model = load_model(dataclasses.replace(config, tier=tier, is_trained=False))
     check_ids(model, trees.largest_id, config.key, config.name)
     return model
 

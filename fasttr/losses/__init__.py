@@ -22,6 +22,7 @@ from fasttr.losses.base import (
     LossInputs,
     Scored,
     WeightedSum,
+    Wpo,
     as_loss,
 )
 from fasttr.losses.coupled import Aot, AotUnpaired, ApoZeroUnpaired, Kto, KtoPaired, kl_estimate
@@ -100,6 +101,7 @@ __all__ = [
     "Scored",
     "StepObjective",
     "WeightedSum",
+    "Wpo",
     "as_loss",
     "group_loss",
     "kl_estimate",
@@ -109,13 +111,19 @@ __all__ = [
 
 
 def make_loss(
-    names: Sequence[str], weights: Sequence[float] | None = None, **settings: Any
+    names: Sequence[str],
+    weights: Sequence[float] | None = None,
+    *,
+    use_weighting: bool = False,
+    wpo_max_weight: float | None = None,
+    **settings: Any,
 ) -> Loss:
     """The loss of `loss_type` names and the settings of a configuration that it reads.
 
-    Raises ValueError (got, wanted) on an unknown name, on weights that do not match, on unpaired
-    losses in a list, and on a setting that none of the named losses reads although it differs from
-    its default.
+    With `use_weighting` its rows have WPO's weights. Raises ValueError (got, wanted) on an unknown
+    name, on weights that do not match, on unpaired losses in a list, on a loss that WPO cannot
+    weigh by row, and on a setting that none of the named losses reads although it differs from its
+    default.
     """
     classes = _classes(names)
     if weights is not None and len(weights) != len(names):
@@ -125,9 +133,11 @@ def make_loss(
     _check_label_smoothing(names, classes, settings.get("label_smoothing", 0.0))
     _check_divergence(names, classes, settings.get("f_divergence_type", "reverse_kl"))
     losses = tuple(_built(cls, settings) for cls in classes)
-    if len(losses) == 1 and weights is None:
-        return losses[0]
-    return WeightedSum(losses, tuple(weights) if weights is not None else (1.0,) * len(losses))
+    loss: Loss = losses[0]
+    if len(losses) > 1 or weights is not None:
+        loss = WeightedSum(losses, tuple(weights) if weights is not None else (1.0,) * len(losses))
+    _check_weighting(names, loss, use_weighting, wpo_max_weight)
+    return Wpo(loss, wpo_max_weight) if use_weighting else loss
 
 
 def _classes(names: Sequence[str]) -> list[type[BaseLoss]]:
@@ -180,6 +190,23 @@ def _check_label_smoothing(
     if wanted is not None:
         raise ValueError(
             f"label_smoothing: got {value} with {', '.join(names)}; wanted a number {wanted}"
+        )
+
+
+def _check_weighting(
+    names: Sequence[str], loss: Loss, use_weighting: bool, wpo_max_weight: float | None
+) -> None:
+    if not use_weighting:
+        if wpo_max_weight is not None:
+            raise ValueError(
+                f"wpo_max_weight: got {wpo_max_weight} without use_weighting, which has the "
+                "weights that it bounds; write use_weighting: true too"
+            )
+        return
+    if loss.unpaired or loss.coupled or loss.averages_tokens:
+        raise ValueError(
+            f"use_weighting: got true with {', '.join(names)}; it weighs pairs one by one: wanted "
+            "losses other than sft, aot and those of groups or unpaired rows"
         )
 
 

@@ -5,7 +5,7 @@ Legend: B rows, m completions of a row, n = m B completions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -26,7 +26,8 @@ class LossInputs(NamedTuple):
     labels: Tensor | None = None  # (B,) bool, of unpaired rows: desirable or not
     chosen_tokens_mean: Tensor | float = 1.0  # (B,) where `sft` averages over tokens
     whole_logp: Tensor | None = None  # (n,) `logp` as it is without ld_alpha; None: the same
-    per_completion: Mapping[str, Tensor] = {}  # name -> (n,) numbers that came with the rows
+    # name -> (n,) numbers that came with the rows, and the means that `head_means` asks for
+    per_completion: Mapping[str, Tensor] = {}
 
     @property
     def chosen_logp(self) -> Tensor:  # (B,)
@@ -112,6 +113,12 @@ class Loss(Protocol):
         """It reads `chosen_tokens_mean`."""
         ...
 
+    @property
+    def head_means(self) -> Sequence[str]:
+        """Statistics of the head (`loss_reads` of `fasttr_kernels.linear_preference_loss`) whose
+        means over a completion's tokens it finds in `per_completion`, without gradient."""
+        ...
+
     def __call__(self, inputs: LossInputs) -> Tensor: ...  # (B,)
 
 
@@ -128,6 +135,7 @@ class BaseLoss:
     unpaired: ClassVar[bool] = False
     coupled: ClassVar[bool] = False
     averages_tokens: ClassVar[bool] = False
+    head_means: ClassVar[Sequence[str]] = ()
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         raise TypeError(f"{type(self).__name__} is a base of losses; wanted one of them")
@@ -164,11 +172,51 @@ class WeightedSum:
     def averages_tokens(self) -> bool:
         return any(loss.averages_tokens for loss in self.losses)
 
+    @property
+    def head_means(self) -> Sequence[str]:
+        return sorted({name for loss in self.losses for name in loss.head_means})
+
     def __call__(self, inputs: LossInputs) -> Tensor:
         total = self.weights[0] * self.losses[0](inputs)
         for weight, loss in zip(self.weights[1:], self.losses[1:], strict=True):
             total = total + weight * loss(inputs)
         return total
+
+
+@dataclass(frozen=True)
+class Wpo:
+    """A loss of pairs whose rows are weighed by how likely the policy itself is to write them, as
+    in WPO (arXiv:2406.11827, as TRL's `use_weighting`): exp of the mean over a side's tokens of
+    log p(token) - log sum_v p(v)^2, chosen times rejected, without gradient and not normalised."""
+
+    loss: Loss
+    max_weight: float | None = None  # of a pair; None bounds nothing
+    unpaired: ClassVar[bool] = False
+    coupled: ClassVar[bool] = False
+    averages_tokens: ClassVar[bool] = False
+    head_means: ClassVar[Sequence[str]] = ("token_logp", "log_sum_squares")
+
+    @property
+    def beta(self) -> float:
+        return self.loss.beta
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.loss.needs_reference
+
+    @property
+    def completions(self) -> int:
+        return self.loss.completions
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        return self.weights(inputs) * self.loss(inputs)
+
+    def weights(self, inputs: LossInputs) -> Tensor:
+        """(B,) of the rows."""
+        means = inputs.per_completion
+        aligned = means["token_logp"] - means["log_sum_squares"]
+        weights = aligned.view(-1, inputs.completions).sum(dim=1).exp()
+        return weights if self.max_weight is None else weights.clamp(max=self.max_weight)
 
 
 @dataclass(frozen=True)
@@ -182,12 +230,21 @@ class CustomLoss:
     unpaired: bool = False
     coupled: bool = False
     averages_tokens: bool = False
+    head_means: Sequence[str] = ()
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         return self.function(inputs)
 
 
-TRAITS = ("beta", "needs_reference", "completions", "unpaired", "coupled", "averages_tokens")
+TRAITS = (
+    "beta",
+    "needs_reference",
+    "completions",
+    "unpaired",
+    "coupled",
+    "averages_tokens",
+    "head_means",
+)
 
 
 def as_loss(candidate: Callable[[LossInputs], Tensor], beta: float = 0.1) -> Loss:

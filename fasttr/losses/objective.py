@@ -52,6 +52,11 @@ class StepObjective(NamedTuple):
     normalizer: int
     chosen_tokens_means: dict[int, float] | None  # by row, where the loss averages over tokens
 
+    @property
+    def head_means(self) -> Sequence[str]:
+        """What the head hands to `loss_fn` beside log-probs (`loss_reads`)."""
+        return self.loss.head_means
+
     def loss_fn(self, batch: PackedBatch) -> LossFn:
         """The loss of one pack, which is on the device, as the head calls it."""
         return group_loss(
@@ -84,27 +89,41 @@ def group_loss(
     """`loss` in the form that `fasttr_kernels.linear_preference_loss` calls.
 
     (logp, ref_logp, groups) -> the weighted sum of the losses of those groups. A coupled loss sees
-    one group at a time, any other all of them at once. Where a completion's log-prob was changed on
-    the way (ld_alpha), `whole_logp` is what it was.
+    one group at a time, any other all of them at once. `head_means` are those that the loss reads.
+    Where a completion's log-prob was changed on the way (ld_alpha), `whole_logp` is what it was.
     """
     rows_of = _RowInputs(
         loss.completions, token_counts, labels, chosen_tokens_mean, per_completion or {}
     )
 
     def loss_fn(
-        logp: Tensor, ref_logp: Tensor | None, groups: slice, whole_logp: Tensor | None = None
+        logp: Tensor,
+        ref_logp: Tensor | None,
+        groups: slice,
+        head_means: Mapping[str, Tensor] | None = None,
+        whole_logp: Tensor | None = None,
     ) -> Tensor:
+        made = _Made(logp, ref_logp, head_means or {}, whole_logp)
         offsets = range(groups.stop + 1) if cu_rows is None else cu_rows
         first = offsets[groups.start]
         step = 1 if loss.coupled else groups.stop - groups.start
         sums = []
         for group in range(groups.start, groups.stop, step):
             rows = slice(offsets[group], offsets[group + step])
-            inputs = rows_of.inputs(rows, first, logp, ref_logp, whole_logp)
+            inputs = rows_of.inputs(rows, first, made)
             sums.append((weights[rows] * loss(inputs)).sum())
         return torch.stack(sums).sum()
 
     return loss_fn
+
+
+class _Made(NamedTuple):
+    """What the head has made of some completions."""
+
+    logp: Tensor
+    ref_logp: Tensor | None
+    means: Mapping[str, Tensor]
+    whole_logp: Tensor | None
 
 
 class _RowInputs(NamedTuple):
@@ -116,26 +135,22 @@ class _RowInputs(NamedTuple):
     chosen_tokens_mean: Tensor | float
     per_completion: Mapping[str, Tensor]
 
-    def inputs(
-        self,
-        rows: slice,
-        first: int,
-        logp: Tensor,
-        ref_logp: Tensor | None,
-        whole_logp: Tensor | None,
-    ) -> LossInputs:
-        """Those of `rows`; the log-probs begin at row `first` of the pack."""
+    def inputs(self, rows: slice, first: int, made: _Made) -> LossInputs:
+        """Those of `rows`; what the head made begins at row `first` of the pack."""
         m = self.completions
         of_pack = slice(rows.start * m, rows.stop * m)
-        of_logp = slice((rows.start - first) * m, (rows.stop - first) * m)
+        of_made = slice((rows.start - first) * m, (rows.stop - first) * m)
         mean = self.chosen_tokens_mean
         return LossInputs(
-            logp=logp[of_logp],
-            ref_logp=None if ref_logp is None else ref_logp[of_logp],
+            logp=made.logp[of_made],
+            ref_logp=None if made.ref_logp is None else made.ref_logp[of_made],
             token_counts=self.token_counts[of_pack],
             completions=m,
             labels=None if self.labels is None else self.labels[rows],
             chosen_tokens_mean=mean[rows] if isinstance(mean, Tensor) else mean,
-            whole_logp=None if whole_logp is None else whole_logp[of_logp],
-            per_completion={name: x[of_pack] for name, x in self.per_completion.items()},
+            whole_logp=None if made.whole_logp is None else made.whole_logp[of_made],
+            per_completion={
+                **{name: x[of_pack] for name, x in self.per_completion.items()},
+                **{name: x[of_made] for name, x in made.means.items()},
+            },
         )

@@ -54,6 +54,12 @@ METRICS = (
     ),
     Metric("logits/chosen", "mean logit over the vocabulary, at chosen tokens", "", "always"),
     Metric("logits/rejected", "the same at rejected tokens", "", _PAIRS),
+    Metric(
+        "aux_loss",
+        "the loss that keeps experts equally busy, before its coefficient",
+        "",
+        "a mixture of experts whose router_aux_loss_coef is not 0",
+    ),
     Metric("entropy", "mean entropy of the policy at completion tokens", "nats", "always"),
     Metric(
         "mean_token_accuracy",

@@ -40,6 +40,7 @@ SUMS: dict[str, str | None] = {
     "entropy": "tokens",
     "correct": "chosen_tokens",
     "kl": "groups",
+    "router_loss": "rows",
 }
 NAMES = tuple(SUMS)
 
@@ -78,6 +79,7 @@ def pack_sums(
     batch: PackedBatch,
     loss: Loss,
     micro_batches: MicroBatches | None = None,
+    router_loss: Tensor | None = None,  # ()
 ) -> Tensor:
     """The sums of one pack, (micro_batches, len(SUMS)) fp32 on the device; by default all its rows
     are of one micro-batch. The loss is summed over all of them and stands in the first."""
@@ -90,6 +92,8 @@ def pack_sums(
         found |= _kl_sums(rewards_N, batch, loss, micro_batches)
     if out.entropy is not None:
         found |= _token_sums(out, sides, batch, loss, micro_batches)
+    if router_loss is not None:
+        found["router_loss"] = router_loss * found["rows"]
     found["loss"] = torch.zeros_like(found["rows"])
     found["loss"][0] = out.loss.detach()
     nothing = torch.zeros_like(found["rows"])
@@ -265,6 +269,8 @@ def as_metrics(means_of: dict[str, float], loss: Loss) -> dict[str, float]:
         out["rewards/margins"] = chosen - rejected
     if loss.needs_reference:
         out["ref/distance"] = means_of["distance"]
+    if means_of["router_loss"]:
+        out["aux_loss"] = means_of["router_loss"]
     if loss.unpaired:
         out["kl"] = means_of["kl"] if loss.completions > 1 else 0.0
     else:

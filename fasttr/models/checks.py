@@ -26,6 +26,14 @@ def check_causal(config: Any, key: str) -> None:
         )
 
 
+def check_given(model: Any, key: str) -> None:
+    """Raise FasttrError where an object is no causal LM of transformers."""
+    if not hasattr(model, "config") or model.get_output_embeddings() is None:
+        raise FasttrError(
+            f"{key}: got a {type(model).__name__}; wanted a causal language model of transformers"
+        )
+
+
 def check_no_adapter(folder: Path, key: str) -> None:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise FasttrError(
@@ -72,12 +80,25 @@ def check_rope(config: Any, name: str, max_length: int | None) -> None:
     scopes = [rope] if "rope_type" in rope else [s for s in rope.values() if isinstance(s, dict)]
     kinds = {scope.get("rope_type", "default") for scope in scopes}
     ranges = [scope.get("original_max_position_embeddings") or 0 for scope in scopes]
+    if not kinds & {"dynamic", "longrope"}:
+        return
     limit = max(ranges, default=0) or config.max_position_embeddings
-    if kinds & {"dynamic", "longrope"} and (max_length is None or max_length > limit):
+    if max_length is None or max_length > limit:
         raise FasttrError(
             f"max_length: got {max_length} with {name}, whose rotary embedding depends on the "
             f"longest position of a row beyond {limit}, so that a pack would change it; wanted "
             f"max_length of at most {limit}"
+        )
+
+
+def check_positions(config: Any, longest: int, name: str) -> None:
+    """Learned positions end with their table; rotary ones and those of states do not."""
+    positions = getattr(config, "max_position_embeddings", None)
+    has_rotary = getattr(config, "rope_parameters", None)
+    if positions is not None and not has_rotary and longest > positions:
+        raise FasttrError(
+            f"max_length: the longest row has {longest} tokens and {name} has {positions} "
+            f"positions; wanted max_length of at most {positions}"
         )
 
 

@@ -32,11 +32,7 @@ def pack_model(model: Any, config: ModelConfig | None = None) -> PackedModel:
     `give_back` undoes that. FasttrError for what could not be exact when packed.
     """
     config = config or ModelConfig(name="the given model", key="model", device=model.device)
-    if not hasattr(model, "config") or model.get_output_embeddings() is None:
-        raise FasttrError(
-            f"{config.key}: got a {type(model).__name__}; wanted a causal language model of "
-            "transformers"
-        )
+    checks.check_given(model, config.key)
     probe(model.config, type(model)).require(config.tier, config.key, config.name)
     checks.check_rope(model.config, config.name, config.max_length)
     other = {str(p.dtype).removeprefix("torch.") for p in model.parameters()} - {"float32"}

@@ -17,8 +17,11 @@ from fasttr.data.tokens import adjust
 from fasttr.errors import FasttrError, first_line
 from fasttr.hub import go_offline_if_unreachable
 from fasttr.models import attention, checks, lora
+from fasttr.models.compiled import compile_layers
+from fasttr.models.halves import in_bf16, round_matrices
 from fasttr.models.packed import HeadSpec, PackedModel
 from fasttr.models.probe import probe
+from fasttr.models.router import RouterLoss
 from fasttr.packing.tiers import SHARED
 
 
@@ -29,7 +32,8 @@ class ModelConfig:
     name: str  # hub id or folder
     revision: str = "main"
     device: torch.device = torch.device("cpu")
-    bf16: bool = False  # compute in bfloat16; weights are fp32 either way
+    bf16: bool = False  # compute in bfloat16; weights are read as fp32 either way
+    is_trained: bool = True  # else its matrices are bf16 alone under bf16: half the memory
     attn_implementation: str | None = None  # None: what the device has
     gradient_checkpointing: bool = False
     use_liger_kernel: bool | None = False  # None: where CUDA and liger-kernel are
@@ -38,8 +42,10 @@ class ModelConfig:
     adapter: lora.AdapterConfig | None = None  # train this of it, and nothing else
     chat_template: str | None = None  # instead of the tokenizer's own
     eos_token: str | None = None
+    compile: bool | None = False  # decoder layers; None: on a CUDA device
     tier: str = SHARED  # how tokens reach it; refused where the probe does not find it exact
     trust_remote_code: bool = False
+    router_aux_loss_coef: float = 0.0  # 0: the router's loss is not computed
     key: str = "model_name_or_path"  # the setting that names it, for errors
 
     def read(self) -> Any:
@@ -63,8 +69,10 @@ def load_model(config: ModelConfig) -> PackedModel:
     model.fasttr_config = original
     checks.check_finite(model, config.key, config.name)
     adapter = adapter_on(model, config)
-    if adapter is not None and config.bf16:
+    if config.bf16 and adapter is not None:
         lora.store_frozen_in_bf16(model)
+    elif config.bf16 and not config.is_trained:
+        round_matrices(model)
     model.to(config.device).train()
     return finish_packed(model, config, adapter)
 
@@ -96,9 +104,13 @@ def finish_packed(model: Any, config: ModelConfig, adapter: lora.Adapter | None)
         config.bf16,
         config.ld_alpha,
         tier=config.tier,
+        router=RouterLoss(model, config.router_aux_loss_coef)
+        if config.router_aux_loss_coef
+        else None,
         adapter=adapter,
     )
     checks.check_head(packed, config.key, config.name)
+    compile_layers(packed, config.compile)
     return packed
 
 
@@ -180,14 +192,16 @@ def dropout_rates(owner: Any) -> list[str]:
 
 def save_model(packed: PackedModel, tokenizer: Any, folder: Path) -> None:
     """Write a Hugging Face folder: config, safetensors, tokenizer, chat template; or a peft folder,
-    where an adapter is what was trained."""
+    where an adapter is what was trained. A model's weights are bf16 where it computes in it, else
+    fp32."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     if packed.adapter is not None:
         packed.adapter.save(folder)
     else:
-        with own_config(packed.model):
+        dtype = in_bf16(packed.model) if packed.bf16 else contextlib.nullcontext()
+        with own_config(packed.model), dtype:
             packed.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -10,6 +10,8 @@ Legend: T packed tokens, R predicting rows, N completions, D hidden size, V voca
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +23,7 @@ from fasttr.errors import FasttrError
 from fasttr.losses import LossFn
 from fasttr.models.gather import gather_rows
 from fasttr.models.lora import Adapter
+from fasttr.models.router import RouterLoss
 from fasttr.models.tiers import rows_of
 from fasttr.packing.tiers import SHARED
 
@@ -75,6 +78,13 @@ class PackedModel(nn.Module):
         tier: how tokens reach the model, one of `fasttr.packing.tiers.TIERS`. Packs for others than
             `shared` repeat the prompt for every completion.
         adapter: what is trained in place of the model's own weights, which are frozen.
+        router: the auxiliary loss of a mixture of experts.
+
+    Attributes:
+        scores_as_it_trains: score through the graph of the training forward. Compiled without
+            gradients a layer may round otherwise, and log-ratios would not begin at 0.
+        router_loss: () what the router's loss was in the last forward with `router_share`, detached
+            and before its coefficient.
     """
 
     model: Any
@@ -87,6 +97,7 @@ class PackedModel(nn.Module):
         bf16: bool = False,
         ld_alpha: float | None = None,
         tier: str = SHARED,
+        router: RouterLoss | None = None,
         adapter: Adapter | None = None,
     ):
         super().__init__()
@@ -94,8 +105,12 @@ class PackedModel(nn.Module):
         self.head = head or HeadSpec()
         self.tier = tier
         self.rows = rows_of(tier, attention_backend)
+        self.router = router
+        self.router_loss: Tensor | None = None
+        self.scores_as_it_trains = False
         self.bf16 = bf16
         self.ld_alpha = ld_alpha
+        self._cast_head: Tensor | None = None
         self.adapter = adapter
 
     @property
@@ -113,8 +128,23 @@ class PackedModel(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+    def autocast(self, keeps_copies: bool = False) -> torch.autocast:
+        """Without autocast's cache unless it is asked for: it would keep a copy of every fp32
+        weight through a forward and, where activations are recomputed, through the backward."""
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=keeps_copies
+        )
+
+    @contextlib.contextmanager
+    def weights_still(self) -> Iterator[None]:
+        """Within, no weight changes: an fp32 head is cast to bf16 once, not in every call."""
+        weight = self.head_weight().weight.detach()
+        if self.bf16 and weight.dtype != torch.bfloat16:
+            self._cast_head = weight.to(torch.bfloat16)
+        try:
+            yield
+        finally:
+            self._cast_head = None
 
     def head_weight(self) -> HeadWeight:
         """The one place where the output weight is read."""
@@ -123,8 +153,14 @@ class PackedModel(nn.Module):
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """Final hidden states of a pack, (T, D)."""
-        output = decoder_of(self.model)(**self.rows.inputs(batch))
-        return self.rows.flat(output.last_hidden_state, batch)
+        return self._decoded(batch)[0]
+
+    def _decoded(self, batch: PackedBatch, reads_router: bool = False) -> tuple[Tensor, Any]:
+        """Hidden states (T, D), and the router's logits where they are asked for."""
+        asked = {"output_router_logits": True} if reads_router else {}
+        output = decoder_of(self.model)(**self.rows.inputs(batch), **asked)
+        hidden_TD = self.rows.flat(output.last_hidden_state, batch)
+        return hidden_TD, output.router_logits if reads_router else None
 
     def forward(
         self,
@@ -133,18 +169,29 @@ class PackedModel(nn.Module):
         ref_logp: Tensor | None = None,  # (N,) fp32
         normalizer: float = 1.0,
         stats: bool = False,
+        router_share: float = 0.0,
+        head_grad: Tensor | None = None,  # (V, D) fp32
+        head_means: Sequence[str] = (),
     ) -> PreferenceLoss:
-        """Log-probs of a pack on this module's device; with `loss_fn` its share of the loss too."""
+        """Log-probs of a pack on this module's device; with `loss_fn` its share of the loss too.
+
+        `router_share` of the router's loss is added to it, where the model has one. The head's
+        gradient is added to `head_grad` where that is given, and the loss must then be
+        differentiated once, as it is. `head_means`: statistics whose means over completions
+        `loss_fn` gets as fourth argument.
+        """
         cu_completions, cu_groups = batch.cu_completions, batch.cu_groups
         if self.ld_alpha is not None:
             # Both parts of a completion are summed apart, and joined before anybody sees them.
             cu_completions, cu_groups = batch.cu_ld_parts, 2 * batch.cu_groups
             if loss_fn is not None:
-                loss_fn = self._of_joined_parts(loss_fn, ref_logp, batch.cu_groups.tolist())
+                loss_fn = self._of_joined_parts(loss_fn, ref_logp, batch)
             ref_logp = None
         head = self.head_weight()
         with self.autocast():
-            hidden_RD = gather_rows(self.hidden_states(batch), batch.predicting)
+            reads_router = self.router is not None and router_share > 0
+            hidden_TD, router_logits = self._decoded(batch, reads_router)
+            hidden_RD = gather_rows(hidden_TD, batch.predicting)
             out = linear_preference_loss(
                 hidden_RD,
                 head.weight,
@@ -158,29 +205,49 @@ class PackedModel(nn.Module):
                 logit_scale=self.head.logit_scale,
                 softcap=self.head.softcap,
                 stats=stats,
+                cast_weight=self._cast_head,
+                weight_grad=head_grad,
+                loss_reads=head_means,
             )
+        if self.router is not None and reads_router:
+            balance = self.router(router_logits, self.rows, batch)
+            self.router_loss = balance.detach()
+            out = out._replace(loss=out.loss + router_share * self.router.coefficient * balance)
         if self.ld_alpha is None:
             return out
         return out._replace(logp=self._joined(out.logp, self.ld_alpha))
 
-    @torch.no_grad()
     def logps(self, batch: PackedBatch) -> Tensor:
         """Summed log-probs of the completions of a pack, (N,) fp32 nats, without gradients."""
-        return self(batch.to(self.device)).logp
+        with torch.set_grad_enabled(self.scores_as_it_trains):
+            return self(batch.to(self.device)).logp
 
     def _of_joined_parts(
-        self, loss_fn: LossFn, ref_logp: Tensor | None, cu_groups: list[int]
+        self, loss_fn: LossFn, ref_logp: Tensor | None, batch: PackedBatch
     ) -> LossFn:
         """`loss_fn` as a function of the log-probs of parts; `ref_logp` is of whole completions."""
 
         assert self.ld_alpha is not None
         alpha = self.ld_alpha
+        cu_groups = batch.cu_groups.tolist()
+        lengths_2N = batch.cu_ld_parts.diff().to(self.device, non_blocking=True)
 
-        def of_parts(logp_2N: Tensor, _: Tensor | None, groups: slice) -> Tensor:
-            completions = slice(cu_groups[groups.start], cu_groups[groups.stop])
-            ref = None if ref_logp is None else ref_logp[completions]
+        def of_parts(
+            logp_2N: Tensor,
+            _: Tensor | None,
+            groups: slice,
+            means_2N: Mapping[str, Tensor] | None = None,
+        ) -> Tensor:
+            first, last = cu_groups[groups.start], cu_groups[groups.stop]
+            ref = None if ref_logp is None else ref_logp[first:last]
+            lengths = lengths_2N[2 * first : 2 * last]
+            wholes = self._joined(lengths, 1).clamp(min=1)
+            means = {
+                name: self._joined(mean * lengths, 1) / wholes
+                for name, mean in (means_2N or {}).items()
+            }
             joined = self._joined(logp_2N, alpha)
-            return loss_fn(joined, ref, groups, whole_logp=self._joined(logp_2N, 1.0))
+            return loss_fn(joined, ref, groups, means, whole_logp=self._joined(logp_2N, 1.0))
 
         return of_parts
 

@@ -23,6 +23,10 @@ class Rows(Protocol):
         """(T, D) of what the model made of `inputs`."""
         ...
 
+    def token_weights(self, batch: PackedBatch) -> Tensor:
+        """Of the shape of the input ids: how many completions read a token, 0 for padding."""
+        ...
+
 
 class SharedRows:
     """The packed attention. The layout comes with the call; nothing is inferred from position
@@ -43,6 +47,9 @@ class SharedRows:
     def flat(self, output: Tensor, batch: PackedBatch) -> Tensor:
         return output[0]
 
+    def token_weights(self, batch: PackedBatch) -> Tensor:
+        return batch.attention.keys.offsets.diff()[None]
+
 
 class PackedRows:
     """The model's own attention: without a mask, transformers parts one row where its position ids
@@ -58,6 +65,9 @@ class PackedRows:
     def flat(self, output: Tensor, batch: PackedBatch) -> Tensor:
         return output[0]
 
+    def token_weights(self, batch: PackedBatch) -> Tensor:
+        return batch.attention.keys.offsets.diff()[None]
+
 
 class PaddedRows:
     """The model's own attention, for models that carry state from token to token too. Padded on the
@@ -71,6 +81,11 @@ class PaddedRows:
 
     def flat(self, output: Tensor, batch: PackedBatch) -> Tensor:
         return output.flatten(0, 1).index_select(0, _place(batch).of_token)
+
+    def token_weights(self, batch: PackedBatch) -> Tensor:
+        place = _place(batch)
+        blank = batch.input_ids.new_zeros(place.rows * place.length)
+        return blank.index_fill(0, place.of_token, 1).view(place.rows, place.length)
 
 
 class _Place(NamedTuple):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,9 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fasttr.errors import FasttrError
+from fasttr.optim.matrices import matrices
 from fasttr.optim.named import OPTIMIZERS, Arguments, parse_arguments
+from fasttr.optim.update import MasterAdamW
 
 PLATEAU = "reduce_lr_on_plateau"
 # Schedules of transformers that are known before training, and the one that follows evaluations.
@@ -43,13 +47,39 @@ class OptimizerConfig:
     schedule: str = "linear"
     schedule_kwargs: dict[str, Any] | None = None
     warmup_steps: float = 0  # below 1 a share of all steps, rounded up
+    moments: str = "fp32"  # how AdamW's are held: fp32, bf16 or int8
+    keeps_masters: bool = True  # bf16 weights have the other 16 bits of fp32 beside them
+    seed: int = 0  # of stochastic rounding
 
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Over all trainable parameters; step it by `fasttr.optim.named.update`."""
+    def optimizer(self, model: nn.Module, bf16: bool = False) -> torch.optim.Optimizer:
+        """Over all trainable parameters; step it by `fasttr.optim.update.update`.
+
+        Under bf16 compute the matrices become bf16 in place where AdamW is the optimizer (see
+        `MasterAdamW`); all other parameters, and all of other optimizers, stay fp32 leaves.
+        """
         own = parse_arguments(self.name, self.arguments)
-        groups = parameter_groups(model, self.weight_decay)
+        kind = OPTIMIZERS[self.name]
+        if kind.is_adamw and (bf16 or self.moments != "fp32"):
+            return self._master_adamw(model, matrices(model) if bf16 else set())
         wanted = Arguments(self.learning_rate, self.betas, self.eps, own)
-        return OPTIMIZERS[self.name].build(groups, wanted)
+        return kind.build(parameter_groups(model, self.weight_decay), wanted)
+
+    def _master_adamw(self, model: nn.Module, split: set[nn.Parameter]) -> MasterAdamW:
+        groups = parameter_groups(model, self.weight_decay, split)
+        options: dict[str, Any] = {
+            "lr": self.learning_rate,
+            "betas": self.betas,
+            "eps": self.eps,
+            "moments": self.moments,
+            "split": False,  # but for the groups that say otherwise
+            "seed": self.seed,
+        }
+        if self.keeps_masters:
+            return MasterAdamW.from_fp32(groups, **options)
+        for p in split:
+            p.grad = None
+            p.data = p.data.to(torch.bfloat16)
+        return MasterAdamW([{**group, "split": False} for group in groups], **options)
 
     def check_schedule(self) -> None:
         """Raise FasttrError where the schedule cannot be made, before there is a model."""
@@ -120,22 +150,31 @@ def take_up_schedule(
         group["lr"] = rate
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Every trainable parameter once, in two groups: no decay on biases and on norms."""
-    decayed: dict[str, nn.Parameter] = {}
-    plain: dict[str, nn.Parameter] = {}
+def parameter_groups(
+    model: nn.Module, weight_decay: float, split: AbstractSet[nn.Parameter] = frozenset()
+) -> list[dict[str, Any]]:
+    """Every trainable parameter once, with its name: no decay on biases and on norms.
+
+    Those of `split` have groups of their own. A group without parameters is left out, but for the
+    first two.
+    """
+    kinds: dict[tuple[bool, bool], dict[str, nn.Parameter]] = {
+        (decays, is_split): {} for is_split in (False, True) for decays in (True, False)
+    }
+    undecayed = _undecayed(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            group = plain if _is_undecayed(name) else decayed
-            group[name] = parameter
-    groups: list[dict[str, Any]] = [
-        {
-            "params": list(decayed.values()),
-            "names": list(decayed),
-            "weight_decay": weight_decay,
-        },
-        {"params": list(plain.values()), "names": list(plain), "weight_decay": 0.0},
-    ]
+            kinds[name not in undecayed, parameter in split][name] = parameter
+    groups: list[dict[str, Any]] = []
+    for (decays, is_split), found in kinds.items():
+        if not found and is_split:
+            continue
+        group: dict[str, Any] = {
+            "params": list(found.values()),
+            "names": list(found),
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        groups.append({**group, "split": is_split} if split else group)
     wanted = sum(p.numel() for p in model.parameters() if p.requires_grad)
     counted = sum(p.numel() for group in groups for p in group["params"])
     if counted != wanted:
@@ -143,5 +182,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return groups
 
 
-def _is_undecayed(name: str) -> bool:
-    return any(part == "bias" or "norm" in part for part in name.lower().split("."))
+# Of names in lower case: what transformers' trainer leaves undecayed.
+_UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|[._])norm($|\.)")
+
+
+def _undecayed(model: nn.Module) -> set[str]:
+    """Biases and norms as transformers' trainer tells them: by name, layer norms by type too."""
+    by_name = {name for name, _ in model.named_parameters() if _UNDECAYED.search(name.lower())}
+    norms = [part for part in model.modules() if isinstance(part, nn.LayerNorm)]
+    by_type = {p for norm in norms for p in norm.parameters()}
+    return by_name | {name for name, p in model.named_parameters() if p in by_type}

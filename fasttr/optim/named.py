@@ -30,6 +30,7 @@ class Kind(NamedTuple):
     arguments: tuple[str, ...] = ()
     package: str | None = None  # that it needs beside torch and transformers
     notice: str = ""  # how it differs from what the name says
+    is_adamw: bool = False  # in fp32: its weights may be split and its moments held otherwise
 
 
 def _adamw(groups: Groups, wanted: Arguments) -> torch.optim.Optimizer:
@@ -69,7 +70,7 @@ def _low_bit(name: str) -> Callable[[Groups, Arguments], torch.optim.Optimizer]:
 
 _UNPAGED = "the values of AdamW; its states are not paged"
 _BY_TORCHAO = "torchao's AdamW8bit in place of that of bitsandbytes: blocks of 256, other roundings"
-_ADAMW = Kind(_adamw)
+_ADAMW = Kind(_adamw, is_adamw=True)
 _ADAMW_8BIT = Kind(_low_bit("AdamW8bit"), ("block_size",), "torchao")
 _ADAMW_4BIT = Kind(_low_bit("AdamW4bit"), ("block_size",), "torchao")
 

@@ -41,6 +41,7 @@ class Plan:
     group_rows: int = 1  # consecutive rows of a step whose loss is computed together share a pack
     micro_batch_size: int | None = None  # rows whose mean counts as that of any other so many
     multiple_of: int = 1  # an epoch's last rows that do not fill this many are left out
+    separate_groups: bool = False  # no two groups share a pack
     tier: str = SHARED  # one of packing.tiers.TIERS: how rows share a call of the model
 
     @property
@@ -76,8 +77,8 @@ class Plan:
         return pack_rows(
             self.trees,
             rows,
-            self.max_tokens_per_batch,
-            self.group_rows if ranks.world == 1 else 1,
+            0 if self.separate_groups else self.max_tokens_per_batch,
+            self.group_rows if ranks.world == 1 or self.separate_groups else 1,
             self._row_weights(rows),
             self.tier,
             ranks,

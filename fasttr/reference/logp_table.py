@@ -71,14 +71,15 @@ def fill_logps(
     `after` is called after every pack (progress, a partial save, a stop asked for by a signal).
     """
     newest: tuple[tuple[int, ...], Tensor] | None = None
-    for batch in packs:
-        if table.lacks(batch.rows):
-            logp = model.logps(batch)
-            if newest is not None:
-                # One pack late: reading the newest would leave the device idle.
-                table.put(*newest)
-            newest = batch.rows, logp
-        if after is not None:
-            after()
+    with model.weights_still():
+        for batch in packs:
+            if table.lacks(batch.rows):
+                logp = model.logps(batch)
+                if newest is not None:
+                    # One pack late: reading the newest would leave the device idle.
+                    table.put(*newest)
+                newest = batch.rows, logp
+            if after is not None:
+                after()
     if newest is not None:
         table.put(*newest)

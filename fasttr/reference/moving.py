@@ -3,6 +3,7 @@
 A hard update needs no second model: right after it the reference is the policy, which therefore
 scores the window itself. A fixed reference is needed once, ahead of the run. Only a soft one keeps
 weights of its own: plain tensors, which the policy's own module borrows while a window is scored.
+Where the policy's are bf16 so are they, with the other 16 bits of an fp32 number beside them.
 They are those that are trained, since frozen ones are the policy's; of an adapter they are factors
 of a higher rank (see `fasttr.reference.low_rank`).
 """
@@ -10,15 +11,17 @@ of a higher rank (see `fasttr.reference.low_rank`).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from fasttr_kernels import multi_tensor_lerp_
-from torch import Tensor
+from fasttr_kernels.rounding import join_halves, split_halves
+from torch import Tensor, nn
 
 from fasttr.errors import FasttrError
 from fasttr.models.lora import factor_names
 from fasttr.models.packed import PackedModel
+from fasttr.optim.update import Followers, MasterAdamW, parameters_of
 from fasttr.reference.low_rank import Product, RankBound, average_, widened
 from fasttr.reference.schedule import Schedule, Soft
 
@@ -31,6 +34,8 @@ class MovingReference:
         policy: the model being trained.
         initial: another model that window 0 is scored with, or None for the policy as it is now.
             FasttrError when a soft reference could not become an average of it and the policy.
+        optimizer: of the policy, where that is bf16: it holds the masters that a soft reference
+            follows, and can move it in its own sweep.
         fits_beside: whether a soft reference stays on the policy's device between windows; else it
             rests in the host's memory.
         bound: of the rank of a soft reference whose policy is an adapter.
@@ -41,25 +46,33 @@ class MovingReference:
         schedule: Schedule,
         policy: PackedModel,
         initial: PackedModel | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
         fits_beside: Callable[[PackedModel], bool] | None = None,
         bound: RankBound | None = None,
     ):
         self.schedule = schedule
         self.policy = policy
+        self.optimizer = optimizer
         self.updates = 0
         self.weights: dict[str, Tensor] | None = None  # of a soft reference, by the policy's names
+        self.remainders: dict[str, Tensor] = {}  # of those of them that are bf16
+        self._initial = initial
+        self._moved_already: set[str] = set()
         # Largest share of a weight's update that the newest move left out; None: it left out none.
         self.dropped: float | None = None
-        self._initial = initial
         self._bound = bound
         self._factors = factor_names(policy)
+        self._in_products = {name for factors in self._factors for name in factors}
         if isinstance(schedule, Soft):
-            self.weights = _weights_of(policy) if initial is None else _taken_from(initial, policy)
-            self._initial = None
+            whole = self._masters() if initial is None else _taken_from(initial, policy)
+            self.weights = {}
+            self._keep(whole)
             self._widen()
+            self._initial = None
             self._rests_beside = schedule.every == 1 or (fits_beside or _fits_beside)(policy)
             if not self._rests_beside:
-                self.weights = {name: x.cpu() for name, x in self.weights.items()}
+                self.weights = {name: _on_host(x) for name, x in self.weights.items()}
+                self.remainders = {name: _on_host(x) for name, x in self.remainders.items()}
 
     @contextlib.contextmanager
     def model(self) -> Iterator[PackedModel]:
@@ -88,38 +101,111 @@ class MovingReference:
         if self.weights is None or not isinstance(self.schedule, Soft):
             return
         alpha = self.schedule.alpha
-        policy = {name: p.data for name, p in self.policy.named_parameters()}
-        products = {name for factors in self._factors for name in factors}
-        plain = [name for name in self.weights if name not in products]
-        if self._rests_beside:
-            moved = [self.weights[name] for name in plain]
-            multi_tensor_lerp_(moved, [policy[name] for name in plain], alpha)
-        else:
-            for name in plain:
-                visiting = self.weights[name].to(policy[name].device, copy=True)
-                multi_tensor_lerp_([visiting], [policy[name]], alpha)
-                self.weights[name].copy_(visiting)
-        self._move_products(self.weights, policy, alpha)
+        policy = dict(self.policy.named_parameters())
+        done = self._moved_already | self._in_products
+        left = [name for name in self.weights if name not in done]
+        beside = [name for name in left if self._rests_beside and name not in self.remainders]
+        multi_tensor_lerp_(
+            [self.weights[name] for name in beside], [policy[name].data for name in beside], alpha
+        )
+        for name in left:
+            if name not in beside:
+                self._move_alone(name, policy[name], alpha)
+        self._move_products(policy, alpha)
+        self._moved_already = set()
+        if not self._rests_beside and self.policy.device.type == "cuda":
+            # What went to the host is read there by checkpoints.
+            torch.cuda.current_stream().synchronize()
 
-    def _move_products(
-        self, weights: dict[str, Tensor], policy: dict[str, Tensor], alpha: float
-    ) -> None:
+    def followers(self) -> Followers | None:
+        """The tensors of a soft reference, for a sweep of the optimizer that moves them along with
+        the weights. Asked for right before it, with all gradients there; `move`, called after it,
+        does the rest. None where they cannot be moved so."""
+        if self.weights is None or not isinstance(self.schedule, Soft) or self._factors:
+            return None
+        if not (self._rests_beside and isinstance(self.optimizer, MasterAdamW)):
+            return None
+        name_of = {p: name for name, p in self.policy.named_parameters()}
+        followed = [(p, name_of[p]) for p in parameters_of(self.optimizer)]
+        if any(p.grad is None for p, _ in followed):
+            return None
+        self._moved_already = {name for _, name in followed}
+        tensors = [(self.weights[name], self.remainders.get(name)) for _, name in followed]
+        return Followers(tensors, self.schedule.alpha)
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of a soft reference: NAME, and NAME.remainder where it is
+        bf16."""
+        remainders = {f"{name}.remainder": x for name, x in self.remainders.items()}
+        return {**(self.weights or {}), **remainders}
+
+    @torch.no_grad()
+    def take_up(self, saved: dict[str, Tensor]) -> None:
+        """Go on from `named_tensors`, split or not."""
+        for name, mine in (self.weights or {}).items():
+            whole = saved[name].float()
+            if f"{name}.remainder" in saved:
+                whole = join_halves(saved[name], saved[f"{name}.remainder"])
+            if name in self.remainders:
+                high, low = split_halves(whole)
+                mine.copy_(high)
+                self.remainders[name].copy_(low)
+            else:
+                mine.copy_(whole)
+
+    @torch.no_grad()
+    def _keep(self, whole: Iterator[tuple[str, Tensor]]) -> None:
+        assert self.weights is not None
+        policy = dict(self.policy.named_parameters())
+        for name, values in whole:
+            if policy[name].dtype == torch.bfloat16:
+                self.weights[name], self.remainders[name] = split_halves(values.float())
+            else:
+                self.weights[name] = values
+
+    def _masters(self) -> Iterator[tuple[str, Tensor]]:
+        """Copies of the policy's weights as its optimizer has them, one after the other."""
+        for name, p in self.policy.named_parameters():
+            if p.requires_grad:
+                master = self._master(p)
+                yield name, master.clone() if master.data_ptr() == p.data_ptr() else master
+
+    def _master(self, p: nn.Parameter) -> Tensor:
+        if p.dtype == torch.bfloat16 and isinstance(self.optimizer, MasterAdamW):
+            return self.optimizer.master(p)
+        return p.detach()
+
+    def _move_alone(self, name: str, p: nn.Parameter, alpha: float) -> None:
+        """One tensor, which may lie on the host: it visits the policy's device."""
+        assert self.weights is not None
+        homes = [self.weights[name]]
+        if name in self.remainders:
+            homes.append(self.remainders[name])
+        visiting, *remainder = (
+            x if self._rests_beside else x.to(p.device, copy=True, non_blocking=True) for x in homes
+        )
+        multi_tensor_lerp_([visiting], [self._master(p)], alpha, remainders=remainder or None)
+        if not self._rests_beside:
+            for home, moved in zip(homes, (visiting, *remainder), strict=True):
+                home.copy_(moved, non_blocking=True)
+
+    def _move_products(self, policy: Mapping[str, nn.Parameter], alpha: float) -> None:
         shares = []
         for a, b in self._factors:
+            assert self.weights is not None
             assert self._bound is not None
-            reference = Product(weights[a], weights[b])
-            moved_to = Product(policy[a].to(weights[a].device), policy[b].to(weights[b].device))
-            shares.append(average_(reference, moved_to, alpha, self._bound.tolerance))
+            mine = Product(self.weights[a], self.weights[b])
+            moved_to = Product(policy[a].data.to(mine.a.device), policy[b].data.to(mine.b.device))
+            shares.append(average_(mine, moved_to, alpha, self._bound.tolerance))
         self.dropped = max(shares, default=None)
 
     def _widen(self) -> None:
         """Room for a rank beyond the policy's in the factors of an adapter."""
-        if not self._factors:
-            return
-        if self._bound is None:
+        if self._factors and self._bound is None:
             raise ValueError("MovingReference: got an adapter with a soft schedule and no bound")
-        assert self.weights is not None
         for a, b in self._factors:
+            assert self.weights is not None
+            assert self._bound is not None
             product = Product(self.weights[a], self.weights[b])
             self.weights[a], self.weights[b] = widened(product, self._bound.rank)
 
@@ -137,12 +223,12 @@ class MovingReference:
                 parameter.data = own[name]
 
 
-def _weights_of(model: PackedModel) -> dict[str, Tensor]:
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return {name: p.detach().clone() for name, p in trained.items()}
+def _on_host(x: Tensor) -> Tensor:
+    """In memory that copies to and from a GPU run from while the host goes on."""
+    return x.cpu().pin_memory() if x.is_cuda else x
 
 
-def _taken_from(initial: PackedModel, policy: PackedModel) -> dict[str, Tensor]:
+def _taken_from(initial: PackedModel, policy: PackedModel) -> Iterator[tuple[str, Tensor]]:
     """The weights of another model, which must have the policy's names, shapes and buffers."""
     weights = {name: p.detach() for name, p in initial.named_parameters()}
     shapes = {name: tuple(x.shape) for name, x in weights.items()}
@@ -164,14 +250,14 @@ def _taken_from(initial: PackedModel, policy: PackedModel) -> dict[str, Tensor]:
                 "from the policy's with ref_update soft; wanted a model of one configuration, "
                 "since the reference becomes an average of both"
             )
-    return weights
+    return iter(weights.items())
 
 
 def _fits_beside(policy: PackedModel) -> bool:
-    """Whether a second copy of the weights, and twice its size for AdamW's state, leaves half the
-    device free."""
+    """Whether a second copy of the weights in fp32, and twice its size for AdamW's state, leaves
+    half the device free."""
     if policy.device.type != "cuda":
         return True
-    size = sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad)
+    size = sum(4 * p.numel() for p in policy.parameters() if p.requires_grad)
     free, _ = torch.cuda.mem_get_info(policy.device)
     return 4 * size < free / 2

@@ -52,7 +52,7 @@ def sample_file(
     tokenizer = tokenizer_of(model)
     ids = encode_prompts(tokenizer, prompts, str(files.prompts))
     tier = Candidate.named(model).support.best()
-    packed = load_model(dataclasses.replace(model, tier=tier))
+    packed = load_model(dataclasses.replace(model, tier=tier, is_trained=False))
     _check_lengths(packed, ids, sampling)
     partial = files.samples_file.with_name(files.samples_file.name + ".partial")
     written = 0
@@ -105,9 +105,11 @@ def _prompts_of_rows(path: Path) -> list[str | Messages]:
 
 
 def _check_lengths(packed: PackedModel, ids: Sequence[np.ndarray], sampling: Sampling) -> None:
-    limit = packed.model.config.max_position_embeddings - sampling.max_new_tokens
+    positions = getattr(packed.model.config, "max_position_embeddings", None)
+    if positions is None:
+        return
     for i, prompt in enumerate(ids):
-        if len(prompt) > limit:
+        if len(prompt) + sampling.max_new_tokens > positions:
             raise FasttrError(
                 f"max_new_tokens: prompt {i} (counted from 0) has {len(prompt)} tokens, and with "
                 f"{sampling.max_new_tokens} new ones it is longer than the model's positions "

@@ -107,7 +107,9 @@ def draw(
         pad = ends[0] if ends else 0
     input_ids_BL, mask_BL = _left_padded(prompts, pad)
     devices = [model.device] if model.device.type == "cuda" else []
-    with _generating(causal_lm), torch.random.fork_rng(devices=devices), model.autocast():
+    # Every token reads all weights: what must be cast is cast once for all of them.
+    autocast = model.autocast(keeps_copies=True)
+    with _generating(causal_lm), torch.random.fork_rng(devices=devices), autocast:
         torch.manual_seed(sampling.seed)
         rows = causal_lm.generate(
             input_ids=input_ids_BL.to(model.device),

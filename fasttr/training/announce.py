@@ -101,13 +101,21 @@ def _cost(tier: str, trees: TreeSource, config: TrainConfig) -> str:
     return f"; {given / int(tree_sizes(trees, rows).sum()):.2f} times the tokens of shared prompts"
 
 
+def _held(config: TrainConfig) -> str:
+    if config.dtype == "auto":
+        return "the same as float32, whatever the folder holds"
+    if not OPTIMIZERS[config.optim].is_adamw:
+        return f"weights stay float32 with optim {config.optim}; computing is in bfloat16"
+    return (
+        "matrices are rounded stochastically after each step; with float32 no bit is lost, at 2 "
+        "bytes a weight"
+    )
+
+
 def announce_settings(config: TrainConfig, loss: Loss, trees: TreeSource) -> None:
     """Settings that do nothing, or something else than they may be meant for."""
     if config.dtype != "float32":
-        say(
-            f"dtype: got {config.dtype}; weights and optimizer stay float32 (16 bytes a weight in "
-            "all), so that no small update is rounded away; bf16: true computes in bfloat16"
-        )
+        say(f"dtype: got {config.dtype}: {_held(config)}")
     if OPTIMIZERS[config.optim].notice:
         say(f"optim: got {config.optim}: {OPTIMIZERS[config.optim].notice}")
     if config.learning_rate == 0:

@@ -8,6 +8,7 @@ size, at the price of one more forward pass.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,7 +38,11 @@ class CoupledStep(NamedTuple):
         derivative_N = self.derivative_Bm[places.to(self.derivative_Bm.device)].flatten()
 
         def weighed(
-            logp: Tensor, ref_logp: Tensor | None, groups: slice, whole_logp: Tensor | None = None
+            logp: Tensor,
+            ref_logp: Tensor | None,
+            groups: slice,
+            head_means: Mapping[str, Tensor] | None = None,
+            whole_logp: Tensor | None = None,
         ) -> Tensor:
             completions = slice(cu_groups[groups.start], cu_groups[groups.stop])
             return (derivative_N[completions] * logp).sum()
@@ -53,13 +58,17 @@ class CoupledStep(NamedTuple):
 
 
 def coupled_step(
-    run: Run, step: int, objective: StepObjective, micro_batches: MicroBatches
+    run: Run,
+    step: int,
+    packs: Sequence[PackedBatch],
+    objective: StepObjective,
+    micro_batches: MicroBatches,
 ) -> CoupledStep:
     """The first sweep over this rank's packs, and the loss on what all ranks found."""
     rows = run.plan.rows(step)
     place = {int(row): i for i, row in enumerate(rows)}
     logp_Bm = np.full((len(rows), run.loss.completions), np.nan, dtype=np.float32)
-    for batch in run.plan.packs(step, run.ranks):
+    for batch in packs:
         found = run.policy.logps(batch).cpu().numpy()
         logp_Bm[[place[row] for row in batch.rows]] = found.reshape(len(batch.rows), -1)
     run.ranks.merge_(logp_Bm)

@@ -25,6 +25,7 @@ from fasttr.metrics.log import MetricsLog, NoLog
 from fasttr.metrics.sums import as_metrics
 from fasttr.metrics.throughput import Throughput
 from fasttr.models.given import give_back
+from fasttr.optim import update
 from fasttr.optim.adamw import PLATEAU, after_evaluation
 from fasttr.training import checkpoints
 from fasttr.training.announce import announce_evaluation, announce_step
@@ -99,7 +100,7 @@ def _train(config: TrainConfig, given: Given, callbacks: Callbacks, ranks: Ranks
         run = setup(config, given, ranks)
         if checkpoints.is_finished(run):
             say(f"nothing to do: {run.output_dir} holds this run's end, step {run.step}")
-            give_back(run.policy)
+            _give_back(run)
             return TrainResult(
                 run.output_dir, run.step, {}, run.policy.trained_model, run.tokenizer
             )
@@ -117,7 +118,7 @@ def _train(config: TrainConfig, given: Given, callbacks: Callbacks, ranks: Ranks
             return _Loop(run, log, stop, callbacks).all_steps()
         finally:
             log.close()
-            give_back(run.policy)
+            _give_back(run)
 
 
 class _Loop:
@@ -154,8 +155,11 @@ class _Loop:
                 self.score(window)  # the only place where the reference's weights are used
 
                 for step in window[run.step - window.start :]:
+                    is_last = (
+                        schedule.every is not None and step + 1 == window.start + schedule.every
+                    )
                     with self.throughput.step():
-                        metrics = train_step(run, step, self.throughput)
+                        metrics = train_step(run, step, self.throughput, moves=is_last)
                     run.step = step + 1
                     self.take_note(step, metrics)
                     self.agree()
@@ -171,7 +175,7 @@ class _Loop:
                         is_saved |= self.evaluate(is_saved)
 
                     # the window is over: the reference moves
-                    if schedule.every is not None and run.step == window.start + schedule.every:
+                    if is_last:
                         self.move()
 
                     # once in a while: save
@@ -329,6 +333,12 @@ class _Loop:
             "train_runtime": seconds,
             "train_pairs_per_second": rows / seconds,
         }
+
+
+def _give_back(run: Run) -> None:
+    """The model as it was found, with its trained weights in fp32."""
+    update.give_back(run.optimizer)
+    give_back(run.policy)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from fasttr.evaluation.split import EvaluationSplit
 from fasttr.losses import Loss, Objective
 from fasttr.metrics.sums import Averages
 from fasttr.models.packed import PackedModel
+from fasttr.packing.ahead import PacksAhead
 from fasttr.packing.plan import Plan
 from fasttr.reference.logp_table import LogpTable
 from fasttr.reference.moving import MovingReference
@@ -32,6 +33,7 @@ class Run:
     objective: Objective
     trees: TreeSource
     plan: Plan
+    packs: PacksAhead  # of the plan
     policy: PackedModel
     reference: MovingReference
     optimizer: torch.optim.Optimizer

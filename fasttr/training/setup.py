@@ -4,6 +4,7 @@ taken up."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from fasttr.metrics.trackers import require_trackers
 from fasttr.models.checks import check_ids
 from fasttr.models.choice import Candidate, choose_tier
 from fasttr.models.given import pack_model, read_weights_into
+from fasttr.models.halves import add_remainders
 from fasttr.models.load import (
     ModelConfig,
     check_loadable,
@@ -32,6 +34,8 @@ from fasttr.models.load import (
     load_tokenizer,
 )
 from fasttr.models.packed import PackedModel
+from fasttr.models.router import coefficient_of
+from fasttr.packing.ahead import PacksAhead
 from fasttr.packing.plan import Plan
 from fasttr.packing.tiers import longest_sequence
 from fasttr.reference.logp_table import LogpTable
@@ -71,6 +75,8 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
         source = str(resume.folder)
     tokenizer = _checked_tokenizer(config, given, device, source)
     candidates = _candidates(config, given, device, source)
+    coefficient = coefficient_of(candidates[0].config, config.router_aux_loss_coef)
+    config = dataclasses.replace(config, router_aux_loss_coef=coefficient)
     reader = RowReader(config, tokenizer)
     if reads_a_stream(config, given.train_dataset):
         config = _in_order_of_the_stream(config)
@@ -87,7 +93,7 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     plan = config.plan(trees, loss, device)
     if resume is not None:
         check_resume(resume, config, loss, plan)
-    _require_same(ranks, config, plan)
+    _require_same(ranks, config, loss, plan)
     announce_plan(config, loss, plan, ranks)
     announce_settings(config, loss, trees)
     with ranks.together():
@@ -95,7 +101,9 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     _check_ids(config, given, policy, initial, [trees, *eval_trees.values()])
     if config.eos_token is not None:
         _end_with(policy, tokenizer)
-    optimizer = config.optimizer().optimizer(policy.model)
+    # What is trained of an adapted model is small, and fp32.
+    splits_weights = policy.bf16 and policy.adapter is None
+    optimizer = config.optimizer().optimizer(policy.model, bf16=splits_weights)
     run = Run(
         config=config,
         device=device,
@@ -103,8 +111,11 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
         objective=config.objective(loss),
         trees=trees,
         plan=plan,
+        packs=PacksAhead(functools.partial(plan.packs, ranks=ranks), plan.total_steps),
         policy=policy,
-        reference=MovingReference(config.schedule, policy, initial, bound=config.ref_rank_bound()),
+        reference=MovingReference(
+            config.schedule, policy, initial, optimizer=optimizer, bound=config.ref_rank_bound()
+        ),
         optimizer=optimizer,
         scheduler=config.optimizer().scheduler(optimizer, plan.total_steps),
         window_logps=LogpTable(len(trees), loss.completions),
@@ -119,8 +130,13 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     return run
 
 
-def _require_same(ranks: Ranks, config: TrainConfig, plan: Plan) -> None:
+def _require_same(ranks: Ranks, config: TrainConfig, loss: Loss, plan: Plan) -> None:
     """A plan that differs between ranks would have them wait for each other for ever."""
+    if ranks.world > 1 and loss.coupled and loss.head_means:
+        raise FasttrError(
+            "use_weighting: got true with a loss that couples rows on several processes; wanted "
+            "another loss, or one process"
+        )
     bound = {name: getattr(config, name) for name in config.bound_on_resume()}
     ranks.same("the configuration", repr(bound))
     ranks.same("the rows", (plan.trees.fingerprint, plan.total_steps))
@@ -244,7 +260,9 @@ def _models(
 
 def _named_reference(config: TrainConfig, device: torch.device) -> ModelConfig:
     model = config.model(device, config.ref_model_name_or_path)
-    return dataclasses.replace(model, key="ref_model_name_or_path")
+    # A soft reference becomes an average of it, for which every bit counts.
+    is_trained = config.ref_update == "soft"
+    return dataclasses.replace(model, key="ref_model_name_or_path", is_trained=is_trained)
 
 
 def _check_ids(
@@ -277,14 +295,16 @@ def _policy(wanted: ModelConfig, model: Any, resume: Resume | None) -> PackedMod
     if model is None:
         if resume is not None:
             wanted = dataclasses.replace(wanted, name=str(resume.folder), revision="main")
-        return load_model(wanted)
-    if resume is not None:
+    elif resume is not None:
         read_weights_into(model, resume.folder)
-    return _packed(wanted, model)
+    packed = _packed(wanted, model)
+    if resume is not None:
+        add_remainders(packed.model, resume.state.remainders)
+    return packed
 
 
 def _packed(wanted: ModelConfig, model: Any) -> PackedModel:
     if model is None:
         return load_model(wanted)
-    name = "the given model" if wanted.adapter is None else str(model.config.name_or_path)
+    name = str(model.config.name_or_path) if wanted.adapter is not None else "the given model"
     return pack_model(model, dataclasses.replace(wanted, name=name, key="model"))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fasttr.batch import PackedBatch
 from fasttr.losses import Loss
 from fasttr.metrics.sums import (
     MicroBatches,
@@ -19,7 +20,7 @@ from fasttr.metrics.sums import (
 )
 from fasttr.metrics.throughput import Throughput
 from fasttr.optim.adamw import after_step
-from fasttr.optim.named import update
+from fasttr.optim.update import begin_step, update
 from fasttr.packing.plan import unshared_tokens
 from fasttr.training.coupled_step import coupled_step
 from fasttr.training.run import Run
@@ -43,53 +44,81 @@ class StepMetrics(NamedTuple):
         }
 
 
-def train_step(run: Run, step: int, throughput: Throughput) -> StepMetrics:
+def train_step(run: Run, step: int, throughput: Throughput, moves: bool = False) -> StepMetrics:
     """Forward and backward over the packs of `step` (counted from 0), then one update.
 
     Every rank adds up the gradients of its own packs; their sum over all ranks is the step's, so
     that a step does not depend on how many there are. The decisions below are the same on each.
+
+    `moves`: the reference moves after this step; where it can it does so in the update's own sweep.
     """
     sums = _backward(run, step, throughput)
     _sum_over_ranks(run, sums)
     micro_means = means(sums)
-    gradient_norm = _clip(run.policy, run.config.max_grad_norm)
-    is_broken = ~torch.isfinite(gradient_norm) | ~torch.isfinite(micro_means[0, 0])
     learning_rate = run.scheduler.get_last_lr()[0]
-    update(run.optimizer, is_broken)
+    done = update(
+        run.optimizer,
+        run.policy,
+        loss=micro_means[0, 0],
+        max_grad_norm=run.config.max_grad_norm,
+        followers=run.reference.followers() if moves else None,
+    )
     after_step(run.scheduler)
-    run.optimizer.zero_grad(set_to_none=True)
     return StepMetrics(
-        micro_means, gradient_norm, learning_rate, is_broken.to(torch.float32), run.loss
+        micro_means=micro_means,
+        gradient_norm=done.gradient_norm,
+        learning_rate=learning_rate,
+        is_broken=done.is_broken.to(torch.float32),
+        loss=run.loss,
     )
 
 
 def _backward(run: Run, step: int, throughput: Throughput) -> Tensor:
     """Gradients of all packs; returns the sums of their metrics, by micro-batch."""
+    packs = run.packs(step)
+    # Among several ranks what is added up has one dtype, however many packs each has.
+    begin_step(run.optimizer, len(packs) if run.ranks.world == 1 else max(len(packs), 2))
+    with run.policy.weights_still():
+        return _sums_of(run, step, packs, throughput)
+
+
+def _sums_of(run: Run, step: int, packs: list[PackedBatch], throughput: Throughput) -> Tensor:
     rows = run.plan.rows(step)
     objective = run.objective.of_rows(run.trees, rows)
     micro_batches = run.plan.micro_batches(rows)
     micro_batch_of = dict(zip(rows.tolist(), micro_batches.tolist(), strict=True))
     number = int(micro_batches[-1]) + 1
-    normalizer: float = objective.normalizer
-    is_spread = run.loss.coupled and run.ranks.world > 1
     coupled = None
-    if is_spread:
+    if run.loss.coupled and run.ranks.world > 1:
         of_step = MicroBatches(torch.from_numpy(micro_batches), number)
-        coupled = coupled_step(run, step, objective, of_step)
+        coupled = coupled_step(run, step, packs, objective, of_step)
     sums = zeros(run.device, number)
-    for host_batch in run.plan.packs(step, run.ranks):
+    head = run.policy.head_weight().weight
+    for host_batch in packs:
         batch = host_batch.to(run.device)
         ref_logp = None
         if run.loss.needs_reference:
             ref_logp = run.window_logps.get(batch.rows).to(run.device, non_blocking=True)
         loss_fn = objective.loss_fn(batch)
+        normalizer = float(objective.normalizer)
         if coupled is not None:
-            loss_fn, normalizer = coupled.loss_fn(batch), 1.0
-        out = run.policy(batch, loss_fn, ref_logp, normalizer=normalizer, stats=True)
+            loss_fn = coupled.loss_fn(batch)
+            normalizer = 1.0
+        out = run.policy(
+            batch,
+            loss_fn,
+            ref_logp,
+            normalizer=normalizer,
+            stats=True,
+            router_share=len(batch.rows) / len(rows),
+            # What earlier packs began; fp32 compute keeps the order of sums of other trainers.
+            head_grad=head.grad if run.policy.bf16 else None,
+            head_means=objective.head_means,
+        )
         out.loss.backward()
         places = torch.tensor([micro_batch_of[row] for row in batch.rows])
         of_pack = MicroBatches(places.to(run.device, non_blocking=True), number)
-        sums += pack_sums(out, ref_logp, batch, run.loss, of_pack)
+        sums += pack_sums(out, ref_logp, batch, run.loss, of_pack, run.policy.router_loss)
         throughput.add(host_batch, len(host_batch.rows))
     # A mismatched completion of KTO is of another row and is not counted twice.
     completions = 1 if run.loss.unpaired else run.loss.completions
@@ -108,12 +137,3 @@ def _sum_over_ranks(run: Run, sums: Tensor) -> None:
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
     run.ranks.sum_(gradients)
-
-
-def _clip(policy: nn.Module, max_grad_norm: float) -> Tensor:
-    """Clip the gradient's norm and return what it was; 0 clips nothing."""
-    trained = [p for p in policy.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-    if max_grad_norm > 0:
-        nn.utils.clip_grads_with_norm_(trained, max_grad_norm, norm)
-    return norm

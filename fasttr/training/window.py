@@ -110,7 +110,7 @@ def _sweep(
         for step in steps:
             rows = run.plan.rows(step)
             if not is_known[rows].all():
-                yield from run.plan.packs(step, run.ranks)
+                yield from run.packs(step)
                 is_known[rows] = True
                 sweep.after_step()
             bar.update()

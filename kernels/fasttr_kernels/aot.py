@@ -12,266 +12,19 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
 
-from fasttr_kernels import sass
+from fasttr_kernels import aot_flat, aot_head, sass
 from fasttr_kernels.sass import Case
 
 # Kernels decorated under the interpreter cannot be compiled.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-SHAPES = {
-    "Llama-3-8B": (128256, 4096),
-    "Qwen3-8B": (151936, 4096),
-    "Pythia-2.8B": (50304, 2560),
-    "Qwen2.5-0.5B": (151936, 896),
-    "odd V": (50257, 768),
-}
-PLAIN: dict[str, Any] = {"Bias": None, "HAS_BIAS": False, "SCALE": 1.0, "SOFTCAP": None}
-CAPPED: dict[str, Any] = {"Bias": "*fp32", "HAS_BIAS": True, "SCALE": 0.5, "SOFTCAP": 30.0}
-BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 
 
 def cases() -> Iterator[Case]:
     """Every configuration that can be launched, with the options that cost the most; the one that
     ships with all of them."""
-    yield from logp_cases()
-    yield from logit_grad_cases()
-    yield from scale_cases()
-    yield from lerp_cases()
-    yield from gather_cases()
-
-
-def logp_cases() -> Iterator[Case]:
-    from fasttr_kernels.logits_triton import LOGP_CONFIGS
-
-    ships, *others = LOGP_CONFIGS
-    for stats, squares in ((False, False), (True, False), (True, True)):
-        yield _logp_case(ships, "Llama-3-8B", PLAIN, stats, squares)
-        yield _logp_case(ships, "Llama-3-8B", CAPPED, stats, squares)
-    yield _logp_case(ships, "odd V", PLAIN, False, False)
-    yield _logp_case(ships, "odd V", PLAIN, True, True)
-    for config in others:
-        yield _logp_case(config, "Llama-3-8B", PLAIN, True, True)
-        yield _logp_case(config, "Llama-3-8B", CAPPED, True, True)
-
-
-def _logp_case(config: Any, shape: str, head: dict[str, Any], stats: bool, squares: bool) -> Case:
-    from fasttr_kernels import logits_triton
-
-    vocab, pitch = _vocab_and_pitch(shape)
-    vectors = dict.fromkeys(("Logp", "Top", "Total", "Entropy", "Mean", "LogSumSquares"), "*fp32")
-    arguments = {
-        "Z": "*fp32",
-        "Target": "*i64",
-        "Correct": "*i1",
-        **vectors,
-        "V": "i32",
-        "stride_z": "i32",
-        **head,
-        "STATS": stats,
-        "SQUARES": squares,
-        **config.kwargs,
-    }
-    return Case(
-        name=_join(
-            "row_logps",
-            "stats" if stats else "",
-            "squares" if squares else "",
-            *_variant(config, logits_triton.LOGP_CONFIGS[0], shape, head),
-        ),
-        kernel=logits_triton.logp_kernel,
-        arguments=arguments,
-        divisible=_multiples(arguments, vocab),
-        num_warps=config.num_warps,
-        elements=config.kwargs["BLOCK_V"],
-        stores=False,
-        moved=_moved(4 * pitch, 4 * vocab),
-        fp_fusion=False,
-    )
-
-
-def logit_grad_cases() -> Iterator[Case]:
-    from fasttr_kernels.logits_triton import GRAD_CONFIGS
-
-    ships, *others = GRAD_CONFIGS
-    yield _logit_grad_case(ships, "Llama-3-8B", PLAIN, "bf16", entropy=True)
-    for dtype in ("bf16", "fp32"):
-        yield _logit_grad_case(ships, "Llama-3-8B", PLAIN, dtype)
-        yield _logit_grad_case(ships, "Llama-3-8B", CAPPED, dtype)
-        yield _logit_grad_case(ships, "odd V", PLAIN, dtype)
-    for config in others:
-        yield _logit_grad_case(config, "Llama-3-8B", CAPPED, "bf16")
-        yield _logit_grad_case(config, "Llama-3-8B", CAPPED, "fp32")
-
-
-def _logit_grad_case(
-    config: Any, shape: str, head: dict[str, Any], dtype: str, entropy: bool = False
-) -> Case:
-    from fasttr_kernels import logits_triton
-
-    vocab, pitch = _vocab_and_pitch(shape)
-    arguments = {
-        "Z": "*fp32",
-        "Target": "*i64",
-        **dict.fromkeys(("Top", "Total", "OnTarget", "OnSoftmax"), "*fp32"),
-        "OnEntropy": "*fp32" if entropy else None,
-        "DZ": f"*{dtype}",
-        "V": "i32",
-        "stride_z": "i32",
-        "stride_dz": "i32",
-        **head,
-        "HAS_ENTROPY": entropy,
-        **config.kwargs,
-    }
-    element = 4 + BYTES[dtype]
-    return Case(
-        name=_join(
-            "logit_grad",
-            dtype,
-            "entropy" if entropy else "",
-            *_variant(config, logits_triton.GRAD_CONFIGS[0], shape, head),
-        ),
-        kernel=logits_triton.logit_grad_kernel,
-        arguments=arguments,
-        divisible=_multiples(arguments, vocab),
-        num_warps=config.num_warps,
-        elements=config.kwargs["BLOCK_V"],
-        stores=True,
-        moved=_moved(element * pitch, element * vocab),
-        fp_fusion=False,
-    )
-
-
-def scale_cases() -> Iterator[Case]:
-    from fasttr_kernels import logits_triton, rows_triton
-
-    yield Case(
-        name="scale fp32",
-        kernel=logits_triton.scale_kernel,
-        arguments={"X": "*fp32", "By": "*fp32", "n": "i32", "BLOCK": rows_triton.SCALE_BLOCK},
-        divisible=("X", "By", "n"),
-        num_warps=rows_triton.SCALE_WARPS,
-        elements=rows_triton.SCALE_BLOCK,
-        stores=True,
-        moved="8 B an element, least 8; none where the factor is 1",
-    )
-
-
-def lerp_cases() -> Iterator[Case]:
-    for reference, policy, way in (
-        ("bf16", "bf16", ""),
-        ("bf16", "fp32", ""),
-        ("fp32", "fp32", ""),
-        ("bf16", "bf16", "split"),
-        ("bf16", "fp32", "split"),
-        ("bf16", "fp64", "split"),
-        ("bf16", "bf16", "stochastic"),
-        ("bf16", "fp32", "stochastic"),
-    ):
-        yield _lerp_case(reference, policy, way)
-
-
-def _lerp_case(reference: str, policy: str, way: str) -> Case:
-    import triton.language as tl
-
-    from fasttr_kernels import lerp_triton
-
-    dtypes = {"bf16": tl.bfloat16, "fp32": tl.float32, "fp64": tl.float64}
-    arguments = {
-        "Table": "*i64",
-        "alpha_bits": "i64",
-        "seed": "i64",
-        "n_tensors": "i32",
-        "n_steps": "i32",
-        "REF": dtypes[reference],
-        "POL": dtypes[policy],
-        "SPLIT": way == "split",
-        "STOCHASTIC": way == "stochastic",
-        "ALIGNED": True,
-        "UNIT": lerp_triton.UNIT,
-        "BLOCK": lerp_triton.BLOCK,
-    }
-    moved = 2 * BYTES[reference] + BYTES[policy] + (4 if way == "split" else 0)
-    return Case(
-        name=_join("lerp", f"{reference} <- {policy}", way),
-        kernel=lerp_triton._lerp_kernel,
-        arguments=arguments,
-        divisible=("Table",),
-        num_warps=lerp_triton.WARPS,
-        elements=lerp_triton.BLOCK,
-        stores=True,
-        moved=f"{moved} B an element, least {moved}",
-        fp_fusion=False,
-    )
-
-
-def gather_cases() -> Iterator[Case]:
-    """Keys and values of 8 heads of 128, as Llama-3-8B has them; 16 heads of 80 for odd widths."""
-    for heads, width in ((8, 128), (16, 80)):
-        yield _gather_case("gather_kernel", heads, width)
-        yield _gather_case("sum_kernel", heads, width)
-
-
-def _gather_case(kernel: str, heads: int, width: int) -> Case:
-    import triton.language as tl
-
-    from fasttr_kernels import gather_triton
-
-    launch = gather_triton.launch_options(heads * width)
-    constants = {"HEAD_K": width, "HEAD_V": width, "WIDE": tl.float32, **launch}
-    integers = ("width", "stride")
-    wanted: dict[str, Any] = {}
-    for name in getattr(gather_triton, kernel).arg_names:
-        if name in constants:
-            wanted[name] = constants[name]
-        elif name.startswith(integers):
-            wanted[name] = "i32"
-        else:
-            wanted[name] = "*i32" if name in gather_triton.INDICES else "*bf16"
-    return Case(
-        name=f"{kernel.removesuffix('_kernel')} of keys and values, {heads} heads of {width}",
-        kernel=getattr(gather_triton, kernel),
-        arguments=wanted,
-        divisible=tuple(n for n, kind in wanted.items() if isinstance(kind, str)),
-        num_warps=launch["num_warps"],
-        elements=launch["BLOCK"],
-        stores=True,
-        moved="4 B an element, least 4; a shared row is read once more for each reader",
-    )
-
-
-def _vocab_and_pitch(shape: str) -> tuple[int, int]:
-    from fasttr_kernels.rows_triton import PITCH
-
-    vocab = SHAPES[shape][0]
-    return vocab, -(-vocab // PITCH) * PITCH
-
-
-def _variant(config: Any, ships: Any, shape: str, head: dict[str, Any]) -> tuple[str, ...]:
-    return (
-        "bias+scale+softcap" if head is CAPPED else "",
-        "odd V" if shape == "odd V" else "",
-        "" if config is ships else f"{config.kwargs['BLOCK_V']} x {config.num_warps} warps",
-    )
-
-
-def _join(*words: str) -> str:
-    return " ".join(word for word in words if word)
-
-
-def _moved(bytes_moved: int, least: int) -> str:
-    return f"{bytes_moved} B a row, least {least}"
-
-
-def _multiples(arguments: dict[str, Any], vocab: int) -> tuple[str, ...]:
-    """What a launch finds divisible by 16: matrices and pitches always, V by the shape; vectors
-    over rows are not looked at."""
-    from fasttr_kernels.logits_triton import VECTORS
-
-    pointers = [n for n, kind in arguments.items() if isinstance(kind, str) and kind[0] == "*"]
-    matrices = [name for name in pointers if name not in VECTORS]
-    pitches = [name for name in arguments if name.startswith("stride")]
-    return (*matrices, *pitches, *(["V"] if vocab % 16 == 0 else []))
+    yield from aot_head.cases()
+    yield from aot_flat.cases()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -284,9 +37,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(
             "got TRITON_INTERPRET=1; wanted it unset: the interpreter has nothing to compile"
         )
-    assert all(vocab % 16 == 0 for name, (vocab, _) in SHAPES.items() if name != "odd V")
-    shared = ", ".join(f"{n} {v} x {d}" for n, (v, d) in SHAPES.items() if n != "odd V")
-    print(f"One compilation for {shared}; 'odd V' is {SHAPES['odd V'][0]}.")
+    assert all(vocab % 16 == 0 for name, (vocab, _) in aot_head.SHAPES.items() if name != "odd V")
+    shared = ", ".join(f"{n} {v} x {d}" for n, (v, d) in aot_head.SHAPES.items() if n != "odd V")
+    print(f"One compilation for {shared}; 'odd V' is {aot_head.SHAPES['odd V'][0]}.")
     print("instr: instructions an element of the main loop; blocks: of one multiprocessor.")
     print(
         f"{'kernel':58} {'chip':>6} {'regs':>4} {'stack':>5} {'shared':>6} "

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fasttr_kernels.rounding import join_halves, round_stochastic, split_halves
+
 # Elements of a block: few enough that what is made on the way stays in a cache, many enough that
 # threads are seldom waited for.
 BLOCK = 1 << 20
@@ -80,8 +82,11 @@ def _update_stochastic(
 ) -> None:
     wide = wide_dtype(item.reference, item.policy)
     for narrow, p in _blocks(STOCHASTIC_BLOCK, item.reference, item.policy):
-        mixed = scratch.mix(scratch.widened(narrow, wide), p, alpha)
-        narrow.copy_(_round_stochastic(mixed.float(), generator))
+        mixed = scratch.mix(scratch.widened(narrow, wide), p, alpha).float()
+        noise = torch.randint(
+            0, 1 << 16, mixed.shape, generator=generator, dtype=torch.int32, device=mixed.device
+        )
+        narrow.copy_(round_stochastic(mixed, noise))
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
@@ -134,27 +139,3 @@ class _Scratch:
         if alpha < 0.5:
             return torch.addcmul(r, torch.sub(p, r, out=b), one, value=alpha, out=out)
         return torch.addcmul(p, torch.sub(p, r, out=a), one, value=alpha - 1, out=out)
-
-
-def join_halves(high: Tensor, low: Tensor) -> Tensor:
-    """The fp32 number of which a bf16 `high` and an int16 `low` are the halves."""
-    return (high.view(torch.int16).to(torch.int32).bitwise_left_shift_(16).add_(low)).view(
-        torch.float32
-    )
-
-
-def split_halves(value: Tensor) -> tuple[Tensor, Tensor]:
-    """(bf16 high, int16 low) of fp32 numbers. Ties round away from zero, which keeps `low` in 16
-    bits."""
-    bits = value.view(torch.int32)
-    high = (bits + 0x8000).bitwise_right_shift_(16)
-    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
-
-
-def _round_stochastic(value: Tensor, generator: torch.Generator) -> Tensor:
-    """bf16 below or above, with the odds that make the mean exact; what is not finite stays."""
-    noise = torch.randint(
-        0, 1 << 16, value.shape, generator=generator, dtype=torch.int32, device=value.device
-    )
-    up = (value.view(torch.int32) + noise).bitwise_and_(-(1 << 16)).view(torch.float32)
-    return torch.where(value.isfinite(), up, value).to(torch.bfloat16)

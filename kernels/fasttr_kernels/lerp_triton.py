@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fasttr_kernels import bits_triton as bits
 from fasttr_kernels.lerp_torch import Item
 
 # Long units keep the search for a unit's tensor a small part of its work.
@@ -22,25 +23,6 @@ UNIT = 32768
 BLOCK = 2048
 WARPS = 8
 FIELDS = tl.constexpr(5)
-_TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
-
-
-@triton.jit
-def _bf16_bits(x):
-    """Nearest-even bf16 of fp32, as int16 bits; written out because Triton's interpreter
-    truncates."""
-    u = x.to(tl.int32, bitcast=True)
-    near = (u + 0x7FFF + ((u >> 16) & 1)) >> 16
-    return tl.where(x != x, (u >> 16) | 0x40, near).to(tl.int16)
-
-
-@triton.jit
-def _noise(seed, offs_8, BLOCK: tl.constexpr):
-    """16 random bits for each of BLOCK elements; a call of Philox serves 8 neighbours, which lie in
-    one thread."""
-    a, b, c, d = tl.randint4x(seed, offs_8)
-    words = tl.join(tl.join(a, b), tl.join(c, d)).reshape((BLOCK // 2,)).to(tl.uint32, bitcast=True)
-    return tl.interleave(words & 0xFFFF, words >> 16).to(tl.int32)
 
 
 @triton.jit
@@ -62,32 +44,28 @@ def _block(
 ):
     p = tl.load(pol + offs, mask=mask).to(ACC)
     if SPLIT:
-        high = tl.load(ref + offs, mask=mask).to(tl.int32)
-        low = tl.load(rem + offs, mask=mask).to(tl.int32)
-        r = ((high << 16) + low).to(tl.float32, bitcast=True)
+        r = bits.join_halves(tl.load(ref + offs, mask=mask), tl.load(rem + offs, mask=mask))
     else:
         r = tl.load(ref + offs, mask=mask).to(ACC)
-    step = p - r
-    out = tl.where(alpha < 0.5, r + alpha * step, p - rest * step)
-    out = tl.where(alpha == 1.0, p, out)
+    out = bits.mix(r, p, alpha, rest)
     if SPLIT:
-        u = out.to(tl.int32, bitcast=True)
-        high = (u + 0x8000) >> 16
-        tl.store(ref + offs, high.to(tl.int16), mask=mask)
-        tl.store(rem + offs, (u - (high << 16)).to(tl.int16), mask=mask)
+        high, low = bits.split_halves(out)
+        tl.store(ref + offs, high, mask=mask)
+        tl.store(rem + offs, low, mask=mask)
     elif tl.bfloat16 == REF:
-        near = _bf16_bits(out.to(tl.float32))
+        x = out.to(tl.float32)
         if STOCHASTIC:
-            x = out.to(tl.float32)
-            noisy = (x.to(tl.int32, bitcast=True) + _noise(seed, counter, BLOCK)) >> 16
-            near = tl.where(tl.abs(x) < float("inf"), noisy.to(tl.int16), near)
+            a, b, c, d = tl.randint4x(seed, counter)
+            near = bits.stochastic_bits(x, bits.pieces(a, b, c, d, BLOCK))
+        else:
+            near = bits.bf16_bits(x)
         tl.store(ref.to(tl.pointer_type(tl.int16)) + offs, near, mask=mask)
     else:
         tl.store(ref + offs, out.to(REF), mask=mask)
 
 
 @triton.jit(do_not_specialize=["alpha_bits", "seed", "n_tensors", "n_steps"])
-def _lerp_kernel(
+def lerp_kernel(
     Table,  # (n_tensors, FIELDS)
     alpha_bits,  # of fp64: a number with a point would arrive as fp32
     seed,
@@ -197,15 +175,15 @@ def launch(items: list[Item], alpha: float, stochastic: bool, seed: int) -> None
     for number, ((device, ref, pol, split, aligned), alike) in enumerate(kinds.items()):
         rows, units = table(alike)
         with torch.cuda.device_of(alike[0].reference):
-            _lerp_kernel[(units,)](
-                to_device(rows, device),
+            lerp_kernel[(units,)](
+                bits.to_device(rows, device),
                 alpha_bits,
                 # Launches would otherwise draw the same bits for the same position.
                 seed + number,
                 len(alike),
                 len(alike).bit_length(),
-                REF=_TYPES[ref],
-                POL=_TYPES[pol],
+                REF=bits.TYPES[ref],
+                POL=bits.TYPES[pol],
                 SPLIT=split,
                 STOCHASTIC=stochastic and ref == torch.bfloat16,
                 ALIGNED=aligned,
@@ -215,8 +193,3 @@ def launch(items: list[Item], alpha: float, stochastic: bool, seed: int) -> None
                 # A product and a sum, each rounded: the bits of the torch path.
                 enable_fp_fusion=False,
             )
-
-
-def to_device(rows: Tensor, device: torch.device) -> Tensor:
-    """A copy that nothing waits for: from pageable memory it would wait for the device."""
-    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows

@@ -5,6 +5,7 @@ Legend: n completions and C rows of a chunk.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -41,11 +42,8 @@ class Objective(NamedTuple):
         arguments: list[Any] = [ref_n, chunk.groups]
         if self.reads:
             arguments.append(_means(self.reads, rows_C, chunk.cu))
-        # Hooks of a checkpoint around the op would otherwise pack, and so run, this little graph
-        # once more.
-        neutral = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
         without_autocast = torch.autocast(logp_n.device.type, enabled=False)
-        with torch.set_grad_enabled(want), neutral, without_autocast:
+        with torch.set_grad_enabled(want), _without_hooks(), without_autocast:
             leaf_n = logp_n.detach().clone().requires_grad_(want)
             loss = self.loss_fn(leaf_n, *arguments)
             _check(loss, leaf_n, want)
@@ -58,6 +56,14 @@ class Objective(NamedTuple):
         if weight_n is None:
             return chunks.Weights(loss, completion=torch.zeros_like(logp_n))
         return chunks.Weights(loss, completion=weight_n / self.normalizer)
+
+
+def _without_hooks() -> contextlib.AbstractContextManager[None]:
+    """Hooks of a checkpoint around the op would otherwise pack, and so run, the loss's little graph
+    once more. Where hooks are switched off there are none, and setting neutral ones would raise."""
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
 def _means(reads: tuple[str, ...], rows_C: RowLogps, cu: list[int]) -> dict[str, Tensor]:

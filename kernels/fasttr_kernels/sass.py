@@ -3,7 +3,6 @@ the instructions of its main loop."""
 
 from __future__ import annotations
 
-import itertools
 import re
 import subprocess
 import tempfile
@@ -16,6 +15,8 @@ SHARED_SM = {80: 167936, 90: 233472, 100: 233472}
 REGISTERS_SM = 65536
 WARPS_SM = 64
 BLOCKS_SM = 32
+# Of an element.
+BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 
 
 class Case(NamedTuple):
@@ -31,6 +32,7 @@ class Case(NamedTuple):
     stores: bool  # whether its main traffic has a store
     moved: str  # bytes moved against the least possible
     fp_fusion: bool = True
+    maxnreg: int | None = None
 
 
 class Built(NamedTuple):
@@ -41,6 +43,11 @@ class Built(NamedTuple):
     store: int
     blocks: int  # of one multiprocessor, by registers, shared memory and warps
     instructions: float | None  # of the main loop, an element; None unless disassembled
+
+
+def joined(*words: str) -> str:
+    """The name of a case."""
+    return " ".join(word for word in words if word)
 
 
 def build(case: Case, arch: int, disassemble: bool = True) -> Built:
@@ -82,7 +89,11 @@ def _compile(case: Case, arch: int) -> Any:
         constexprs={n: case.arguments[n] for n in fn.arg_names if not is_type[n]},
         attrs={(fn.arg_names.index(n),): [["tt.divisibility", 16]] for n in case.divisible},
     )
-    options = {"num_warps": case.num_warps, "enable_fp_fusion": case.fp_fusion}
+    options: dict[str, Any] = {
+        "num_warps": case.num_warps,
+        "enable_fp_fusion": case.fp_fusion,
+        "maxnreg": case.maxnreg,
+    }
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -102,23 +113,20 @@ def _widest(way: str, ptx: str) -> int:
 
 def main_loop(code: str) -> int:
     """Instructions of one turn of the main loop: the shortest loop with a load of 16 bytes, or the
-    whole kernel where there is none. What a branch may jump over counts where it has such a load:
+    whole kernel where there is none. What a branch may jump over counts if it holds such a load:
     the rest is for ends of rows and other rare cases."""
     instructions, labels = _parse(code)
-    jumps = _jumps(instructions, labels)
     wide = [i for i, text in enumerate(instructions) if re.search(r"LDG\S*\.(128|256)", text)]
+    jumps = _jumps(instructions, labels)
     loops = [(to, at) for at, to in jumps if to <= at and any(to <= i <= at for i in wide)]
     last = max((i for i, text in enumerate(instructions) if "EXIT" in text), default=0)
     start, stop = min(loops, key=lambda loop: loop[1] - loop[0], default=(0, last))
-    edges = sorted({start, stop + 1, *labels.values(), *(at + 1 for at, _ in jumps)})
-    count = 0
-    for first, end in itertools.pairwise(edges):
-        if first < start or end > stop + 1:
-            continue
-        skipped = any(at < first and to >= end and at >= start for at, to in jumps)
-        if not skipped or any(first <= i < end for i in wide):
-            count += end - first
-    return count
+    rare: set[int] = set()
+    for at, to in jumps:
+        over = range(at + 1, min(to, stop + 1))
+        if at >= start and not any(i in over for i in wide):
+            rare.update(over)
+    return sum(i not in rare for i in range(start, stop + 1))
 
 
 def _parse(code: str) -> tuple[list[str], dict[str, int]]:

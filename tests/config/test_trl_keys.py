@@ -5,6 +5,7 @@ import dataclasses
 import re
 
 import pytest
+import torch
 
 from docs.tables import keys_table
 from fasttr.config.train_config import TrainConfig
@@ -289,3 +290,20 @@ def test_the_table_for_readers_holds_every_key():
     table = keys_table()
     assert all(f"| `{name}` |" in table for name in TABLE)
     assert all(line.count("|") == 5 for line in table.splitlines() if line.startswith("|"))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"dtype": "bfloat16"},
+        {"torch_dtype": "bfloat16"},
+        {"model_init_kwargs": {"dtype": "bfloat16"}},
+        {"model_init_kwargs": {"torch_dtype": "bfloat16"}},
+    ],
+)
+def test_bfloat16_weights_have_four_names_and_compute_in_bf16(given):
+    config = TrainConfig(**translate(given)[0])
+    assert config.dtype == "bfloat16"
+    assert config.computes_in_bf16(torch.device("cpu"))
+    assert not config.optimizer().keeps_masters
+    assert TrainConfig(**translate({"bf16": True})[0]).optimizer().keeps_masters

@@ -6,6 +6,9 @@ import gzip
 import json
 
 import datasets
+from transformers import AutoTokenizer
+
+from fasttr.data.load import DataConfig, load_trees
 
 PAIR = {"prompt": "The sky is", "chosen": " blue", "rejected": " black"}
 OTHER = {"prompt": "The sun is", "chosen": " warm", "rejected": " far away"}
@@ -39,3 +42,10 @@ def decoded(tokenizer, trees):
         (tokenizer.decode(tree.prompt_ids), *map(tokenizer.decode, tree.completions))
         for tree in trees
     ]
+
+
+def send_fingerprint(sender, path: str, tokenizer: str, cache_dir: str) -> None:
+    """What another process makes of the same rows, and of the hash of a text."""
+    config = DataConfig(path, cache_dir=cache_dir)
+    trees = load_trees(AutoTokenizer.from_pretrained(tokenizer), config)
+    sender.send((trees.fingerprint, hash("a text")))

@@ -6,13 +6,21 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import concatenate_datasets, load_dataset
 from trl import DatasetMixtureConfig, get_dataset
 
-from fasttr import TrainConfig
+from fasttr import TrainConfig, train
 from fasttr.cli.train import parse_train
-from fasttr.data.mixture import kept_rows, parse_parts, read_mixture
+from fasttr.config.trl import translate
+from fasttr.data.mixture import (
+    kept_rows,
+    parse_handbook,
+    parse_parts,
+    read_handbook,
+    read_mixture,
+)
 from fasttr.errors import FasttrError
-from tests.runs import run, settings, steps
+from tests.runs import lines, run, settings, steps
 from tests.tiny import write_pairs
 
 
@@ -229,3 +237,83 @@ def test_trls_yaml_of_a_mixture_is_read(tmp_path):
 def test_settings_that_a_mixture_contradicts(workspace, tmp_path, changes, expected):
     with pytest.raises(FasttrError, match=expected):
         TrainConfig(**settings(workspace, tmp_path, **changes))
+
+
+def handbook_part(folder: Path, name: str, **more) -> dict:
+    return {"id": str(folder / f"{name}.jsonl"), **more}
+
+
+def prompts_of(rows) -> list[str]:
+    return [row["prompt"] for row in rows]
+
+
+def test_the_rows_of_a_handbook_mixture_are_alignment_handbooks(folder):
+    """Each part shuffled and cut to its weight, the whole shuffled, the test rows drawn from it."""
+    parts = [
+        handbook_part(folder, "c", weight=0.5, columns=["prompt", "chosen", "rejected"]),
+        handbook_part(folder, "a"),
+    ]
+    mixture = parse_handbook({"datasets": parts, "seed": 3, "test_split_size": 4})
+    found = read_handbook(mixture)
+    c, a = (
+        load_dataset("json", data_files=str(folder / f"{name}.jsonl"), split="train")
+        for name in ("c", "a")
+    )
+    kept = [c.shuffle(seed=3).select(range(6)), a.shuffle(seed=3).select(range(7))]
+    wanted = concatenate_datasets(kept).shuffle(seed=3).train_test_split(test_size=4, seed=3)
+    assert len(wanted["train"]) == 9
+    for split in ("train", "test"):
+        assert prompts_of(found[split]) == prompts_of(wanted[split])
+
+
+def test_the_older_mixer_keeps_first_rows_and_has_test_splits(folder):
+    values, _ = translate(
+        {
+            "dataset_mixer": {str(folder / "splits" / "inner"): 0.5},
+            "dataset_splits": ["train", "test"],
+        }
+    )
+    found = read_handbook(parse_handbook(values["dataset_mixture"]))
+    train, test = (
+        load_dataset(
+            "json", data_files=str(folder / "splits" / "inner" / f"{split}.jsonl"), split="train"
+        )
+        for split in ("train", "test")
+    )
+    assert prompts_of(found["train"]) == prompts_of(train.select(range(4)).shuffle(seed=42))
+    assert prompts_of(found["test"]) == prompts_of(test.shuffle(seed=42))
+
+
+@pytest.mark.parametrize(
+    ("mixture", "expected"),
+    [
+        ("text", "dataset_mixture: got 'text'; wanted a mapping with datasets"),
+        ({"datasets": []}, "dataset_mixture: datasets is empty"),
+        ({"datasets": [{"id": "a"}], "sead": 1}, "dataset_mixture: unknown key 'sead'; wanted"),
+        ({"datasets": [{"id": "a"}], "seed": -1}, "seed is -1; wanted a whole number from 0"),
+        ({"datasets": [{"path": "a"}]}, r"dataset_mixture.datasets\[0\]: unknown key 'path'"),
+        ({"datasets": [{"id": "a"}], "test_split_size": 0}, "test_split_size is 0; wanted a share"),
+        ({"datasets": [{"id": "a", "weight": -1}]}, "weight is -1; wanted a number from 0"),
+    ],
+)
+def test_a_wrong_handbook_mixture_is_one_line(mixture, expected):
+    with pytest.raises(FasttrError, match=expected):
+        parse_handbook(mixture)
+
+
+def test_a_weight_above_1_would_use_rows_twice_and_is_refused(folder):
+    mixture = parse_handbook({"datasets": [handbook_part(folder, "a", weight=2.0)]})
+    with pytest.raises(FasttrError, match="weight is 2; wanted a share from 0 to 1"):
+        read_handbook(mixture)
+
+
+def test_test_rows_of_one_data_set_are_drawn_from_it(folder, workspace, tmp_path):
+    """As those of a mixture of that one; the split that is named is the one that is parted."""
+    values = settings(workspace, tmp_path, eval_strategy="steps", eval_steps=2, max_steps=2)
+    values |= {"dataset_name": str(folder / "c.jsonl"), "test_split_size": 5, "seed": 8}
+    train(TrainConfig(**values))
+    evaluated = [line for line in lines(tmp_path) if "eval_loss" in line]
+    assert [line["step"] for line in evaluated] == [2]
+    own = {name: values[name] for name in ("test_split_size", "seed")}
+    parts = parse_parts([file(folder, "c")])
+    assert len(read_mixture(parts, **own)["test"]) == 5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -35,8 +37,9 @@ TEMPLATES = {
 }
 
 
-def make_tokenizer(texts=TEXTS, *, vocab_size=400, adds_bos=False, template="ends_with_a_header"):
-    """A byte-level BPE tokenizer with BOS, EOS, PAD and a chat template, trained on the texts."""
+@cache
+def trained_on(texts: tuple[str, ...], vocab_size: int) -> str:
+    """What a tokenizer is loaded from."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -47,6 +50,12 @@ def make_tokenizer(texts=TEXTS, *, vocab_size=400, adds_bos=False, template="end
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
+    return backend.to_str()
+
+
+def make_tokenizer(texts=TEXTS, *, vocab_size=400, adds_bos=False, template="ends_with_a_header"):
+    """A byte-level BPE tokenizer with BOS, EOS, PAD and a chat template, trained on the texts."""
+    backend = Tokenizer.from_str(trained_on(tuple(texts), vocab_size))
     if adds_bos:
         backend.post_processor = processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", 0)]

@@ -60,6 +60,25 @@ def test_the_dpo_step_with_the_ops_alone_equals_a_plain_one():
         assert (got[name] - want).abs().max() <= 1e-5 * want.abs().max() + 1e-7, name
 
 
+def test_the_adamw_example_trains_and_gives_back_its_masters():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16)).bfloat16().float()
+    start = [p.detach().clone() for p in model.parameters()]
+
+    def loss_of(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(batch).float().square().mean()
+
+    names = {"model": model, "loss_of": loss_of, "batches": torch.randn(3, 4, 8)}
+    exec(example("kernels/README.md", "SplitAdamW.from_fp32"), names)
+    (matrix,), (master,) = names["matrices"], names["masters"]
+    assert (matrix.dtype, master.dtype) == (torch.bfloat16, torch.float32)
+    assert {p.dtype for p in names["others"]} == {torch.float32}
+    way = master - start[0]
+    assert 0 < way.abs().max() <= 3.1e-6, "three steps of 1e-6"
+    assert way.abs().max() < matrix.detach().float().abs().max() * 2**-9, "below half an ulp"
+
+
 def test_the_first_page_s_op_example_runs_and_moves_the_reference():
     tree, policy, reference = pairs_in_a_model()
     batch = pack([tree])

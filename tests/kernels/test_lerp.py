@@ -9,7 +9,8 @@ import pytest
 import torch
 from fasttr_kernels import multi_tensor_lerp_
 from fasttr_kernels.lerp import lerp_ref
-from fasttr_kernels.lerp_torch import Item, join_halves, split_halves
+from fasttr_kernels.lerp_torch import Item
+from fasttr_kernels.rounding import join_halves, split_halves
 from torch import Tensor, nn
 
 from tests.kernels.accuracy import DEVICE, bare
@@ -262,7 +263,7 @@ def test_unaligned_views_take_their_own_launch() -> None:
 
 
 def test_table_goes_to_a_gpu_without_waiting_for_it() -> None:
-    from fasttr_kernels.lerp_triton import to_device
+    from fasttr_kernels.bits_triton import to_device
 
     class Rows:
         def pin_memory(self):
@@ -297,6 +298,15 @@ def test_compiles_without_a_graph_break() -> None:
     for got, exact in zip(refs, want, strict=True):
         torch.testing.assert_close(got, exact)
     assert torch.equal(doubled, refs[1] * 2)
+
+
+@pytest.mark.parametrize("storage", ["plain", "split"])
+def test_the_op_keeps_the_rules_of_an_op(storage: str) -> None:
+    """Its schema, what it says to change, its fake kernel and ahead-of-time dispatch."""
+    refs, pols = tensors(FP32 if storage == "plain" else BF16, 1), tensors(FP32, 2)
+    lows = [torch.zeros(r.shape if storage == "split" else 0, dtype=torch.int16) for r in refs]
+    arguments = (refs, pols, [low.to(DEVICE) for low in lows], 0.25, False, 0)
+    torch.library.opcheck(torch.ops.fasttr.multi_tensor_lerp_.default, arguments)
 
 
 SHARDED = """

@@ -194,6 +194,15 @@ def test_hooks_of_saved_tensors_see_no_gradients(rows: str) -> None:
     assert torch.autograd.grad(loss, problem.weight)[0].abs().max() > 0
 
 
+def test_runs_where_hooks_of_saved_tensors_are_switched_off(rows: str) -> None:
+    problem = Problem(LENGTHS, bias=True)
+    want = torch.autograd.grad(problem.loss().loss, problem.weight)[0]
+    with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
+        loss = problem.loss().loss
+    assert torch.equal(torch.autograd.grad(loss, problem.weight)[0], want)
+    assert want.abs().max() > 0
+
+
 def test_low_precision_hidden_gradients_are_summed_in_fp32(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -103,3 +103,58 @@ def test_fused_head_equals_the_plain_head_in_fp64(name):
     for mine, theirs in zip(got, want, strict=True):
         assert (mine - theirs).abs().max() < 1e-12
         assert theirs.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("max_weight", [None, 0.5])
+@pytest.mark.parametrize("name", ["hinge", "sigmoid"])
+def test_wpo_weighs_a_pair_by_how_likely_the_policy_is_to_write_it(name, max_weight):
+    """The paper's equation typed again in fp64, through the fused head: exp of the means over both
+    sides' tokens of log p(token) - log sum_v p(v)^2, which trains nothing."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = [3, 1, 4, 6, 2, 5]
+    cu = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    hidden, weight = (0.3 * random(cu[-1], 6)).requires_grad_(), random(11, 6).requires_grad_()
+    target = torch.randint(11, (cu[-1],), generator=generator)
+    ref = random(6) - 8
+    loss = make_loss([name], use_weighting=True, wpo_max_weight=max_weight, beta=0.3)
+    out = linear_preference_loss(
+        hidden,
+        weight,
+        target,
+        torch.tensor(cu),
+        2,
+        group_loss(loss, torch.tensor(lengths), torch.ones(3, dtype=torch.float64)),
+        ref_logp=ref,
+        normalizer=3,
+        loss_reads=loss.head_means,
+    )
+    got = torch.autograd.grad(out.loss, (hidden, weight))
+
+    p = torch.softmax(hidden @ weight.T, dim=-1)
+    token = p.gather(1, target[:, None])[:, 0].log()
+    aligned = (token - (p * p).sum(dim=-1).log()).detach().split(lengths)
+    sides = torch.stack([one.mean().exp() for one in aligned])
+    weights = sides[0::2] * sides[1::2]
+    assert len({float(x) > 0.5 for x in weights}) == 2
+    if max_weight is not None:
+        weights = weights.clamp(max=max_weight)
+    ratio = torch.stack([one.sum() for one in token.split(lengths)]) - ref
+    h = 0.3 * (ratio[0::2] - ratio[1::2])
+    rows = {"hinge": (1 - h).clamp(min=0), "sigmoid": torch.log1p((-h).exp())}[name]
+    plain = (weights * rows).mean()
+    assert float(out.loss.detach()) == pytest.approx(float(plain.detach()), rel=1e-12)
+    for mine, wanted in zip(got, torch.autograd.grad(plain, (hidden, weight)), strict=True):
+        assert (mine - wanted).abs().max() < 1e-12
+        assert wanted.abs().max() > 1e-4
+
+
+def test_wpo_is_refused_where_rows_have_no_weight_of_their_own():
+    for names in (["sft"], ["sigmoid", "sft"], ["aot"], ["kto"], ["kto_paired"]):
+        with pytest.raises(ValueError, match=r"use_weighting: got true with .*it weighs pairs one"):
+            make_loss(names, use_weighting=True)
+    with pytest.raises(ValueError, match=r"wpo_max_weight: got 1\.0 without use_weighting"):
+        make_loss(["sigmoid"], wpo_max_weight=1.0)

@@ -99,6 +99,11 @@ def test_the_op_keeps_the_rules_of_an_op(case):
         "segments",
     )
     torch.library.opcheck(torch.ops.fasttr.attend.default, arguments)
+    with torch.no_grad():
+        out, lse = torch.ops.fasttr.attend(*arguments)
+    saved = [None if x is None else x.detach() for x in (q, k, v, sinks)]
+    backward = (torch.ones_like(out), *saved, out, lse, *arguments[4:])
+    torch.library.opcheck(torch.ops.fasttr.attend_backward.default, backward)
 
 
 def test_bf16_rounds_once():

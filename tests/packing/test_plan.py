@@ -93,3 +93,23 @@ def test_tokens_of_rows_count_each_prompt_once(trees):
     assert plan.tokens(rows) == sum(
         len(batch.input_ids) for batch in pack_rows(trees, rows, budget=1)
     )
+
+
+def test_a_smaller_micro_batch_counts_as_much_as_a_full_one(trees):
+    """23 rows, 8 a step in micro-batches of 3, 3 and 2; the last step has 3, 3 and 1."""
+    common = {"train_batch_size": 8, "max_tokens_per_batch": 10_000, "shuffle": False}
+    plan = Plan(trees, **common, micro_batch_size=3)
+    assert plan.micro_batches(plan.rows(0)).tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+    for step, members in ((0, (3, 3, 2)), (2, (3, 3, 1))):
+        rows = plan.rows(step)
+        (batch,) = plan.packs(step)
+        weights = dict(zip(batch.rows, batch.weights.tolist(), strict=True))
+        values = np.random.default_rng(1).normal(size=23)
+        weighted = sum(weights[row] * values[row] for row in rows.tolist()) / len(rows)
+        ends = np.cumsum(members)
+        means = [
+            values[rows[end - size : end]].mean() for size, end in zip(members, ends, strict=1)
+        ]
+        assert weighted == pytest.approx(np.mean(means), rel=1e-6)
+    (batch,) = Plan(trees, **common).packs(2)
+    assert batch.weights.tolist() == [1.0] * 7

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from fasttr.errors import FasttrError
 from fasttr.models.packed import PackedModel
+from fasttr.optim.adamw import OptimizerConfig
 from fasttr.packing.layout import pack
 from fasttr.reference.moving import MovingReference
 from fasttr.reference.schedule import Fixed, Hard, Soft
@@ -46,6 +48,57 @@ def test_a_soft_reference_is_its_closed_form(rests, every):
                 closed += alpha * (1 - alpha) ** (n - k) * at_updates[k][name]
             torch.testing.assert_close(weight.double(), closed, rtol=1e-6, atol=1e-6)
             assert (weight - at_updates[n][name]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("rests", ["beside", "apart"])
+@pytest.mark.parametrize("steers", ["optimizer", "itself"])
+def test_a_soft_reference_of_bf16_weights_averages_their_masters(rests, steers):
+    """The same closed form, where a step of the policy is far below what bf16 can tell apart."""
+    alpha, every = 0.3, 2 if rests == "apart" else 1
+    policy = packed_tiny()
+    policy.bf16 = True
+    config = OptimizerConfig(learning_rate=1e-6, betas=(0.0, 0.0))
+    optimizer = config.optimizer(policy.model, bf16=True)
+    masters = lambda: {n: optimizer.master(p).double() for n, p in policy.named_parameters()}  # noqa: E731
+    expected = masters()
+    reference = MovingReference(
+        Soft(alpha, every),
+        policy,
+        fits_beside=None if rests == "beside" else apart,
+        optimizer=optimizer,
+    )
+    begin = reference_masters(reference)
+    for n in range(1, 4):
+        for p in policy.parameters():
+            p.grad = torch.full_like(p, 1.0 if n % 2 else -0.5)
+        followers = reference.followers() if steers == "optimizer" else None
+        assert (followers is not None) == (steers == "optimizer" and rests == "beside")
+        optimizer.update(torch.zeros(()), 0.0, followers)
+        reference.move()
+        expected = {k: x + alpha * (masters()[k] - x) for k, x in expected.items()}
+        found = reference_masters(reference)
+        for name, want in expected.items():
+            ulp = want.abs().clamp(min=2.0**-10) * 2.0**-22
+            assert ((found[name] - want).abs() <= n * ulp).all(), (n, name)
+    assert reference.updates == 3
+    for name, weight in reference.weights.items():
+        is_matrix = "proj" in name or "lm_head" in name
+        assert (weight.dtype == torch.bfloat16) == is_matrix == (name in reference.remainders)
+        assert not torch.equal(found[name], begin[name])
+
+
+def reference_masters(reference):
+    return {
+        name: (x if name not in reference.remainders else joined(x, reference.remainders[name]))
+        .double()
+        .clone()
+        for name, x in reference.weights.items()
+    }
+
+
+def joined(high, low):
+    bits = high.view(torch.int16).numpy().astype(np.int32) * 2**16 + low.numpy()
+    return torch.from_numpy(bits.view(np.float32))
 
 
 def test_a_soft_reference_that_does_not_fit_beside_rests_in_memory_of_its_own():

@@ -85,6 +85,29 @@ DPO_CASES = {
     "sigmoid ld_alpha": {"ld_alpha": 0.4},
     "ipo ld_alpha": {"ld_alpha": 0.4},
     "list": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    "sigmoid weighted": {"use_weighting": True},
+    "ipo weighted": {"use_weighting": True, "ld_alpha": 0.4},
+    "list weighted": {"loss_type": ["ipo", "apo_zero"], "use_weighting": True},
+}
+# The other losses that take WPO's weights; TRL's backward stops with hinge, as its weight is
+# multiplied onto the loss in place.
+WEIGHTED_CASES = {
+    **{
+        name: {}
+        for name in (
+            "sigmoid_norm",
+            "ipo",
+            "nca_pair",
+            "bco_pair",
+            "sppo_hard",
+            "apo_zero",
+            "apo_down",
+        )
+    },
+    "discopop": {"max_length": 24},  # divided by a temperature of 0.05, rounding grows
+    "robust": {"label_smoothing": 0.1},
+    "exo_pair": {"label_smoothing": 0.1},
+    "sigmoid js_divergence": {"f_divergence_type": "js_divergence"},
 }
 
 
@@ -191,6 +214,16 @@ def test_every_shared_metric_is_trls_with_a_perturbed_reference(workspace, tmp_p
         **reference,
     )
     assert_same_log(steps(tmp_path / "ours"), theirs, SHARED_SFT if sft else SHARED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", WEIGHTED_CASES)
+def test_wpo_weighs_every_loss_as_trl_does(workspace, tmp_path, case):
+    changes = {"loss_type": case.split()[0], "use_weighting": True, **WEIGHTED_CASES[case]}
+    theirs = trl_run(workspace, tmp_path, **changes)
+    reference = {"ref_model_name_or_path": str(workspace / "reference")}
+    run(workspace, tmp_path / "ours", learning_rate=0.0, max_grad_norm=0.0, **changes, **reference)
+    assert_same_log(steps(tmp_path / "ours"), theirs, SHARED)
 
 
 @pytest.mark.parametrize("case", ["kto", "kto weighted", "apo_zero_unpaired"])

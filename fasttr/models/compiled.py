@@ -1,0 +1,102 @@
+"""Decoder layers compiled one by one: layers of one kind share their graphs, whatever the lengths.
+
+A graph is made for the training forward and one for scoring without gradients. Both are made and
+compared on two random packs before the first row is read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fasttr.batch import PackedBatch, Tree
+from fasttr.console import say
+from fasttr.errors import FasttrError, first_line
+from fasttr.models.packed import PackedModel
+from fasttr.packing.layout import pack
+from fasttr.packing.tiers import SHARED
+
+GRAPHS = 64  # of one function: kinds of layers, each with and without gradients and adapters
+
+
+def compile_layers(
+    packed: PackedModel, asked: bool | None, backend: str | Callable[..., Any] = "inductor"
+) -> bool:
+    """Compile every decoder layer where `asked` is true, or None and the model is on a CUDA device;
+    whether it was done.
+
+    None goes on without, and says so, where a layer has no whole graph; true is refused there with
+    a FasttrError.
+    """
+    if asked is False or (asked is None and packed.device.type != "cuda"):
+        return False
+    reason = _obstacle(packed)
+    if reason is None:
+        reason = _compiled(packed, backend)
+    if reason is None:
+        return True
+    if asked:
+        raise FasttrError(f"compile: got true, and {reason}; leave it out")
+    say(f"compile: not done, {reason}")
+    return False
+
+
+def _obstacle(packed: PackedModel) -> str | None:
+    if packed.tier != SHARED:
+        return f"the model's own attention in tier {packed.tier} has a graph for every length"
+    if packed.router is not None:
+        return "the router's logits are read on their way through the layers"
+    return None if _layers(packed) else "no decoder layers were found in it"
+
+
+def _layers(packed: PackedModel) -> list[nn.Module]:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [m for m in packed.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def _compiled(packed: PackedModel, backend: str | Callable[..., Any]) -> str | None:
+    """Compile, and why that failed."""
+    layers = _layers(packed)
+    say(f"compile: compiling {len(layers)} layers, a minute or two where they are large")
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    begin = time.perf_counter()
+    for layer in layers:
+        layer.compile(fullgraph=True, dynamic=True, backend=backend)
+    try:
+        scores_alike = all([_same_scores(packed, batch) for batch in _trial_packs(packed)])
+    except torch._dynamo.exc.TorchDynamoException as error:
+        for layer in layers:
+            layer._compiled_call_impl = None
+        return f"a layer has no whole graph: {first_line(error)}"
+    packed.scores_as_it_trains = not scores_alike
+    say(f"compile: done in {time.perf_counter() - begin:.0f} s")
+    return None
+
+
+def _same_scores(packed: PackedModel, batch: PackedBatch) -> bool:
+    """Whether log-probs with and without gradients are equal bit for bit. Leaves no gradients."""
+    trained = packed(batch, lambda logp, ref_logp, groups: logp.sum())
+    parameters = [p for p in packed.parameters() if p.requires_grad]
+    torch.autograd.grad(trained.loss, parameters, allow_unused=True)
+    return torch.equal(trained.logp, packed.logps(batch))
+
+
+def _trial_packs(packed: PackedModel) -> list[PackedBatch]:
+    """Two packs of other lengths, numbers of trees and completions."""
+    generator = np.random.default_rng(0)
+    vocabulary = packed.model.config.get_text_config().vocab_size
+    packs = []
+    for shapes in (((7, 5, 9), (3, 1, 4)), ((11, 2, 6), (6, 8, 3), (5, 1, 2))):
+        trees = []
+        for row, (prompt, *completions) in enumerate(shapes):
+            ids = [generator.integers(0, vocabulary, n, dtype=np.int32) for n in completions]
+            prompt_ids = generator.integers(0, vocabulary, prompt, dtype=np.int32)
+            trees.append(Tree(row, prompt_ids, tuple(ids)))
+        packs.append(pack(trees).to(packed.device))
+    return packs

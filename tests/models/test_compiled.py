@@ -1,0 +1,111 @@
+"""Compiled decoder layers: few graphs whatever the lengths, the values of eager layers, and the
+refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from fasttr.errors import FasttrError
+from fasttr.models.compiled import compile_layers
+from fasttr.packing.layout import pack
+from tests.runs import run, steps
+from tests.tiny import gradients, packed_tiny, random_trees
+
+PACKS = [
+    [(7, 5, 9), (3, 1, 4)],
+    [(11, 2, 1, 6)],
+    [(1, 8), (2, 3)],
+    [(5, 5, 5), (6, 6, 6), (7, 7, 7)],
+    [(4, 9)],
+    [(9, 2), (1, 1)],
+    [(3, 3, 3)],
+    [(20, 10, 10)],
+    [(2, 1)],
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_graphs_of_others():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def logps_and_gradients(model, trees):
+    out = model(pack(trees), lambda logp, ref_logp, groups: logp.sum())
+    model.zero_grad()
+    out.loss.backward()
+    return out.logp, gradients(model.model)
+
+
+def more(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("arch", "kinds", "checkpointing"),
+    [
+        ("llama", 1, False),
+        more("llama", 1, True),
+        more("gemma2", 2, False),
+        more("gemma2", 2, True),
+        more("gpt_oss", 2, False),
+        more("gpt_oss", 2, True),
+    ],
+)
+def test_lengths_make_no_graphs_and_values_are_those_of_eager_layers(arch, kinds, checkpointing):
+    eager, compiled = packed_tiny(arch), packed_tiny(arch)
+    if checkpointing:
+        compiled.model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+    assert compile_layers(compiled, True, backend="aot_eager")
+    made = counters["stats"]["unique_graphs"]
+    assert 2 * kinds <= made <= 4 * kinds
+    for seed, shapes in enumerate(PACKS):
+        trees = random_trees(shapes, seed)
+        want, want_gradients = logps_and_gradients(eager, trees)
+        got, got_gradients = logps_and_gradients(compiled, trees)
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-6)
+        for name, gradient in want_gradients.items():
+            torch.testing.assert_close(got_gradients[name], gradient, atol=1e-4, rtol=1e-4)
+        assert torch.equal(compiled.logps(pack(trees)), got)
+    assert counters["stats"]["unique_graphs"] == made
+
+
+def test_where_layers_are_not_compiled(capsys):
+    on_a_cpu = packed_tiny()
+    assert not compile_layers(on_a_cpu, None)
+    assert not compile_layers(on_a_cpu, False)
+    apart = packed_tiny("lfm2", tier="padded")
+    with pytest.raises(FasttrError, match="got true, and the model's own attention in tier padded"):
+        compile_layers(apart, True)
+
+
+def test_a_layer_without_a_whole_graph_is_said_and_stays_eager():
+    model = packed_tiny()
+    layer = model.model.model.layers[1]
+    forward = layer.forward
+
+    def broken(*args, **kwargs):
+        torch._dynamo.graph_break()
+        return forward(*args, **kwargs)
+
+    layer.forward = broken
+    with pytest.raises(FasttrError, match="a layer has no whole graph"):
+        compile_layers(model, True, backend="aot_eager")
+    batch = pack(random_trees([(3, 2, 4)]))
+    assert torch.equal(model.logps(batch), packed_tiny().logps(batch))
+
+
+@pytest.mark.slow
+def test_a_compiled_run_begins_at_0_and_follows_the_eager_one(workspace, tmp_path):
+    run(workspace, tmp_path / "eager", compile=False, ref_update="soft", ref_update_every=2)
+    run(workspace, tmp_path / "compiled", compile=True, ref_update="soft", ref_update_every=2)
+    eager, compiled = steps(tmp_path / "eager"), steps(tmp_path / "compiled")
+    assert compiled[0]["rewards/margins"] == compiled[0]["ref/distance"] == 0
+    for a, b in zip(eager, compiled, strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-5
