@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: setup train test test-slow lint bench clean
+.PHONY: setup train ocrm test test-slow lint bench clean
 
 setup: $(STAMP)
 
@@ -18,6 +18,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 train: setup
 	$(VENV)/bin/fasttr demo --output_dir runs/demo
+
+ocrm: setup
+	$(VENV)/bin/fasttr ocrm --demo --output_dir runs/ocrm-demo
 
 test: setup
 	$(PY) -m pytest

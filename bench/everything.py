@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
         if left < SHORTEST:
             ended = "not started, the budget was spent"
         else:
-            ended = _run(entry, out / entry.folder, limit=max(entry.share * left, SHORTEST))
+            ended = run_entry(entry, out / entry.folder, limit=max(entry.share * left, SHORTEST))
         _say(f"{entry.folder}: {ended}\n")
         notes.append(f"- {entry.folder}: {ended}")
         report.write(out, notes)
@@ -110,7 +110,7 @@ def _kept() -> str:
     return f"Kept results, measured before:\n\n{tables_of(PEERS, RESULTS)}\n"
 
 
-def _run(entry: Entry, out: Path, limit: float) -> str:
+def run_entry(entry: Entry, out: Path, limit: float) -> str:
     """Run one benchmark in a process, show what it prints, and say how it ended. Each writes its
     JSON case by case, so a cut keeps the rest."""
     out.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
 
 from bench.ablation import twin
@@ -31,6 +31,7 @@ from bench.text import reasons, titled
 from bench.timing import peak_bytes_of
 from fasttr.batch import PackedBatch
 from fasttr.models.given import pack_model
+from fasttr.models.halves import round_matrices
 from fasttr.models.load import ModelConfig
 from fasttr.models.packed import PackedModel
 from fasttr.packing.layout import pack
@@ -174,35 +175,33 @@ class Layers:
 
     def _made(self, name: str) -> Call:
         mode, _, budget = name.partition("@")
-        makers = {"fp32": self._fp32, "split": self._split, "bf16": self._bf16}
+        makers = {"fp32": self.fp32, "split": self.split, "bf16": self.bf16}
         if mode == "compiled":
-            return self._compiled(float(budget or 1))
+            return self.compiled(float(budget or 1))
         if mode not in makers:
             raise ValueError(f"got {name}; wanted some of {', '.join(MODES)}")
         return makers[mode]()
 
-    def _fp32(self) -> Call:
+    def fp32(self) -> Call:
         return self._call(self._packed(bf16=self.device.type == "cuda"))
 
-    def _split(self) -> Call:
+    def split(self) -> Call:
         model = self._packed(bf16=True, copied=True)
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.data = module.weight.data.bfloat16()
+        round_matrices(model.model)
         return self._call(model)
 
-    def _bf16(self) -> Call:
+    def bf16(self) -> Call:
         model = self._packed(bf16=True, copied=True)
         model.to(torch.bfloat16)
         return self._call(model)
 
-    def _compiled(self, budget: float) -> Call:
+    def compiled(self, budget: float) -> Call:
         def backend(graph: Any, inputs: Any) -> Any:
             """A function of its own for every budget: compiled code is found again by it."""
             with torch._functorch.config.patch(activation_memory_budget=budget):
                 return lookup_backend(self.backend)(graph, inputs)
 
-        call = self._split()
+        call = self.split()
         compiled = torch.compile(call.layer, backend=backend, dynamic=True, fullgraph=True)
         return call._replace(layer=compiled)
 

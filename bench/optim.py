@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from fasttr_kernels import SplitAdamW
 from torch import Tensor, nn
 
 from bench.harness import Bars, Benchmark, Case, Contender, add_common_arguments, compare
@@ -46,27 +47,13 @@ class Provider(NamedTuple):
     cuda_only: bool = False
 
     def absent(self, device: torch.device) -> str | None:
-        if self.needs == OURS:
-            reason = split_adamw_is_missing()
-            return None if reason is None else f"not built: {reason}"
         if self.needs is not None and importlib.util.find_spec(self.needs) is None:
             return f"not installed: {self.needs}"
         return "needs a GPU" if self.cuda_only and device.type != "cuda" else None
 
 
-def split_adamw_is_missing() -> str | None:
-    """Why there is no SplitAdamW, or None."""
-    import fasttr_kernels
-
-    if hasattr(fasttr_kernels, "SplitAdamW"):
-        return None
-    return "needs fasttr_kernels.SplitAdamW"
-
-
 def _split(moments: str) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
     def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        from fasttr_kernels import SplitAdamW
-
         return SplitAdamW.from_fp32(parameters, moments=moments, **SETTINGS)
 
     return make
@@ -88,13 +75,12 @@ def _flashoptim(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return FlashAdamW(parameters, master_weight_bits=32, **SETTINGS)
 
 
-OURS = "SplitAdamW"
 BF16 = torch.bfloat16
 # Weights and gradients are read, weights written, moments read and written.
 PROVIDERS = {
-    "fasttr, fp32 moments": Provider(_split("fp32"), 28, FP32_STORAGE, needs=OURS),
-    "fasttr, bf16 moments": Provider(_split("bf16"), 20, BF16_STORAGE, needs=OURS),
-    "fasttr, 8-bit moments": Provider(_split("int8"), 16.12, INT8_STORAGE, needs=OURS),
+    "fasttr, fp32 moments": Provider(_split("fp32"), 28, FP32_STORAGE),
+    "fasttr, bf16 moments": Provider(_split("bf16"), 20, BF16_STORAGE),
+    "fasttr, 8-bit moments": Provider(_split("int8"), 16.12, INT8_STORAGE),
     "torch fused": Provider(_torch(fused=True), 28, FP32_STORAGE),
     "torch foreach": Provider(_torch(foreach=True), 28, FP32_STORAGE),
     "torchao AdamW8bit": Provider(_torchao, 16.1, INT8_STORAGE, needs="torchao"),

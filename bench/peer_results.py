@@ -103,9 +103,11 @@ def _processor_seconds(steps: list[dict], sweeps: list[dict], warm: int) -> floa
 
 
 def _stated(spec: Mapping[str, Any]) -> dict[str, Any]:
+    # Together they are the fp32 weights that steps are made on.
+    split = spec["bf16"] and spec["trainer"] == "fasttr"
     common = {
         "pairs_per_step": spec["batch"],
-        "weights": "float32",
+        "weights": "bfloat16 + int16" if split else "float32",
         "compute": "bfloat16" if spec["bf16"] else "float32",
         "optimizer": "adamw_torch_fused",
         "reference": "live" if spec["trainer"] == "trl" else "scored ahead",

@@ -106,7 +106,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         )
     device = device_for(args.cpu)
     rows, job = _prepare(args, device)
-    absent = {name: why for name in wanted if (why := _absent(name))}
+    absent = {name: why for name in wanted if (why := absent_because(name))}
     for name, why in absent.items():
         print(f"{name}: absent, {why}", flush=True)
     present = [name for name in wanted if name not in absent]
@@ -256,7 +256,7 @@ def _settings(name: str, args: argparse.Namespace, job: Job) -> dict[str, Any]:
             return default
 
 
-def _absent(name: str) -> str | None:
+def absent_because(name: str) -> str | None:
     needs = ("trl", "datasets") if name.startswith("trl") else ()
     missing = [package for package in needs if importlib.util.find_spec(package) is None]
     return f"not installed: {', '.join(missing)} (pip install trl==1.16.0)" if missing else None

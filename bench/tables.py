@@ -28,7 +28,7 @@ RESULTS, PAGES = HERE / "results", (HERE / "README.md", HERE.parent / "README.md
 NOT_MEASURED = "not measured on a GPU yet"
 PEERS = "peers"
 NAMES = (PEERS, *BENCHMARKS)
-_MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,9 +100,7 @@ def _device_of(environment: dict[str, Any]) -> str:
 
 def regenerate(text: str, results: Path) -> str:
     """`text` with every marked table made anew from `results`."""
-    return _MARKED.sub(
-        lambda found: found[1] + tables_of(found[2], results) + "\n" + found[3], text
-    )
+    return MARKED.sub(lambda found: found[1] + tables_of(found[2], results) + "\n" + found[3], text)
 
 
 def tables_of(name: str, results: Path) -> str:

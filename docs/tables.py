@@ -10,6 +10,8 @@ import json
 import sys
 from pathlib import Path
 
+from docs import on_policy_tables
+from docs.markdown import head, row
 from fasttr.config.train_config import TrainConfig
 from fasttr.config.trl_table import SECTIONS, TABLE
 from fasttr.data.formats import find_format
@@ -107,11 +109,11 @@ def keys_table() -> str:
     """Every key of TRL and what becomes of it, one section for each place that keys come from."""
     lines = []
     for title, keys in SECTIONS.items():
-        lines += [f"**{title}**", "", *_head("key", "TRL's default", "here", "")]
+        lines += [f"**{title}**", "", *head("key", "TRL's default", "here", "")]
         for key in keys:
             here = key.ours if key.kind == "renamed" else key.kind
             default = "none" if key.default is None else json.dumps(key.default)
-            lines.append(_row(f"`{key.name}`", default, here, key.note))
+            lines.append(row(f"`{key.name}`", default, here, key.note))
         lines.append("")
     return "\n".join(lines)
 
@@ -124,26 +126,18 @@ def settings_table() -> str:
     for one in settings_of(TrainConfig).values():
         if one.group != group:
             group = one.group
-            lines += ["", f"**{group}**", "", *_head("setting", "default", "", "TRL's name")]
+            lines += ["", f"**{group}**", "", *head("setting", "default", "", "TRL's name")]
         default = "none" if one.default is None else json.dumps(one.default)
         is_trls = "yes" if one.name in trls else ""
-        lines.append(_row(f"`{one.name}`", default, one.sentence, is_trls))
+        lines.append(row(f"`{one.name}`", default, one.sentence, is_trls))
     return "\n".join(lines[1:])
 
 
 def metrics_table() -> str:
     """Every metric of metrics.jsonl."""
-    lines = _head("metric", "meaning", "unit", "when")
-    lines += [_row(f"`{one.name}`", one.meaning, one.unit, one.when) for one in METRICS]
+    lines = head("metric", "meaning", "unit", "when")
+    lines += [row(f"`{one.name}`", one.meaning, one.unit, one.when) for one in METRICS]
     return "\n".join(lines)
-
-
-def _head(*titles: str) -> list[str]:
-    return [_row(*titles), "|" + "---|" * len(titles)]
-
-
-def _row(*cells: str) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 PARTS = {
@@ -152,6 +146,7 @@ PARTS = {
     "settings": settings_table,
     "metrics": metrics_table,
     "keys": keys_table,
+    **on_policy_tables.PARTS,
 }
 
 

@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -34,7 +35,7 @@ MUTANTS = ROOT / "tests" / "mutants.toml"
 FOUND = ROOT / "runs" / "mutations.jsonl"
 FOLDERS = ("fasttr", "kernels", "tests", "bench", "docs", "examples")
 FILES = ("pyproject.toml", "README.md", "REFERENCE.md")
-LONGEST = 300  # seconds of a mutant's tests; what runs longer hangs, and is noticed
+LONGEST = 300  # seconds of a processor for a mutant's tests; what takes more hangs: it is noticed
 # What pytest's exit status says of a mutant; another one says that its tests did not run.
 KILLED, SURVIVED, NOT_TRIED = "killed", "survived", "not tried"
 VERDICTS = {0: SURVIVED, 1: KILLED}
@@ -155,7 +156,7 @@ class Trial:
     The process is forked from this one, which has imported what takes long and is none of ours.
     """
 
-    def __init__(self, tree: Path, tests: list[str], longest: float, *, stops: bool = True):
+    def __init__(self, tree: Path, tests: list[str], longest: int, *, stops: bool = True):
         self.tree = tree
         self._output = tree / "output.txt"
         self._longest = longest
@@ -164,11 +165,13 @@ class Trial:
         self.seconds = 0.0
         self._pid = os.fork()
         if self._pid == 0:
+            resource.setrlimit(resource.RLIMIT_CPU, (longest, longest))
             _be_pytest(tree, ["-x", *tests] if stops else tests, self._output)
 
     def is_over(self) -> bool:
         pid, status = os.waitpid(self._pid, os.WNOHANG)
-        if pid == 0 and time.perf_counter() - self._began > self._longest:
+        waited = time.perf_counter() - self._began
+        if pid == 0 and waited > 20 * self._longest:  # it sleeps, or the machine is very busy
             os.killpg(self._pid, signal.SIGKILL)
             pid, status = os.waitpid(self._pid, 0)
         if pid != 0:
@@ -178,8 +181,8 @@ class Trial:
 
     def verdict(self) -> tuple[str, str]:
         """What became of the mutant, and by which test."""
-        if self._status == -signal.SIGKILL and self.seconds > self._longest:
-            return KILLED, f"no end after {self._longest} s"
+        if self._status in (-signal.SIGXCPU, -signal.SIGKILL):
+            return KILLED, f"no end after {self._longest} s of a processor"
         verdict = VERDICTS.get(self._status, NOT_TRIED)
         if verdict == SURVIVED:
             return verdict, ""

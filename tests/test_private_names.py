@@ -20,13 +20,6 @@ ROOTS = {
 }
 # The same words elsewhere: a `datasets.Dataset` has a _fingerprint of its own.
 OF_OTHERS = {("fasttr/data/load.py", "_fingerprint")}
-# Files that still touch another one's.
-STILL = (
-    "bench/paper/overopt_plots.py",
-    "tests/bench/test_bench.py",
-    "tests/kernels/test_aot.py",
-    "kernels/fasttr_kernels/aot.py",
-)
 
 
 class Names(NamedTuple):
@@ -129,7 +122,7 @@ def touches(files: list[Path], root: Path) -> list[str]:
 def test_private_names_stay_in_their_files():
     files = files_of(*ROOTS)
     assert len(files) > 150
-    assert [one for one in touches(files, ROOT) if not one.startswith(STILL)] == []
+    assert touches(files, ROOT) == []
 
 
 @pytest.mark.parametrize(

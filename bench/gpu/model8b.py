@@ -14,6 +14,7 @@ from fasttr.batch import PackedBatch
 from fasttr.losses import Sigmoid, group_loss
 from fasttr.metrics.throughput import FlopCount, peak_flops
 from fasttr.models.given import pack_model
+from fasttr.models.halves import round_matrices
 from fasttr.models.load import ModelConfig
 from fasttr.models.packed import PackedModel
 from fasttr.packing.layout import pack
@@ -33,6 +34,8 @@ def run(task: Task) -> None:
         gradient_checkpointing=True,
     )
     model = pack_model(build(shape, task.device), config)
+    if config.bf16:
+        round_matrices(model.model)  # as the trainer's optimizer leaves them
     count = FlopCount.of(model.model)
     packs = (64, 128) if task.dry else PACKS
     for lengths in ("tiny",) if task.dry else LENGTHS:

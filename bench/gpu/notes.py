@@ -15,7 +15,7 @@ from bench.gpu.predictions import PREDICTIONS, Predicted
 from bench.timing import device_name, header
 from fasttr.files import write_json
 
-RUNNING, PASSED, FAILED, CUT, NOT_BUILT = "running", "passed", "failed", "cut", "not built"
+RUNNING, PASSED, FAILED, CUT = "running", "passed", "failed", "cut"
 
 
 class Task(NamedTuple):

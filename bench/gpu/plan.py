@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
-
-from bench.optim import split_adamw_is_missing
 
 
 class Part(NamedTuple):
     """One part: a process of its own.
 
-    `seconds` are what it is expected to take on an H200; `run` names a function of a Task;
-    `missing` says why it cannot run yet.
+    `seconds` are what it is expected to take on an H200; `run` names a function of a Task.
     """
 
     name: str
@@ -20,11 +16,6 @@ class Part(NamedTuple):
     run: str  # module:function under bench.gpu
     evidence: str
     passes: str
-    missing: Callable[[], str | None] = lambda: None
-
-
-def _split_weights_in_the_trainer() -> str | None:
-    return "needs split bf16 weights in the trainer"
 
 
 PARTS = (
@@ -32,7 +23,11 @@ PARTS = (
     Part("kernels", 100, "kernels:run", "the ops' own tests, compiled; poison; repeats", "all"),
     Part("gates", 45, "gates:run", "packed = alone, log-ratio 0, log 2, repeats", "all"),
     Part("layer", 100, "suites:layer", "one layer: fp32, split, bf16, compiled", "20 % of model"),
+    Part(
+        "fit8b", 130, "fit:run_8b", "8B, full fine-tuning, moving reference: peak, MFU", "it fits"
+    ),
     Part("model8b", 90, "model8b:run", "8B forward and backward: ms, MFU, peak", "it fits"),
+    Part("optim", 40, "suites:optim", "the optimizer's sweep beside its peers", "90 % of a copy"),
     Part("head", 60, "suites:head", "the loss head beside its peers", "errors at fp64's bar"),
     Part("lerp", 25, "suites:lerp", "the reference update", "90 % of a copy"),
     Part("step", 75, "suites:step", "what each part brings, at 1b", "losses equal"),
@@ -40,29 +35,6 @@ PARTS = (
     Part("train", 60, "train:run", "waits, idle share, own time; kill and resume", "idle < 3 %"),
     Part("peers3b", 120, "suites:peers3b", "beside TRL, 3b, checkpointing", "losses within 2e-2"),
     Part("tune", 80, "tune:run", "configurations of the row kernels", "-"),
-    Part(
-        "optim",
-        40,
-        "suites:optim",
-        "the optimizer's sweep beside torch, torchao, flashoptim",
-        "90 % of a copy",
-        missing=split_adamw_is_missing,
-    ),
-    Part(
-        "fit8b",
-        110,
-        "fit:run_8b",
-        "8B with a moving reference, full fine-tuning: peak, MFU",
-        "peak < 140 GB",
-        missing=_split_weights_in_the_trainer,
-    ),
-    Part(
-        "fit24",
-        60,
-        "fit:run_small_cards",
-        "1.2B and 2.8B within the memory of 24 and 48 GB cards",
-        "none out of memory",
-        missing=_split_weights_in_the_trainer,
-    ),
+    Part("fit24", 90, "fit:run_small_cards", "1.2B and 2.8B on 24 and 48 GB", "they fit"),
 )
 BY_NAME = {part.name: part for part in PARTS}

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from bench.gpu import report
-from bench.gpu.notes import NOT_BUILT, Notes, is_finished, line_path, read_line, write_line
+from bench.gpu.notes import is_finished, line_path, read_line, write_line
 from bench.gpu.plan import BY_NAME, PARTS, Part
 from bench.gpu.process import ROOT, Launch, run_apart, run_here
 from bench.harness import parse_seconds
@@ -61,11 +61,6 @@ def main(args: argparse.Namespace) -> None:
     launch = Launch(state, code_digest(), args.dry)
     until = time.monotonic() + args.budget - MARGIN
     for part in pending(args, launch):
-        reason = part.missing()
-        if reason is not None:
-            _note_not_built(part, launch, reason)
-            print(f"{part.name}: not built, {reason}", flush=True)
-            continue
         left = until - time.monotonic()
         expected = DRY_SECONDS if args.dry else part.seconds
         if expected > left:
@@ -84,14 +79,12 @@ def main(args: argparse.Namespace) -> None:
 
 
 def listing() -> str:
-    """The parts in their order, with what they take and show."""
-    lines = []
-    for number, part in enumerate(PARTS):
-        reason = part.missing()
-        built = "" if reason is None else f" [not built: {reason}]"
-        lines.append(f"{number:>2} {part.name:<8} {part.seconds:>4.0f} s  {part.evidence}{built}")
-    total = sum(part.seconds for part in PARTS if part.missing() is None)
-    return "\n".join([*lines, f"   what is built: {total:.0f} s"])
+    """The parts in their order, with what they take, show and pass by."""
+    lines = [
+        f"{number:>2} {part.name:<8} {part.seconds:>4.0f} s  {part.evidence}; passes: {part.passes}"
+        for number, part in enumerate(PARTS)
+    ]
+    return "\n".join([*lines, f"   all: {sum(part.seconds for part in PARTS):.0f} s"])
 
 
 def pending(args: argparse.Namespace, launch: Launch) -> list[Part]:
@@ -139,10 +132,3 @@ def _keep_caches_in(state: Path) -> None:
     """What compilers make is kept with the results."""
     for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
         os.environ.setdefault(name, str(state / "cache" / name.partition("_")[0].lower()))
-
-
-def _note_not_built(part: Part, launch: Launch, reason: str) -> None:
-    device = device_for(use_cpu=launch.dry)
-    path = line_path(launch.state, part.name)
-    notes = Notes(path, part.name, code=launch.code, device=device, dry=launch.dry)
-    notes.close(NOT_BUILT, reason)

@@ -10,7 +10,7 @@ import numpy as np
 
 from bench.paper.curves import ARMS, GRID, NAMES, Run, curve, reach, seeds_of, select
 from bench.paper.stats import interval
-from bench.paper.toy_plots import ARM_COLOURS, _figure, _finish, _save
+from bench.paper.toy_plots import ARM_COLOURS, finish_axes, new_figure, save_figure
 from fasttr.metrics.plots import INK
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -27,7 +27,7 @@ def plot_gold_against_kl(runs: Sequence[Run], path: Path) -> None:
     """A panel a loss, a thick curve a reference: mean over seeds with its 95 % interval; thin ones
     for each beta."""
     losses = list(dict.fromkeys(run.loss for run in runs))
-    figure, axes = _figure(1, len(losses), (3.7 * len(losses) + 0.4, 4.0))
+    figure, axes = new_figure(1, len(losses), (3.7 * len(losses) + 0.4, 4.0))
     betas = sorted({run.beta for run in runs})
     for ax, loss in zip(axes[0], losses, strict=True):
         for arm in ARMS:
@@ -57,7 +57,7 @@ def plot_gold_against_kl(runs: Sequence[Run], path: Path) -> None:
         ax.set_xlabel(
             "KL to the initial policy, nats a completion (root scale)", fontsize=9, color=INK
         )
-        _finish(ax)
+        finish_axes(ax)
     axes[0][0].set_ylabel("gold reward of fresh samples", fontsize=9, color=INK)
     for beta, marker in zip(betas, MARKERS, strict=False):
         axes[0][0].plot(
@@ -73,14 +73,14 @@ def plot_gold_against_kl(runs: Sequence[Run], path: Path) -> None:
         "Thick: mean as far as every seed reaches, and its 95 % interval"
     )
     figure.suptitle(f"{title}; thin: each beta over its checkpoints", fontsize=10, color=INK)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_steps(runs: Sequence[Run], path: Path) -> None:
     """A column a loss, a row a measure over the steps: mean over beta and seeds, interval over
     seeds."""
     losses = list(dict.fromkeys(run.loss for run in runs))
-    figure, axes = _figure(
+    figure, axes = new_figure(
         len(ROWS), len(losses), (3.2 * len(losses) + 0.4, 1.75 * len(ROWS) + 0.6)
     )
     for column, loss in enumerate(losses):
@@ -96,7 +96,7 @@ def plot_steps(runs: Sequence[Run], path: Path) -> None:
                     ]
                 )
                 _band(ax, steps, by_seed, ARM_COLOURS[arm], f"{arm} reference")
-            _finish(ax)
+            finish_axes(ax)
             if column == 0:
                 ax.set_ylabel(label, fontsize=8, color=INK)
         axes[0][column].set_title(NAMES.get(loss, loss), fontsize=11, color=INK)
@@ -105,7 +105,7 @@ def plot_steps(runs: Sequence[Run], path: Path) -> None:
     figure.legend(
         handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9
     )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _band(ax: Any, x: np.ndarray, by_seed: np.ndarray, colour: str, label: str) -> None:

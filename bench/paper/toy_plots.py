@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from bench.paper.mdp import History
-from fasttr.metrics.plots import BLUE, DPI, FAINT, GREEN, INK, ORANGE, PURPLE, VERMILION
+from fasttr.metrics.panels import BLUE, GREEN, ORANGE, PURPLE, VERMILION
+from fasttr.metrics.plots import DPI, FAINT, INK
 from fasttr.reference.schedule import Schedule, Soft
 
 ARM_COLOURS = {"fixed": BLUE, "soft": VERMILION, "hard": GREEN}
@@ -28,7 +29,7 @@ def plot_figure(
 
     Line and band: mean and standard deviation over seeds; dashes: median; dots: 10 and 90 %.
     """
-    figure, axes = _figure(2, len(arms), (3.2 * len(arms), 5.0))
+    figure, axes = new_figure(2, len(arms), (3.2 * len(arms), 5.0))
     for column, (arm, history) in enumerate(arms.items()):
         above, below = axes[0][column], axes[1][column]
         _curve(above, history.ood, PURPLE, "out of distribution")
@@ -38,7 +39,7 @@ def plot_figure(
         below.set_xlabel("step", fontsize=9, color=INK)
         for ax in (above, below):
             ax.set_ylim(-0.03, 1.03)
-            _finish(ax)
+            finish_axes(ax)
     axes[0][0].set_ylabel("probability", fontsize=9, color=INK)
     axes[1][0].set_ylabel("probability", fontsize=9, color=INK)
     keys = [ax.get_legend_handles_labels() for ax in (axes[0][0], axes[1][0])]
@@ -49,7 +50,7 @@ def plot_figure(
     figure.suptitle(
         f"{title}\nline, band: mean, std; dashes: median; dots: 10 and 90 %", fontsize=10, color=INK
     )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_finals(
@@ -57,7 +58,7 @@ def plot_finals(
 ) -> None:
     """Final mass out of distribution of every seed: a group a loss and beta, a column an arm, bars
     at the means."""
-    figure, [[ax]] = _figure(1, 1, (max(6.4, 1.25 * len(cells)), 3.6))
+    figure, [[ax]] = new_figure(1, 1, (max(6.4, 1.25 * len(cells)), 3.6))
     rng = np.random.default_rng(0)  # of the jitter
     for i, arms in enumerate(cells.values()):
         for j, (arm, history) in enumerate(arms.items()):
@@ -99,9 +100,9 @@ def plot_finals(
     ax.set_ylabel("probability", fontsize=9, color=INK)
     ax.set_ylim(-0.03, 1.03)
     ax.set_title(title, fontsize=10, color=INK, loc="left")
-    _finish(ax)
+    finish_axes(ax)
     figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _curve(ax: Any, values: np.ndarray, colour: str, label: str) -> None:
@@ -133,19 +134,19 @@ def _name(loss: str, arm: str, schedule: Schedule) -> str:
     )
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, sharey="row")
 
 
-def _finish(ax: Any) -> None:
+def finish_axes(ax: Any) -> None:
     ax.tick_params(labelsize=8, color=FAINT, labelcolor=INK)
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(FAINT)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI * 0.75)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -128,6 +129,15 @@ def typed(parser: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     except ArgumentError as error:
         names = [action.dest for action in parser._actions]
         raise FasttrError(_explained(error, names)) from error
+
+
+def require_one_process() -> None:
+    """Raise FasttrError under a launcher of several processes."""
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
+        raise FasttrError(
+            "got several processes; one process trains until sharding is built: start without "
+            "torchrun"
+        )
 
 
 def settings_of_command(

@@ -34,6 +34,21 @@ COMMANDS = {
         "as trl sft: train on completions of prompts, conversations, or the chosen side of pairs",
         "run_sft",
     ),
+    "reward": Command("fasttr.cli.reward", "train a reward model on pairs or ranked completions"),
+    "grpo": Command(
+        "fasttr.cli.online",
+        "on-policy training with group-relative advantages: as trl grpo",
+        "run_grpo",
+    ),
+    "rloo": Command(
+        "fasttr.cli.online",
+        "on-policy training with leave-one-out advantages: as trl rloo",
+        "run_rloo",
+    ),
+    "ocrm": Command(
+        "fasttr.cli.ocrm",
+        "off-policy-corrected reward models, in stages; with --demo on generated data",
+    ),
     "eval": Command(
         "fasttr.cli.evaluate",
         "log-probs and rewards of a split, by itself or against a fixed anchor; or samples for a "

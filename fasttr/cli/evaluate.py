@@ -75,14 +75,27 @@ def _without_none(values: dict[str, Any]) -> dict[str, Any]:
     return {name: None if is_none(value) else value for name, value in values.items()}
 
 
-def _measure(config: Any, settings: Any) -> None:
+def _measured(config: Any, anchor: str | None) -> Any:
+    from fasttr.evaluation.reward import measure_rewards
     from fasttr.evaluation.standalone import measure
+    from fasttr.models.reward import is_reward_folder
 
+    if not is_reward_folder(config.model_name_or_path):
+        return measure(config, anchor)
+    if anchor is not None or config.loss_type is not None:
+        raise FasttrError(
+            f"{config.model_name_or_path} is a reward model: its scores are compared with nothing; "
+            "leave out anchor_model_name_or_path and loss_type"
+        )
+    return measure_rewards(config)
+
+
+def _measure(config: Any, settings: Any) -> None:
     if not _names_rows(config):
         raise FasttrError(
             "dataset_name: missing; wanted the rows to measure: a file, a folder or a hub id"
         )
-    measured = measure(config, settings.anchor_model_name_or_path)
+    measured = _measured(config, settings.anchor_model_name_or_path)
     print(measured.table())
     if settings.output_file is not None:
         measured.write(settings.output_file)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,15 +20,10 @@ from torch import Tensor
 
 from fasttr.batch import PackedBatch, TreeSource
 from fasttr.distributed.ranks import ALONE, Ranks
-from fasttr.losses import Loss, Objective
-from fasttr.metrics.sums import (
-    as_metrics,
-    binomial_stderr,
-    by_name,
-    means,
-    pack_sums,
-    zeros,
-)
+from fasttr.losses import Loss
+from fasttr.losses.objective import AnyObjective
+from fasttr.metrics.ledger import Ledger
+from fasttr.metrics.sums import binomial_stderr, by_name
 from fasttr.models.packed import PackedModel
 from fasttr.packing.plan import Plan, pack_rows
 from fasttr.packing.tiers import SHARED
@@ -81,19 +76,20 @@ class EvaluationSplit:
 def evaluate(
     model: PackedModel,
     split: EvaluationSplit,
-    objective: Objective,
-    after: Callable[[PackedBatch, Tensor], None] | None = None,
+    objective: AnyObjective,
+    ledger: Ledger,
+    after: Callable[[PackedBatch, Any], None] | None = None,
     name: str = "",
     ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Means over all rows of the split, under `eval_` names, or `eval_NAME_` where it has a name;
     the same on every rank.
 
-    `after` is called after every pack with the model's log-probs (N,) of it.
+    `after` is called after every pack with the model's output of it.
     """
     loss, rows = objective.loss, np.arange(len(split.trees))
     step = objective.of_rows(split.trees, rows)
-    sums = zeros(model.device)
+    sums = ledger.zeros(model.device)
     found: list[tuple[tuple[int, ...], Tensor]] = []
     with model.weights_still():
         for host_batch in split.packs(ranks):
@@ -109,16 +105,16 @@ def evaluate(
                 stats=True,
                 head_means=step.head_means,
             )
-            sums += pack_sums(out, ref_logp, batch, loss)
+            sums = ledger.merged(sums, ledger.of_pack(out, ref_logp, batch))
             if split.anchor_logps is not None:
                 found.append((batch.rows, out.logp))
             if after is not None:
-                after(batch, out.logp)
+                after(batch, out)
     ranks.sum_([sums])
-    line = as_metrics(by_name(means(sums)[0]), loss)
-    if "rewards/accuracies" in line:
-        share = line["rewards/accuracies"]
-        line["rewards/accuracies_stderr"] = binomial_stderr(share, len(rows))
+    line = ledger.metrics(by_name(ledger.means(sums)[0], ledger.names))
+    for share in ("rewards/accuracies", "accuracy"):
+        if share in line:
+            line[f"{share}_stderr"] = binomial_stderr(line[share], len(rows))
     if split.anchor_logps is not None:
         logps = LogpTable(len(rows), loss.completions)
         for batch_rows, logp in found:

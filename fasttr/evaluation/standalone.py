@@ -30,6 +30,7 @@ from fasttr.errors import FasttrError
 from fasttr.evaluation.split import EvaluationSplit, evaluate
 from fasttr.files import write_json
 from fasttr.losses import BaseLoss, Loss, LossInputs
+from fasttr.metrics.ledger import PreferenceLedger
 from fasttr.metrics.sums import binomial_stderr
 from fasttr.models.checks import check_ids
 from fasttr.models.choice import Candidate, choose_tier
@@ -107,7 +108,8 @@ def measure(config: TrainConfig, anchor: str | None = None) -> Measured:
     policy = _loaded(model, tier, trees).requires_grad_(False)
     logps = LogpTable(len(trees), loss.completions)
     with _Bar(config, "Evaluating", trees) as bar:
-        found = evaluate(policy, split, config.objective(loss), bar.after(logps))
+        ledger = PreferenceLedger(loss)
+        found = evaluate(policy, split, config.objective(loss), ledger, bar.after(logps))
     metrics = {name.removeprefix("eval_"): value for name, value in found.items()}
     if isinstance(loss, _NoLoss):
         metrics = {k: v for k, v in metrics.items() if "rewards/" not in k and k != "loss"}
@@ -203,11 +205,11 @@ class _Bar:
             yield batch
             self._bar.update(len(batch.rows))
 
-    def after(self, table: LogpTable) -> Callable[[PackedBatch, Tensor], None]:
+    def after(self, table: LogpTable) -> Callable[[PackedBatch, Any], None]:
         """Keep the log-probs of a pack and move on."""
 
-        def keep(batch: PackedBatch, logp: Tensor) -> None:
-            table.put(batch.rows, logp)
+        def keep(batch: PackedBatch, out: Any) -> None:
+            table.put(batch.rows, out.logp)
             self._bar.update(len(batch.rows))
 
         return keep

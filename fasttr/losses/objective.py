@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,28 @@ from fasttr.losses.base import Loss, LossInputs
 
 # (logp (n,), ref_logp (n,) or None, groups) -> (): the summed loss of a slice of whole groups.
 LossFn = Callable[..., Tensor]
+
+
+class AnyStepObjective(Protocol):
+    """The objective of one optimizer step; a pack's share of it is summed loss / normalizer."""
+
+    @property
+    def normalizer(self) -> int: ...
+    @property
+    def head_means(self) -> Sequence[str]: ...
+
+    def loss_fn(self, batch: PackedBatch) -> Any:
+        """The loss of one pack, which is on the device, as its model calls it."""
+        ...
+
+
+class AnyObjective(Protocol):
+    """What a run trains on: of log-probs, or of scores."""
+
+    @property
+    def loss(self) -> Any: ...
+
+    def of_rows(self, trees: TreeSource, rows: np.ndarray) -> AnyStepObjective: ...
 
 
 @dataclass(frozen=True)

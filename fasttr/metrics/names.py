@@ -18,6 +18,8 @@ class Metric(NamedTuple):
 
 _PAIRS = "losses of pairs, and of unpaired rows (desirable for chosen, undesirable for rejected)"
 _REFERENCE = "losses with a reference"
+_REWARD = "reward models"
+_WEIGHTED = "reward models with weight_column"
 _LINE = "every line of metrics"
 
 METRICS = (
@@ -135,13 +137,69 @@ METRICS = (
         "the last line",
     ),
 )
+# Of runs on reward models, beside those that every run has.
+REWARD_METRICS = (
+    Metric("mean_reward", "mean score of the completions", "of the reward", _REWARD),
+    Metric("min_reward", "lowest score of a completion in the step", "of the reward", _REWARD),
+    Metric("max_reward", "highest score of a completion in the step", "of the reward", _REWARD),
+    Metric(
+        "accuracy",
+        "share of pairs of a row's completions that the scores put in order; a tie counts as wrong",
+        "share",
+        _REWARD,
+    ),
+    Metric("margin", "best minus worst completion's score", "of the reward", _REWARD),
+    Metric(
+        "weights/ess",
+        "effective number of rows of the step: square of the sum of the weights over the sum of "
+        "their squares",
+        "rows",
+        _WEIGHTED,
+    ),
+    Metric("weights/max_share", "largest weight over their sum", "share", _WEIGHTED),
+    Metric("eval_accuracy_stderr", "standard error of that share", "share", _REWARD),
+)
+_CLIP = "losses with a clip range"
+_LENGTH = "of the completions of a rollout"
+# Of runs on rollouts; NAME is that of a source of rewards.
+ONLINE_METRICS = (
+    Metric("reward", "mean of the weighted rewards of a rollout", "of the reward", "always"),
+    Metric("reward_std", "their standard deviation", "of the reward", "always"),
+    Metric("frac_reward_zero_std", "share of prompts whose rewards are equal", "share", "always"),
+    Metric("rewards/NAME/mean", "mean of one source", "of the reward", "always"),
+    Metric("rewards/NAME/std", "its standard deviation", "of the reward", "always"),
+    Metric(
+        "kl",
+        "estimate of KL(policy || reference) a token: the log-ratio with rloo, else k3",
+        "nats",
+        "beta above 0",
+    ),
+    Metric("entropy", "mean entropy of the policy at completion tokens", "nats", "always"),
+    Metric("clip_ratio/low_mean", "share of tokens clipped from below", "share", _CLIP),
+    Metric("clip_ratio/low_min", "least such share of a completion", "share", _CLIP),
+    Metric("clip_ratio/high_mean", "share of tokens clipped from above", "share", _CLIP),
+    Metric("clip_ratio/high_max", "largest such share of a completion", "share", _CLIP),
+    Metric("clip_ratio/region_mean", "share of tokens clipped", "share", _CLIP),
+    Metric("completions/mean_length", "mean length " + _LENGTH, "tokens", "always"),
+    Metric("completions/min_length", "least length " + _LENGTH, "tokens", "always"),
+    Metric("completions/max_length", "largest length " + _LENGTH, "tokens", "always"),
+    Metric("completions/clipped_ratio", "share that did not end", "share", "always"),
+    Metric("completions/mean_terminated_length", "mean length of those that ended", "tokens", ""),
+    Metric("completions/min_terminated_length", "least length of those that ended", "tokens", ""),
+    Metric("completions/max_terminated_length", "largest length of those that ended", "tokens", ""),
+    Metric("perf/generation_share", "share of the time spent on rollouts", "share", _LINE),
+)
 NAMES = frozenset(metric.name for metric in METRICS)
+ALL_NAMES = NAMES | {metric.name for metric in (*REWARD_METRICS, *ONLINE_METRICS)}
 
 
 def is_known(name: str) -> bool:
-    """Whether a key of metrics.jsonl is in the table; that of an evaluation has `eval_` before it,
-    or `eval_NAME_` with the name of its set."""
+    """Whether a key of metrics.jsonl is in a table; that of an evaluation has `eval_` before it, or
+    `eval_NAME_` with the name of its set."""
+    if name.startswith("rewards/") and name.endswith(("/mean", "/std")):
+        name = f"rewards/NAME/{name.rpartition('/')[2]}"
     base = name.removeprefix("eval_")
     parts = base.split("_")
     of_a_set = ["_".join(parts[i:]) for i in range(len(parts))] if base != name else []
-    return name in NAMES or any(one in NAMES or f"eval_{one}" in NAMES for one in of_a_set)
+    known = ALL_NAMES
+    return name in known or any(one in known or f"eval_{one}" in known for one in of_a_set)

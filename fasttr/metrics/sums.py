@@ -220,35 +220,36 @@ def means(sums: Tensor) -> Tensor:
 
 
 def over_micro_batches(micro_means: Tensor) -> Tensor:
-    """(len(SUMS),) the mean over those that have one."""
+    """The mean over those that have one; of the loss, which stands first, what the first holds."""
     mean = micro_means.nanmean(dim=0)
-    mean[NAMES.index("loss")] = micro_means[0, NAMES.index("loss")]
+    mean[0] = micro_means[0, 0]
     return mean
 
 
 class Averages:
     """Means of micro-batches, averaged over those that have one, until a line is written."""
 
-    def __init__(self, device: torch.device):
-        self.sums = torch.zeros(2, len(SUMS), device=device)  # values; how many of them
+    def __init__(self, device: torch.device, names: tuple[str, ...] = NAMES):
+        self.names = names  # the first is the loss
+        self.sums = torch.zeros(2, len(names), device=device)  # values; how many of them
 
     def add(self, micro_means: Tensor) -> None:
-        """(micro-batches, len(SUMS)) of one step."""
+        """(micro-batches, len(names)) of one step."""
         is_there = ~micro_means.isnan()
-        is_there[0, NAMES.index("loss")] = True  # a loss that is not a number is never left out
+        is_there[0, 0] = True  # a loss that is not a number is never left out
         values = torch.where(is_there, micro_means, 0.0)
         self.sums += torch.stack([values.sum(dim=0), is_there.sum(dim=0).to(self.sums.dtype)])
 
     def read(self) -> dict[str, float]:
-        """By the names of SUMS; waits for the device."""
-        values = by_name(self.sums[0] / self.sums[1])
+        """By their names; waits for the device."""
+        values = by_name(self.sums[0] / self.sums[1], self.names)
         self.sums.zero_()
         return values
 
 
-def by_name(vector: Tensor) -> dict[str, float]:
-    """A vector in the order of SUMS as numbers; waits for the device."""
-    return dict(zip(NAMES, vector.tolist(), strict=True))
+def by_name(vector: Tensor, names: tuple[str, ...] = NAMES) -> dict[str, float]:
+    """A vector in the order of its names as numbers; waits for the device."""
+    return dict(zip(names, vector.tolist(), strict=True))
 
 
 def as_metrics(means_of: dict[str, float], loss: Loss) -> dict[str, float]:

@@ -17,6 +17,7 @@ import torch
 
 from fasttr.batch import PackedBatch
 from fasttr.distributed.ranks import ALONE, Ranks
+from fasttr.packing.tiers import SHARED, model_tokens
 
 # Dense bfloat16 peak of one device, FLOP/s, from NVIDIA's data sheets (without sparsity).
 PEAK_BF16 = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12}
@@ -34,7 +35,9 @@ class FlopCount(NamedTuple):
     def of(cls, model: Any) -> FlopCount:
         config = model.config
         embedding = model.get_input_embeddings().weight
-        head = model.get_output_embeddings().weight
+        output = model.get_output_embeddings()
+        # A reward model's head is a number a completion.
+        head = embedding[:0] if output is None else output.weight
         outside = {id(embedding), id(head)}
         layers = sum(_operations(p) for p in model.parameters() if id(p) not in outside)
         head_dim = getattr(config, "head_dim", None)
@@ -69,6 +72,7 @@ class Throughput:
         peak: FLOP/s that `perf/mfu` is a share of; None: the device's, where it is known.
         clock: seconds of the host, None: its own; on CUDA the device's events are the clock.
         new_event: makes such an event; None: one of torch.cuda.
+        tier: how rows share a call of the model; `padded` has padding.
     """
 
     def __init__(
@@ -79,9 +83,11 @@ class Throughput:
         peak: float | None = None,
         clock: Callable[[], float] | None = None,
         new_event: Callable[[], Any] | None = None,
+        tier: str = SHARED,
     ):
         self._flop_count = FlopCount.of(model)
         self._device = device
+        self._tier = tier
         self._peak = peak_flops(device) if peak is None else peak
         self._clock = clock or time.perf_counter
         self._new_event = new_event or functools.partial(torch.cuda.Event, enable_timing=True)
@@ -105,8 +111,9 @@ class Throughput:
 
     def add(self, batch: PackedBatch, rows: int) -> None:
         """One pack went forward and backward."""
-        self._tokens += sum(batch.attention.lengths()[0])
-        self._allocated += batch.input_ids.numel()
+        lengths, _ = batch.attention.lengths()
+        self._tokens += sum(lengths)
+        self._allocated += model_tokens(self._tier, lengths)
         self._rows += rows
         self._flops += self._flop_count.of_pack(batch)
 

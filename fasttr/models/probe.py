@@ -27,7 +27,7 @@ from fasttr.models.checks import head_error
 from fasttr.models.gather import gather_rows
 from fasttr.models.packed import HeadSpec, PackedModel, decoder_of
 from fasttr.packing.layout import pack
-from fasttr.packing.tiers import PACKED, PADDED, SHARED, TIERS
+from fasttr.packing.tiers import PACKED, PADDED, SHARED, TIERS, unshared
 
 # Prompt and completions of each tree: shared by two and three, shorter and longer than a window.
 _SHAPES = ((11, 5, 9), (3, 1, 4), (13, 2, 1, 6))
@@ -208,7 +208,7 @@ def _trees(apart: bool) -> list[Tree]:
         trees.append(Tree(row, pieces[0], tuple(pieces[1:])))
     if not apart:
         return trees
-    return [Tree(t.row, t.prompt_ids, (c,)) for t in trees for c in t.completions]
+    return [unshared(Tree(t.row, t.prompt_ids, (c,))) for t in trees for c in t.completions]
 
 
 def _rows() -> list[np.ndarray]:

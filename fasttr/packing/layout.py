@@ -88,8 +88,25 @@ class _Parts(NamedTuple):
     prompt_start_N: np.ndarray
 
 
+def _of_one_prompt(trees: Sequence[Tree]) -> list[Tree]:
+    """Consecutive trees that share one prompt as one tree, so that it lies in the pack once."""
+    joined: list[Tree] = []
+    for tree in trees:
+        before = joined[-1] if joined else None
+        if before is not None and _shares(before, tree):
+            joined[-1] = before._replace(completions=before.completions + tree.completions)
+        else:
+            joined.append(tree)
+    return joined
+
+
+def _shares(a: Tree, b: Tree) -> bool:
+    is_taken_apart = a.prompt_skips is not None or b.prompt_skips is not None
+    return not is_taken_apart and np.array_equal(a.prompt_ids, b.prompt_ids)
+
+
 def _parts_of(trees: Sequence[Tree]) -> _Parts:
-    stems = [stem for tree in trees for stem in _stems(tree)]
+    stems = [stem for tree in _of_one_prompt(trees) for stem in _stems(tree)]
     pieces = [ids for stem in stems for ids in (stem.prompt_ids, *stem.completions)]
     length_P = np.array([len(ids) for ids in pieces], dtype=np.int64)
     start_P = np.cumsum(length_P) - length_P

@@ -16,9 +16,11 @@ import torch
 
 from fasttr.batch import PackedBatch, Tree, TreeSource, own_prompt_lengths
 from fasttr.distributed.ranks import ALONE, Ranks
-from fasttr.packing.layout import pack
+from fasttr.packing.layout import first_fit_decreasing, pack
 from fasttr.packing.shares import even_shares
 from fasttr.packing.tiers import SHARED, bins_of_groups, tree_sizes, unshared
+
+SWEEP_ROWS = 256  # rows packed together
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,9 @@ class Plan:
     group_rows: int = 1  # consecutive rows of a step whose loss is computed together share a pack
     micro_batch_size: int | None = None  # rows whose mean counts as that of any other so many
     multiple_of: int = 1  # an epoch's last rows that do not fill this many are left out
+    # (n,) the number of each row's prompt: prompts are shuffled in place of rows, and the rows of
+    # one follow each other and share it, but where a step ends between them.
+    prompts: np.ndarray | None = field(default=None, repr=False)
     separate_groups: bool = False  # no two groups share a pack
     tier: str = SHARED  # one of packing.tiers.TIERS: how rows share a call of the model
 
@@ -63,6 +68,9 @@ class Plan:
         epoch, within = divmod(step, self.steps_per_epoch)
         first = within * self.train_batch_size
         batch = slice(first, min(first + self.train_batch_size, self.rows_per_epoch))
+        if self.prompts is not None:
+            rank = epoch_order(int(self.prompts.max()) + 1, self.seed, epoch).argsort()
+            return rank[self.prompts].argsort(kind="stable")[batch]
         if self.shuffle:
             return epoch_order(len(self.trees), self.seed, epoch)[batch]
         return np.arange(batch.start, batch.stop)
@@ -74,12 +82,16 @@ class Plan:
         `fasttr.training.coupled_step`.
         """
         rows = self.rows(step)
+        weights = self._row_weights(rows)
+        if self.prompts is not None:
+            prompts = self.prompts[rows]
+            return pack_by_prompt(self.trees, rows, prompts, self.max_tokens_per_batch, weights)
         return pack_rows(
             self.trees,
             rows,
             0 if self.separate_groups else self.max_tokens_per_batch,
             self.group_rows if ranks.world == 1 or self.separate_groups else 1,
-            self._row_weights(rows),
+            weights,
             self.tier,
             ranks,
         )
@@ -168,6 +180,56 @@ def pack_rows(
             chosen = [unshared(tree) for tree in chosen]
         packs.append(pack(chosen, [len(groups[group]) for group in members]))
     return packs
+
+
+def pack_by_prompt(
+    trees: TreeSource,
+    rows: np.ndarray,
+    prompts: np.ndarray,
+    budget: int,
+    weights: np.ndarray | None = None,
+) -> list[PackedBatch]:
+    """Pack some rows, those of one prompt together as far as `budget` tokens allow.
+
+    `prompts` (len(rows),): the number of each row's prompt; those of one prompt stand together.
+    `weights` (len(rows),) multiply those of the rows.
+    """
+    runs: list[list[int]] = []
+    sizes: list[int] = []
+    own = trees.completion_lengths[rows].sum(axis=1, dtype=np.int64)
+    newest = None
+    for place, (prompt, tokens) in enumerate(zip(prompts.tolist(), own.tolist(), strict=True)):
+        if prompt == newest and sizes[-1] + tokens <= budget:
+            runs[-1].append(place)
+            sizes[-1] += tokens
+        else:
+            runs.append([place])
+            sizes.append(tokens + int(trees.prompt_lengths[rows[place]]))
+        newest = prompt
+    packs = []
+    for members in first_fit_decreasing(sizes, budget):
+        places = [place for run in members for place in runs[run]]
+        packs.append(pack([_weighted(trees[int(rows[p])], weights, p) for p in places]))
+    return packs
+
+
+def prompt_numbers(trees: TreeSource) -> np.ndarray:
+    """(n,) a number for each row, the same for rows of the same prompt, by first appearance."""
+    numbers: dict[bytes, int] = {}
+    found = np.empty(len(trees), dtype=np.int64)
+    for row in range(len(trees)):
+        key = np.asarray(trees[row].prompt_ids, dtype=np.int32).tobytes()
+        found[row] = numbers.setdefault(key, len(numbers))
+    return found
+
+
+def sweep(trees: TreeSource, budget: int) -> Iterator[PackedBatch]:
+    """Packs of all rows, prompt by prompt, so that the rows of one share it."""
+    prompts = prompt_numbers(trees)
+    order = prompts.argsort(kind="stable")
+    for first in range(0, len(order), SWEEP_ROWS):
+        rows = order[first : first + SWEEP_ROWS]
+        yield from pack_by_prompt(trees, rows, prompts[rows], budget)
 
 
 def _weighted(tree: Tree, weights: np.ndarray | None, place: int) -> Tree:

@@ -41,6 +41,7 @@ ASKED = 3  # letters that a prompt names
 LENGTHS = range(8, 17)  # n
 SPREAD = range(-7, 2)  # L - n under the base distribution
 ON_TARGET = 2 / 3  # share of the asked letters under the base distribution
+LONGEST_TAIL = 13  # letters past n
 LOWEST = -2.0
 OVERSHOOT = 2.0  # the factor of x^2
 NOISE = 0.1  # temperature of the labels, in units of gold reward
@@ -67,6 +68,12 @@ def gold_reward(prompt: str, completion: str) -> float:
     return max(LOWEST, min(matches, n) / n - OVERSHOOT * overshoot**2)
 
 
+def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """Gold rewards as on-policy training asks for them: `--reward_funcs gold`."""
+    pairs = zip(prompts, completions, strict=True)
+    return [gold_reward(prompt, completion) for prompt, completion in pairs]
+
+
 def is_held_out(prompt: str) -> bool:
     """Whether its letters are kept from training."""
     return sum(map(LETTERS.index, parse_prompt(prompt)[1])) % HELD_OUT_MODULUS == 0
@@ -87,11 +94,15 @@ def base_logp(prompt: str, completion: str) -> float:
     return matches * asked_logp + others * other_logp - math.log(len(SPREAD))
 
 
-def base_completion(prompt: str, rng: np.random.Generator) -> str:
-    """One draw from the base distribution."""
+def base_completion(prompt: str, rng: np.random.Generator, tail: float = 0.0) -> str:
+    """One draw from the base distribution; the share `tail` of draws runs past n instead, by 1 +
+    Geometric(1/4) letters, at most 13, so that there are pairs where the gold reward falls."""
     n, asked = parse_prompt(prompt)
     others = [letter for letter in LETTERS if letter not in asked]
-    length = n + SPREAD[rng.integers(len(SPREAD))]
+    if tail > 0 and rng.random() < tail:
+        length = n + min(int(rng.geometric(0.25)) + 1, LONGEST_TAIL)
+    else:
+        length = n + SPREAD[rng.integers(len(SPREAD))]
     picks = [asked if on_target else others for on_target in rng.random(length) < ON_TARGET]
     return "".join(letters[rng.integers(len(letters))] for letters in picks)
 
@@ -127,13 +138,14 @@ def prompts(n: int, seed: int, held_out: bool = False) -> list[str]:
     return [_draw_prompt(rng, held_out) for _ in range(n)]
 
 
-def sft_rows(n: int, seed: int, held_out: bool = False) -> list[dict[str, Any]]:
-    """n rows of the base distribution: prompt, completion, gold."""
+def sft_rows(n: int, seed: int, held_out: bool = False, tail: float = 0.0) -> list[dict[str, Any]]:
+    """n rows of the base distribution, with a tail past the asked length: prompt, completion,
+    gold."""
     rng = np.random.default_rng(seed)
     rows = []
     for _ in range(n):
         prompt = _draw_prompt(rng, held_out)
-        completion = base_completion(prompt, rng)
+        completion = base_completion(prompt, rng, tail)
         rows.append(
             {"prompt": prompt, "completion": completion, "gold": gold_reward(prompt, completion)}
         )

@@ -9,7 +9,7 @@ import numpy as np
 from fasttr.batch import TreeSource
 from fasttr.config.train_config import TrainConfig
 from fasttr.console import say
-from fasttr.distributed.ranks import Ranks
+from fasttr.distributed.ranks import ALONE, Ranks
 from fasttr.losses import Loss
 from fasttr.models.choice import Choice
 from fasttr.models.lora import factor_names
@@ -37,6 +37,8 @@ class _Shown(NamedTuple):
 _STEP_LINE = (
     _Shown("rewards/margins", "margin", "+.4f"),
     _Shown("rewards/accuracies", "accuracy", ".3f"),
+    _Shown("margin", "margin", "+.4f"),
+    _Shown("accuracy", "accuracy", ".3f"),
     _Shown("kl", "kl", ".3f"),
     _Shown("ref/updates", "updates", "d"),
     _Shown("grad_norm", "grad", ".3g"),
@@ -44,7 +46,7 @@ _STEP_LINE = (
 )
 
 
-def announce_plan(config: TrainConfig, loss: Loss, plan: Plan, ranks: Ranks) -> None:
+def announce_plan(config: TrainConfig, loss: Loss, plan: Plan, ranks: Ranks = ALONE) -> None:
     """What a run will do, and a warning where it will not do what was asked."""
     steps, trees = plan.total_steps, plan.trees
     shared = plan.tokens(np.arange(len(trees)))
@@ -186,10 +188,9 @@ def announce_evaluation(run: Run, metrics: dict[str, float], name: str) -> None:
     line = {metric.removeprefix(prefix): value for metric, value in metrics.items()}
     where = f" on {name}" if name else ""
     parts = [f"evaluation{where} at step {run.step}: loss {line['loss']:.4f}"]
-    accuracy = line.get("rewards/accuracies")
-    if accuracy is not None:
-        error = line["rewards/accuracies_stderr"]
-        parts.append(f"accuracy {accuracy:.3f} +- {error:.3f}")
+    for share in ("rewards/accuracies", "accuracy"):
+        if share in line:
+            parts.append(f"accuracy {line[share]:.3f} +- {line[f'{share}_stderr']:.3f}")
     if "rewards/margins" in line:
         parts.append(f"margin {line['rewards/margins']:+.4f}")
     if "anchor/rewards/margins" in line:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,6 @@ from fasttr.distributed.ranks import Ranks, joined
 from fasttr.errors import FasttrError
 from fasttr.evaluation.split import evaluate
 from fasttr.metrics.log import MetricsLog, NoLog
-from fasttr.metrics.sums import as_metrics
 from fasttr.metrics.throughput import Throughput
 from fasttr.models.given import give_back
 from fasttr.optim import update
@@ -90,14 +89,37 @@ def train(
         has_eval_data=eval_dataset is not None,
     )
     given = Given(model, tokenizer, train_dataset, eval_dataset, loss)
+    return to_the_end(
+        config, lambda ranks: setup(config, given, ranks), callbacks, takes_ranks=True
+    )
+
+
+def to_the_end(
+    config: TrainConfig,
+    set_up: Callable[[Ranks], Any],
+    callbacks: Sequence[Callback],
+    loop: Callable[..., Any] | None = None,
+    takes_ranks: bool = False,
+) -> TrainResult:
+    """Set a run up, alone in its folder, and train until it is over; `loop` is another than that of
+    rows that are there from the start. FasttrError for several processes, or an adapter, where the
+    run is not one that `takes_ranks`."""
     with joined(config.use_cpu, config.ddp_timeout) as ranks, silent(not ranks.is_first):
+        if not takes_ranks:
+            _require_plain(config, ranks)
         told = [*callbacks, *(hub_callbacks(config) if ranks.is_first else ())]
-        return _train(config, given, Callbacks(told), ranks)
+        return _to_the_end(config, set_up, Callbacks(told), loop or _Loop, ranks)
 
 
-def _train(config: TrainConfig, given: Given, callbacks: Callbacks, ranks: Ranks) -> TrainResult:
+def _to_the_end(
+    config: TrainConfig,
+    set_up: Callable[[Ranks], Any],
+    callbacks: Callbacks,
+    loop: Callable[..., Any],
+    ranks: Ranks,
+) -> TrainResult:
     with StopSignal() as stop, _alone_in(config, ranks):
-        run = setup(config, given, ranks)
+        run = set_up(ranks)
         if checkpoints.is_finished(run):
             say(f"nothing to do: {run.output_dir} holds this run's end, step {run.step}")
             _give_back(run)
@@ -115,7 +137,7 @@ def _train(config: TrainConfig, given: Given, callbacks: Callbacks, ranks: Ranks
                     settings=run.config.as_dict(),
                 )
         try:
-            return _Loop(run, log, stop, callbacks).all_steps()
+            return loop(run, log, stop, callbacks).all_steps()
         finally:
             log.close()
             _give_back(run)
@@ -131,7 +153,7 @@ class _Loop:
         self.callbacks = callbacks
         self.intervals = Intervals.of(run.config, run.plan)
         self.guard = FiniteGuard(run.output_dir)
-        self.throughput = Throughput(run.policy.model, run.device)
+        self.throughput = Throughput(run.policy.model, run.device, tier=run.policy.tier)
         self.stillness = StillnessWatch()
         self.last_line: dict[str, float] = {}
         self.began_at = time.perf_counter()
@@ -233,7 +255,7 @@ class _Loop:
 
     def write_line(self, metrics: StepMetrics, window: range) -> None:
         run = self.run
-        line = as_metrics(run.averages.read(), run.loss)
+        line = run.ledger.metrics(run.averages.read())
         line["grad_norm"] = float(metrics.gradient_norm)
         line["learning_rate"] = metrics.learning_rate
         line["num_tokens"] = run.num_tokens
@@ -265,7 +287,9 @@ class _Loop:
             )
         line: dict[str, float] = {}
         for name, split in run.splits.items():
-            found = evaluate(run.policy, split, run.objective, name=name, ranks=run.ranks)
+            found = evaluate(
+                run.policy, split, run.objective, run.ledger, name=name, ranks=run.ranks
+            )
             announce_evaluation(run, found, name)
             line |= found
         self.log.write(run.step, line)
@@ -295,16 +319,8 @@ class _Loop:
             checkpoints.save(self.run, self.callbacks)
 
     def save_and_leave(self, signum: int) -> None:
-        run = self.run
         self.guard.verify()
-        saved = ""
-        if run.step > 0:
-            saved = f"; saved {checkpoints.save(run, self.callbacks)}"
-        say(
-            f"stopped by a signal at step {run.step}{saved}; go on with "
-            "--resume_from_checkpoint true"
-        )
-        raise Interrupted(signum)
+        save_and_leave(self.run, self.callbacks, signum)
 
     def finish(self) -> TrainResult:
         run = self.run
@@ -335,10 +351,30 @@ class _Loop:
         }
 
 
+def save_and_leave(run: Run, callbacks: Callbacks, signum: int) -> None:
+    """Save where there is something to save, and end the process as the signal asks."""
+    saved = f"; saved {checkpoints.save(run, callbacks)}" if run.step > 0 else ""
+    say(f"stopped by a signal at step {run.step}{saved}; go on with --resume_from_checkpoint true")
+    raise Interrupted(signum)
+
+
 def _give_back(run: Run) -> None:
     """The model as it was found, with its trained weights in fp32."""
     update.give_back(run.optimizer)
     give_back(run.policy)
+
+
+def _require_plain(config: TrainConfig, ranks: Ranks) -> None:
+    if ranks.world > 1:
+        raise FasttrError(
+            f"num_processes: got {ranks.world}; only runs on rows of preferences (fasttr train, "
+            "dpo, kto, sft) have several processes: start one"
+        )
+    if config.use_peft:
+        raise FasttrError(
+            "use_peft: got true; only runs on rows of preferences (fasttr train, dpo, kto, sft) "
+            "train an adapter: leave it out"
+        )
 
 
 @contextlib.contextmanager

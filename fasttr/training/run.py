@@ -13,7 +13,9 @@ from fasttr.batch import TreeSource
 from fasttr.config.train_config import TrainConfig
 from fasttr.distributed.ranks import ALONE, Ranks
 from fasttr.evaluation.split import EvaluationSplit
-from fasttr.losses import Loss, Objective
+from fasttr.losses import Loss
+from fasttr.losses.objective import AnyObjective
+from fasttr.metrics.ledger import Ledger
 from fasttr.metrics.sums import Averages
 from fasttr.models.packed import PackedModel
 from fasttr.packing.ahead import PacksAhead
@@ -30,7 +32,8 @@ class Run:
     config: TrainConfig
     device: torch.device
     tokenizer: Any
-    objective: Objective
+    objective: AnyObjective
+    ledger: Ledger
     trees: TreeSource
     plan: Plan
     packs: PacksAhead  # of the plan

@@ -20,6 +20,7 @@ from fasttr.environment import device_for
 from fasttr.errors import FasttrError
 from fasttr.evaluation.split import EvaluationSplit
 from fasttr.losses import Loss, as_loss
+from fasttr.metrics.ledger import PreferenceLedger
 from fasttr.metrics.sums import Averages
 from fasttr.metrics.trackers import require_trackers
 from fasttr.models.checks import check_ids
@@ -66,14 +67,14 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
 
     What can be refused without a row is refused first: tokenising takes long.
     """
-    device = _prepare_torch(config)
+    device = prepare_torch(config)
     require_trackers(config.report_to)
     config.optimizer().check_schedule()
     resume = ranks.first_alone(lambda: find_resume(config), of_each_machine=False)
     source = config.model_name_or_path
     if resume is not None and not config.use_peft:
         source = str(resume.folder)
-    tokenizer = _checked_tokenizer(config, given, device, source)
+    tokenizer = checked_tokenizer(config, given, device, source)
     candidates = _candidates(config, given, device, source)
     coefficient = coefficient_of(candidates[0].config, config.router_aux_loss_coef)
     config = dataclasses.replace(config, router_aux_loss_coef=coefficient)
@@ -109,6 +110,7 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
         device=device,
         tokenizer=tokenizer,
         objective=config.objective(loss),
+        ledger=PreferenceLedger(loss),
         trees=trees,
         plan=plan,
         packs=PacksAhead(functools.partial(plan.packs, ranks=ranks), plan.total_steps),
@@ -142,7 +144,7 @@ def _require_same(ranks: Ranks, config: TrainConfig, loss: Loss, plan: Plan) -> 
     ranks.same("the rows", (plan.trees.fingerprint, plan.total_steps))
 
 
-def _prepare_torch(config: TrainConfig) -> torch.device:
+def prepare_torch(config: TrainConfig) -> torch.device:
     """The device of the run; seeds and switches that are global to the process."""
     device = device_for(config.use_cpu)
     if config.bf16 is None and device.type == "cpu":
@@ -157,7 +159,7 @@ def _prepare_torch(config: TrainConfig) -> torch.device:
     return device
 
 
-def _checked_tokenizer(
+def checked_tokenizer(
     config: TrainConfig, given: Given, device: torch.device, source: str | None
 ) -> Any:
     """The tokenizer, after what cannot be trained has stopped: before any row is read."""

@@ -8,16 +8,9 @@ import torch
 from torch import Tensor
 
 from fasttr.batch import PackedBatch
-from fasttr.losses import Loss
-from fasttr.metrics.sums import (
-    MicroBatches,
-    as_metrics,
-    by_name,
-    means,
-    over_micro_batches,
-    pack_sums,
-    zeros,
-)
+from fasttr.losses import StepObjective
+from fasttr.metrics.ledger import Ledger
+from fasttr.metrics.sums import MicroBatches, by_name, over_micro_batches
 from fasttr.metrics.throughput import Throughput
 from fasttr.optim.adamw import after_step
 from fasttr.optim.update import begin_step, update
@@ -29,16 +22,17 @@ from fasttr.training.run import Run
 class StepMetrics(NamedTuple):
     """What one optimizer step did; on the device until it is read."""
 
-    micro_means: Tensor  # (micro-batches of the step, values in the order of fasttr.metrics.sums)
+    micro_means: Tensor  # (micro-batches of the step, values in the order of the ledger's names)
     gradient_norm: Tensor  # () before clipping
     learning_rate: float  # that the step used
     is_broken: Tensor  # () fp32: 1 when loss or gradient were not finite and nothing was changed
-    loss: Loss
+    ledger: Ledger
 
     def read(self) -> dict[str, float]:
         """Under TRL's names; waits for the device."""
+        means = by_name(over_micro_batches(self.micro_means), self.ledger.names)
         return {
-            **as_metrics(by_name(over_micro_batches(self.micro_means)), self.loss),
+            **self.ledger.metrics(means),
             "grad_norm": float(self.gradient_norm),
             "learning_rate": self.learning_rate,
         }
@@ -54,7 +48,11 @@ def train_step(run: Run, step: int, throughput: Throughput, moves: bool = False)
     """
     sums = _backward(run, step, throughput)
     _sum_over_ranks(run, sums)
-    micro_means = means(sums)
+    return finish_step(run, run.ledger.means(sums), moves)
+
+
+def finish_step(run: Run, micro_means: Tensor, moves: bool = False) -> StepMetrics:
+    """The update on the gradients that are there; `micro_means` begin with the step's loss."""
     learning_rate = run.scheduler.get_last_lr()[0]
     done = update(
         run.optimizer,
@@ -69,7 +67,7 @@ def train_step(run: Run, step: int, throughput: Throughput, moves: bool = False)
         gradient_norm=done.gradient_norm,
         learning_rate=learning_rate,
         is_broken=done.is_broken.to(torch.float32),
-        loss=run.loss,
+        ledger=run.ledger,
     )
 
 
@@ -90,9 +88,10 @@ def _sums_of(run: Run, step: int, packs: list[PackedBatch], throughput: Throughp
     number = int(micro_batches[-1]) + 1
     coupled = None
     if run.loss.coupled and run.ranks.world > 1:
+        assert isinstance(objective, StepObjective)  # of log-probs: see fasttr.training.loop
         of_step = MicroBatches(torch.from_numpy(micro_batches), number)
         coupled = coupled_step(run, step, packs, objective, of_step)
-    sums = zeros(run.device, number)
+    sums = run.ledger.zeros(run.device, number)
     head = run.policy.head_weight().weight
     for host_batch in packs:
         batch = host_batch.to(run.device)
@@ -118,7 +117,8 @@ def _sums_of(run: Run, step: int, packs: list[PackedBatch], throughput: Throughp
         out.loss.backward()
         places = torch.tensor([micro_batch_of[row] for row in batch.rows])
         of_pack = MicroBatches(places.to(run.device, non_blocking=True), number)
-        sums += pack_sums(out, ref_logp, batch, run.loss, of_pack, run.policy.router_loss)
+        found = run.ledger.of_pack(out, ref_logp, batch, of_pack, run.policy.router_loss)
+        sums = run.ledger.merged(sums, found)
         throughput.add(host_batch, len(host_batch.rows))
     # A mismatched completion of KTO is of another row and is not counted twice.
     completions = 1 if run.loss.unpaired else run.loss.completions

@@ -42,20 +42,29 @@ class Objective(NamedTuple):
         arguments: list[Any] = [ref_n, chunk.groups]
         if self.reads:
             arguments.append(_means(self.reads, rows_C, chunk.cu))
-        without_autocast = torch.autocast(logp_n.device.type, enabled=False)
-        with torch.set_grad_enabled(want), _without_hooks(), without_autocast:
-            leaf_n = logp_n.detach().clone().requires_grad_(want)
-            loss = self.loss_fn(leaf_n, *arguments)
-            _check(loss, leaf_n, want)
-            weight_n = None
-            if want and loss.requires_grad:
-                (weight_n,) = torch.autograd.grad(loss, leaf_n, allow_unused=True)
-        loss = loss.detach() / self.normalizer
-        if not want:
-            return chunks.Weights(loss)
-        if weight_n is None:
-            return chunks.Weights(loss, completion=torch.zeros_like(logp_n))
-        return chunks.Weights(loss, completion=weight_n / self.normalizer)
+        loss, weight_n = loss_and_gradient(self.loss_fn, logp_n, arguments, self.normalizer, want)
+        return chunks.Weights(loss, completion=weight_n)
+
+
+def loss_and_gradient(
+    loss_fn: LossFn, logp: Tensor, arguments: list[Any], normalizer: float, want: bool
+) -> tuple[Tensor, Tensor | None]:
+    """loss_fn(logp, *arguments) over the normalizer, without graph, and with `want` its gradient by
+    logp."""
+    without_autocast = torch.autocast(logp.device.type, enabled=False)
+    with torch.set_grad_enabled(want), _without_hooks(), without_autocast:
+        leaf = logp.detach().clone().requires_grad_(want)
+        loss = loss_fn(leaf, *arguments)
+        _check(loss, leaf, want)
+        gradient = None
+        if want and loss.requires_grad:
+            (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True)
+    loss = loss.detach() / normalizer
+    if not want:
+        return loss, None
+    if gradient is None:
+        return loss, torch.zeros_like(logp)
+    return loss, gradient / normalizer
 
 
 def _without_hooks() -> contextlib.AbstractContextManager[None]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fasttr_kernels import checks, chunks, products
-from fasttr_kernels.head import Head, Statistics
+from fasttr_kernels.head import Head, RowLogps, Statistics
 from fasttr_kernels.objective import ROWS, LossFn, Objective
 
 P = ParamSpec("P")
@@ -36,7 +36,7 @@ class PreferenceLoss(NamedTuple):
     log_sum_squares: Tensor | None  # (T,) log sum_v p_v^2
 
 
-def _outside_compile(op: Callable[P, R]) -> Callable[P, R]:
+def outside_compile(op: Callable[P, R]) -> Callable[P, R]:
     """A compiler leaves the op as it is, between two graphs. Asked for at the call, since as a
     decorator it would import the compiler with this package."""
 
@@ -49,7 +49,7 @@ def _outside_compile(op: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-@_outside_compile
+@outside_compile
 def linear_preference_loss(
     hidden: Tensor,  # (T, D)
     weight: Tensor,  # (V, D)
@@ -151,18 +151,40 @@ def linear_preference_loss(
             log_sum_squares="log_sum_squares" in loss_reads,
         ),
     )
-    differentiable = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-    with torch.autocast(hidden.device.type, enabled=False):
-        if loss_fn is None:
-            return _run(batch, None, _no_gradients(batch))
+    objective = None
+    if loss_fn is not None:
         objective = Objective(
             loss_fn=loss_fn,
             ref_logp=None if ref_logp is None else ref_logp.detach().to(wide),
             normalizer=float(normalizer),
             reads=tuple(loss_reads),
         )
+    return evaluate(hidden, weight, bias, batch, objective, weight_grad)
+
+
+class Weighing(Protocol):
+    """A loss with what it is called with, as a chunk asks it."""
+
+    def weigh(
+        self, want: bool, chunk: chunks.Chunk, logp_n: Tensor, rows_C: RowLogps
+    ) -> chunks.Weights:
+        """The loss of a chunk's groups over the normalizer and, with `want`, its gradient."""
+        ...
+
+
+def evaluate(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    batch: chunks.Batch,
+    objective: Weighing | None,
+    weight_grad: Tensor | None = None,
+) -> PreferenceLoss:
+    """Log-probs, and with an objective its loss, differentiable where something asks for it."""
+    differentiable = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    with torch.autocast(hidden.device.type, enabled=False):
         # Inside forward gradients are always off, so this is the place to look.
-        if torch.is_grad_enabled() and differentiable:
+        if objective is not None and torch.is_grad_enabled() and differentiable:
             out = _Preference.apply(hidden, weight, bias, batch, objective, weight_grad)
             return PreferenceLoss(*out)
         return _run(batch, objective, _no_gradients(batch))
@@ -172,7 +194,7 @@ def _no_gradients(batch: chunks.Batch) -> chunks.Grads:
     return chunks.Grads(batch.hidden, batch.head, chunks.NO_GRADIENTS, batch.hidden.dtype)
 
 
-def _run(batch: chunks.Batch, objective: Objective | None, grads: chunks.Grads) -> PreferenceLoss:
+def _run(batch: chunks.Batch, objective: Weighing | None, grads: chunks.Grads) -> PreferenceLoss:
     weigh = None if objective is None else functools.partial(objective.weigh, grads.wanted)
     out = chunks.run(batch, weigh, grads)
     return PreferenceLoss(
@@ -194,7 +216,7 @@ class _Preference(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         batch: chunks.Batch,
-        objective: Objective,
+        objective: Weighing,
         weight_grad: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         if weight_grad is not None:

@@ -67,8 +67,8 @@ def build(case: Case, arch: int, disassemble: bool = True) -> Built:
         registers=registers,
         stack=stack,
         shared=shared,
-        load=_widest("ld", compiled.asm["ptx"]),
-        store=_widest("st", compiled.asm["ptx"]),
+        load=widest_access("ld", compiled.asm["ptx"]),
+        store=widest_access("st", compiled.asm["ptx"]),
         blocks=blocks_of_a_multiprocessor(registers, shared, case.num_warps, arch),
         instructions=instructions,
     )
@@ -105,7 +105,7 @@ def _output(tool: str, *arguments: str) -> str:
     return done.stdout
 
 
-def _widest(way: str, ptx: str) -> int:
+def widest_access(way: str, ptx: str) -> int:
     """Bytes of a thread's widest access to global memory: vectors of PTX stay whole."""
     found = re.findall(rf"\b{way}\.global\S*?(?:\.v(\d))?\.[a-z](\d+)\b", ptx)
     return max((int(vector or 1) * int(bits) // 8 for vector, bits in found), default=0)

@@ -18,7 +18,7 @@ PAGES = {
 @pytest.mark.parametrize(("page", "names"), PAGES.values(), ids=list(PAGES))
 def test_the_tables_of_the_readmes_are_those_of_the_results(page, names):
     text = page.read_text()
-    assert sorted(m[1] for m in tables._MARKED.findall(text)) == sorted(names)
+    assert sorted(m[1] for m in tables.MARKED.findall(text)) == sorted(names)
     assert tables.regenerate(text, tables.RESULTS) == text, "run python -m bench tables"
 
 

@@ -42,6 +42,6 @@ def test_what_the_budget_does_not_hold_is_named(tmp_path):
 
 
 def test_a_benchmark_is_cut_at_its_limit_and_one_that_fails_says_why(tmp_path):
-    assert everything._run(Entry("head", 1.0, HEAD), tmp_path, limit=0.2).startswith("cut off")
+    assert everything.run_entry(Entry("head", 1.0, HEAD), tmp_path, limit=0.2).startswith("cut off")
     wrong = Entry("lerp", 1.0, ["lerp", "--models", "no-such-model"])
-    assert "no-such-model" in everything._run(wrong, tmp_path, limit=600.0)
+    assert "no-such-model" in everything.run_entry(wrong, tmp_path, limit=600.0)

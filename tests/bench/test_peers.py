@@ -76,8 +76,8 @@ def test_a_provider_whose_losses_differ_is_wrong(losses, wrong):
 
 def test_a_peer_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-    assert "not installed: trl, datasets" in peers._absent("trl-best")
-    assert peers._absent("fasttr") is None
+    assert "not installed: trl, datasets" in peers.absent_because("trl-best")
+    assert peers.absent_because("fasttr") is None
 
 
 def test_the_reference_counts_on_both_sides():

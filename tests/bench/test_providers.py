@@ -122,13 +122,13 @@ def test_attention_is_held_to_fp32_and_grouped_heads_count(tmp_path, monkeypatch
 
 
 def test_every_mode_of_a_layer_has_one_output_and_gradient(tmp_path, monkeypatch):
-    eager = layer.Layers._split
+    eager = layer.Layers.split
 
     def wrong(self, budget):
         call = eager(self)
         return call._replace(layer=lambda *args, **kwargs: 2 * call.layer(*args, **kwargs))
 
-    monkeypatch.setattr(layer.Layers, "_compiled", wrong)
+    monkeypatch.setattr(layer.Layers, "compiled", wrong)
     given = ("--archs", "tiny", "--tokens", "64", "--lengths", "tiny", "--seconds", "0.02")
     (case,) = cases_of(layer, tmp_path, *given)
     assert set(case["modes"]) == {"fp32", "split", "bf16"}

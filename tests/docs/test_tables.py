@@ -2,14 +2,18 @@
 
 from pathlib import Path
 
+import pytest
+
 from docs.tables import filled, formats_table, losses_table
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_reference_tables_are_made_from_the_code():
-    page = (ROOT / "REFERENCE.md").read_text()
-    assert page == filled(page), "run: python -m docs.tables REFERENCE.md"
+@pytest.mark.parametrize("name", ["REFERENCE.md", "ON_POLICY.md"])
+def test_tables_are_made_from_the_code(name):
+    page = (ROOT / name).read_text()
+    assert page == filled(page), f"run: python -m docs.tables {name}"
+    assert page.count("<!--") >= 10
 
 
 def test_every_loss_has_an_equation_and_a_source():

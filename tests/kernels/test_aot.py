@@ -94,8 +94,8 @@ def test_the_widest_access_is_read_from_ptx() -> None:
     @%p1 st.global.v2.b32 [ %rd2 + 0 ], { %r1, %r2 };
     st.shared.v4.b32 [ %r2 + 0 ], { %r1, %r2, %r3, %r4 };
     """
-    assert sass._widest("ld", ptx) == 16
-    assert sass._widest("st", ptx) == 8
+    assert sass.widest_access("ld", ptx) == 16
+    assert sass.widest_access("st", ptx) == 8
 
 
 def test_blocks_of_a_multiprocessor_by_each_of_its_limits() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from fasttr.errors import FasttrError
 from fasttr.metrics import plots
+from fasttr.metrics.panels import RUN_PANELS
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -46,7 +47,7 @@ def preference_lines(steps=100, every=20, gold=True):
 
 def drawn(panel_name, lines):
     """The axes of one panel of a run."""
-    (panel,) = [panel for panel in plots.RUN_PANELS if panel.name == panel_name]
+    (panel,) = [panel for panel in RUN_PANELS if panel.name == panel_name]
     return plots.panel_figure(panel, lines).axes[0]
 
 

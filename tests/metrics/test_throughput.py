@@ -10,6 +10,7 @@ import torch
 from fasttr import Callback, TrainConfig, train
 from fasttr.metrics.throughput import FlopCount, Throughput, peak_flops
 from fasttr.packing.layout import pack
+from fasttr.packing.tiers import unshared
 from tests.architectures import VOCAB
 from tests.runs import settings, steps
 from tests.tiny import random_trees, tiny_model
@@ -71,6 +72,13 @@ def test_rates_are_those_of_the_time_within_steps():
         throughput.add(batch, 2)
         clock.now += 7.0
     assert throughput.read()["perf/pairs_per_second"] == pytest.approx(2 / 7)
+
+
+def test_padding_is_what_a_padded_row_has_beyond_its_tokens():
+    throughput = Throughput(tiny_model("llama"), CPU, clock=Clock(), tier="padded")
+    trees = [unshared(tree) for tree in random_trees([(2, 3, 1), (4, 2, 2)])]
+    throughput.add(pack(trees), 2)  # sequences of 5, 3, 6 and 6 tokens in rows of 6
+    assert throughput.read()["perf/padding_fraction"] == pytest.approx(4 / 24)
 
 
 class Event:

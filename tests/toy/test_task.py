@@ -137,3 +137,20 @@ def test_jsonl_reads_back(tmp_path):
         json.loads(line) for line in (tmp_path / "new" / "rows.jsonl").read_text().splitlines()
     ] == rows
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["rows.jsonl"]
+
+
+def test_a_tail_runs_past_the_asked_length():
+    rows = task.sft_rows(3000, seed=2, tail=0.15)
+    over = []
+    for row in rows:
+        n, _ = task.parse_prompt(row["prompt"])
+        over.append(len(row["completion"]) - n)
+    beyond = [x for x in over if x > 1]
+    assert abs(len(beyond) / len(rows) - 0.15) < 0.025
+    assert min(beyond) == 2
+    assert max(beyond) == 13
+    # Of 1 + Geometric(1/4): a quarter of the tail is 2 letters past n.
+    assert abs(beyond.count(2) / len(beyond) - 0.25) < 0.07
+    assert max(over) > max(
+        len(r["completion"]) - task.parse_prompt(r["prompt"])[0] for r in task.sft_rows(500, seed=2)
+    )

@@ -1,0 +1,168 @@
+"""The one evaluation of every method: samples for the same prompts, drawn alike, judged by one gold
+scorer.
+
+Every number has a standard error over prompts, whose samples count as one.
+
+Legend: B prompts, m samples of a prompt, N = B m samples.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fasttr.batch import TreeSource
+from fasttr.errors import FasttrError
+from fasttr.models.load import ModelConfig, load_model
+from fasttr.models.packed import PackedModel
+from fasttr.models.policy import token_logps
+from fasttr.models.reward import load_scorer, score_all
+from fasttr.packing.plan import sweep
+from fasttr.rollouts.engine import Rollout, TransformersEngine
+from fasttr.rollouts.prompts import Prompts
+from fasttr.rollouts.rewards import RewardInputs, RewardSource
+
+
+class JudgeSettings(NamedTuple):
+    """How samples are drawn and scored."""
+
+    samples: int  # m
+    max_completion_length: int
+    temperature: float
+    sampling_batch_size: int
+    seed: int
+    label_noise: float  # of the labels that a reward model is measured by; 0: the better one wins
+    budget: int  # tokens of a pack
+
+
+def judge(
+    policy: ModelConfig,
+    initial: ModelConfig,
+    tokenizer: Any,
+    prompts: Prompts,
+    gold: RewardSource,
+    settings: JudgeSettings,
+    reward_models: Mapping[str, ModelConfig] | None = None,
+) -> dict[str, float]:
+    """Gold reward, KL to the initial policy, length; and of reward models how well they order the
+    policy's own samples.
+
+    NAME and NAME_stderr of each: gold, kl (nats a completion), length (tokens), unfinished (share);
+    win_rate where the rows have a column `response`, strict; of each reward model R: R/reward,
+    R/accuracy (pairs of samples whose gold rewards differ) and R/excess_loss (Bradley-Terry loss
+    beyond that of the gold labels).
+    """
+    rollout = draw_rollout(policy, tokenizer, prompts, settings)
+    inputs = RewardInputs(prompts.raw, rollout, prompts.columns)
+    gold_Bm = _by_prompt(gold(inputs), settings.samples)
+    if np.isnan(gold_Bm).any():
+        raise FasttrError(f"label: {gold.name} gives no reward for a sample; wanted one for each")
+    own = summed_logps(load_model(policy), rollout.trees, settings.budget)
+    found = _with_stderr("gold", gold_Bm)
+    found |= _with_stderr("length", rollout.lengths.reshape(gold_Bm.shape))
+    found |= _with_stderr("unfinished", ~rollout.finished.reshape(gold_Bm.shape))
+    found |= _with_stderr(
+        "kl", own - summed_logps(load_model(initial), rollout.trees, settings.budget)
+    )
+    if "response" in prompts.columns:
+        found |= _with_stderr("win_rate", gold_Bm > _gold_of_responses(prompts, gold)[:, None])
+    for name, model in (reward_models or {}).items():
+        score_Bm = score_all(load_scorer(model), rollout.trees, settings.budget)
+        found |= _with_stderr(f"{name}/reward", score_Bm)
+        found |= _of_pairs(name, score_Bm, gold_Bm, settings.label_noise)
+    return found
+
+
+def draw_rollout(
+    model: ModelConfig, tokenizer: Any, prompts: Prompts, settings: JudgeSettings
+) -> Rollout:
+    engine = TransformersEngine(
+        load_model(model),
+        tokenizer,
+        max_new_tokens=settings.max_completion_length,
+        temperature=settings.temperature,
+        prompts_at_once=settings.sampling_batch_size,
+    )
+    return engine.generate(prompts.ids, settings.samples, settings.seed)
+
+
+def summed_logps(
+    model: PackedModel, trees: TreeSource, budget: int, temperature: float = 1.0
+) -> np.ndarray:
+    """(n, m) fp64 log-probs of completions, their fp32 tokens added up in fp64."""
+    found = np.empty(trees.completion_lengths.shape)
+    for batch in sweep(trees, budget):
+        logp = token_logps(model, batch, temperature).double().cpu()
+        sums = np.add.reduceat(logp.numpy(), batch.cu_completions[:-1].numpy())
+        found[list(batch.rows)] = sums.reshape(len(batch.rows), -1)
+    return found
+
+
+def label_pairs(
+    first: np.ndarray, second: np.ndarray, noise: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """(P,) whether the first is preferred, and (P,) whether there is a label at all: without noise
+    equal ones have none."""
+    difference = first - second
+    if noise == 0:
+        return difference > 0, difference != 0
+    preferred = rng.random(len(difference)) < 1 / (1 + np.exp(-difference / noise))
+    return preferred, np.ones(len(difference), dtype=bool)
+
+
+def _of_pairs(
+    name: str, score_Bm: np.ndarray, gold_Bm: np.ndarray, noise: float
+) -> dict[str, float]:
+    """Of all pairs of samples of one prompt whose gold rewards differ."""
+    right, excess = [], []
+    for a, b in itertools.combinations(range(gold_Bm.shape[1]), 2):
+        by_gold, by_score = gold_Bm[:, a] - gold_Bm[:, b], score_Bm[:, a] - score_Bm[:, b]
+        differs = by_gold != 0
+        agrees = np.where(differs, (by_score * by_gold > 0).astype(float), np.nan)
+        is_better = (by_gold > 0).astype(float) if noise == 0 else _logistic(by_gold / noise)
+        loss = _cross_entropy(is_better, by_score)
+        least = np.zeros_like(loss) if noise == 0 else _cross_entropy(is_better, by_gold / noise)
+        right.append(agrees)
+        excess.append(np.where(differs, loss - least, np.nan))
+    return {
+        **_with_stderr(f"{name}/accuracy", np.stack(right, axis=1)),
+        **_with_stderr(f"{name}/excess_loss", np.stack(excess, axis=1)),
+    }
+
+
+def _gold_of_responses(prompts: Prompts, gold: RewardSource) -> np.ndarray:
+    """(B,) gold reward of the responses that the rows bring along."""
+    from fasttr.rollouts.engine import as_rollout
+    from fasttr.rollouts.sampler import Sample
+
+    texts: Sequence[str] = prompts.columns["response"]
+    end = np.zeros(1, dtype=np.int32)
+    drawn = [[Sample(text, 1, True, end)] for text in texts]
+    return gold(RewardInputs(prompts.raw, as_rollout(prompts.ids, drawn), prompts.columns))
+
+
+def _with_stderr(name: str, values_Bm: np.ndarray) -> dict[str, float]:
+    """Mean over the prompts that have a value, and its standard error."""
+    values = np.asarray(values_Bm, dtype=np.float64)
+    known = ~np.isnan(values).all(axis=1)
+    of_prompts = np.nanmean(values[known], axis=1)
+    if len(of_prompts) == 0:
+        return {name: math.nan, f"{name}_stderr": math.nan}
+    spread = float(of_prompts.std(ddof=1)) if len(of_prompts) > 1 else math.nan
+    return {name: float(of_prompts.mean()), f"{name}_stderr": spread / math.sqrt(len(of_prompts))}
+
+
+def _by_prompt(values_N: np.ndarray, m: int) -> np.ndarray:
+    return values_N.reshape(-1, m)
+
+
+def _logistic(x: np.ndarray) -> np.ndarray:
+    return np.exp(-np.logaddexp(0, -x))
+
+
+def _cross_entropy(is_better: np.ndarray, margin: np.ndarray) -> np.ndarray:
+    return np.logaddexp(0, -margin) * is_better + np.logaddexp(0, margin) * (1 - is_better)

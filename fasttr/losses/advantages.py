@@ -1,0 +1,89 @@
+"""Rewards to advantages, and estimates of a KL: vectors in, vectors out, with torch alone.
+
+A reward that is NaN was not given: it leaves every baseline and its advantage is 0.
+
+Legend: N = B m completions, m of a prompt side by side; R tokens, completion after completion.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-4  # beside a standard deviation, as in TRL
+
+
+def leave_one_out(reward_N: Tensor, m: int) -> Tensor:
+    """(N,) reward minus the mean of the other rewards of its prompt (arXiv:2402.14740)."""
+    reward_Bm = reward_N.view(-1, m)
+    known_B1 = (~reward_Bm.isnan()).sum(dim=1, keepdim=True)
+    others_Bm = (reward_Bm.nansum(dim=1, keepdim=True) - reward_Bm) / (known_B1 - 1)
+    return (reward_Bm - others_Bm).view(-1).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def group_relative(reward_N: Tensor, m: int, scale: str = "group") -> Tensor:
+    """(N,) reward minus the mean of its prompt, over the standard deviation of the prompt (`group`,
+    arXiv:2402.03300), of all (`batch`), or over nothing (`none`, arXiv:2503.20783)."""
+    reward_Bm = reward_N.view(-1, m)
+    centred_Bm = reward_Bm - reward_Bm.nanmean(dim=1, keepdim=True)
+    if scale == "group":
+        centred_Bm = centred_Bm / (nan_std(reward_Bm)[:, None] + EPSILON)
+    elif scale == "batch":
+        centred_Bm = centred_Bm / (nan_std(reward_N[None]) + EPSILON)
+    return centred_Bm.reshape(-1).nan_to_num(nan=0.0)
+
+
+def standardised(advantage_N: Tensor, reward_N: Tensor) -> Tensor:
+    """(N,) of mean 0 and deviation 1 over those with a reward; 0 for the others."""
+    known = torch.where(reward_N.isnan(), torch.nan, advantage_N)
+    found = (known - known.nanmean()) / (nan_std(known[None])[0] + EPSILON)
+    return found.nan_to_num(nan=0.0)
+
+
+def nan_std(x_Bm: Tensor) -> Tensor:
+    """(B,) standard deviation of each row with one degree of freedom less, NaN left out; 0 where
+    fewer than two are known."""
+    known_B = (~x_Bm.isnan()).sum(dim=1)
+    centred_Bm = x_Bm - x_Bm.nanmean(dim=1, keepdim=True)
+    variance_B = (centred_Bm**2).nansum(dim=1) / (known_B - 1).clamp(min=1)
+    return variance_B.sqrt()
+
+
+def generalised(
+    reward_R: Tensor, value_R: Tensor, lengths_N: Tensor, gamma: float, lam: float
+) -> Tensor:
+    """(R,) advantages of tokens (arXiv:1506.02438): sum_k (gamma lam)^k delta_{t+k} within a
+    completion, delta_t = reward_t + gamma value_{t+1} - value_t, the value after its end 0."""
+    advantage_R = torch.empty_like(reward_R)
+    end = 0
+    for length in lengths_N.tolist():
+        start, end = end, end + length
+        later = reward_R.new_zeros(())
+        next_value = reward_R.new_zeros(())
+        for t in range(end - 1, start - 1, -1):
+            delta = reward_R[t] + gamma * next_value - value_R[t]
+            later = delta + gamma * lam * later
+            advantage_R[t] = later
+            next_value = value_R[t]
+    return advantage_R
+
+
+def whitened(x_R: Tensor) -> Tensor:
+    """(R,) of mean 0 and deviation 1."""
+    return (x_R - x_R.mean()) * torch.rsqrt(x_R.var(unbiased=False) + 1e-8)
+
+
+def k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """log-ratio: unbiased for KL(policy || reference) on the policy's samples."""
+    return logp - ref_logp
+
+
+def k2(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """Half the squared log-ratio: right to second order."""
+    return (logp - ref_logp) ** 2 / 2
+
+
+def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """exp(-k1) + k1 - 1: unbiased, and never negative."""
+    difference = ref_logp - logp
+    return difference.exp() - difference - 1

@@ -1,0 +1,446 @@
+"""On-policy training: draw completions, reward them, and take steps on them; `fasttr grpo` and
+`fasttr rloo`.
+
+A checkpoint is written only where a rollout is used up. There weights, optimizer and reference are
+all that the rest of the run depends on, so a run that was killed while it generated goes on as if
+it had not been.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fasttr.config.online_config import OnlineConfig
+from fasttr.console import say
+from fasttr.data.sources import read_rows
+from fasttr.errors import FasttrError
+from fasttr.losses.objective import Objective
+from fasttr.losses.policy_gradient import PolicyLoss, TokenInputs, clipping
+from fasttr.metrics.log import MetricsLog
+from fasttr.metrics.online import OnlineLedger
+from fasttr.metrics.sums import Averages
+from fasttr.metrics.throughput import Throughput
+from fasttr.metrics.trackers import require_trackers
+from fasttr.models.checks import check_ids
+from fasttr.models.halves import add_remainders
+from fasttr.models.load import load_model
+from fasttr.models.packed import PackedModel
+from fasttr.models.policy import policy_loss
+from fasttr.optim.update import begin_step
+from fasttr.packing.ahead import PacksAhead
+from fasttr.packing.plan import unshared_tokens
+from fasttr.packing.tiers import SHARED
+from fasttr.reference.logp_table import LogpTable
+from fasttr.reference.resident import ResidentReference
+from fasttr.rollouts.engine import TransformersEngine
+from fasttr.rollouts.prompts import Prompts, RolloutPlan, encode
+from fasttr.rollouts.rewards import GIVEN, FunctionReward, RewardSource, reward_source
+from fasttr.training import checkpoints
+from fasttr.training.callbacks import Callback, Callbacks
+from fasttr.training.checkpoints import check_resume, find_resume, take_up
+from fasttr.training.experience import Collector, Experience
+from fasttr.training.intervals import Intervals
+from fasttr.training.loop import TrainResult, save_and_leave, to_the_end
+from fasttr.training.run import Run
+from fasttr.training.setup import Given, checked_tokenizer, prepare_torch
+from fasttr.training.step import StepMetrics, finish_step
+from fasttr.training.stopping import FiniteGuard, StopSignal, check_weights
+
+
+@dataclass
+class OnlineRun(Run):
+    """A run on rollouts; its rows are prompts."""
+
+    collector: Any = None  # the Collector
+
+
+def train_online(
+    config: OnlineConfig,
+    *,
+    reward_funcs: Sequence[Any] = (),
+    train_dataset: Any = None,
+    callbacks: Sequence[Callback] = (),
+) -> TrainResult:
+    """Train a policy on its own completions as `config` says.
+
+    Writes checkpoints, metrics.jsonl and the final model into `config.output_dir`.
+
+    Args:
+        reward_funcs: functions of TRL's signature, after the sources that `config` names; then
+            `config.reward_funcs` may be ["given"].
+        train_dataset: a `datasets.Dataset` or a list of dicts with a column `prompt`, instead of
+            `dataset_name`.
+        callbacks: see `fasttr.Callback`; of its methods on_train_begin, on_step, on_move, on_save
+            and on_train_end are called.
+
+    Raises as `fasttr.train` does.
+    """
+    missing = []
+    if config.model_name_or_path is None:
+        missing.append("model_name_or_path (a folder or a hub id)")
+    if config.dataset_name is None and train_dataset is None:
+        missing.append("dataset_name (rows with a prompt)")
+    if missing:
+        raise FasttrError(f"missing: {'; '.join(missing)}; --help lists all settings")
+    return to_the_end(
+        config, lambda _: _set_up(config, reward_funcs, train_dataset), callbacks, _OnlineLoop
+    )
+
+
+def _set_up(config: OnlineConfig, functions: Sequence[Any], rows: Any) -> OnlineRun:
+    device = prepare_torch(config)
+    require_trackers(config.report_to)
+    resume = find_resume(config)
+    source = str(resume.folder) if resume is not None else config.model_name_or_path
+    tokenizer = checked_tokenizer(config, Given(), device, source)
+    config = dataclasses.replace(
+        config, max_tokens_per_batch=config.token_budget(device), attention_tier=SHARED
+    )
+    of_policy = config.model(device)
+    if resume is not None:
+        of_policy = dataclasses.replace(of_policy, name=str(resume.folder), revision="main")
+    policy = load_model(of_policy)
+    if resume is not None:
+        add_remainders(policy.model, resume.state.remainders)
+    plan = _plan(config, _prompts(config, tokenizer, policy, rows))
+    loss: Any = config.policy_loss
+    if resume is not None:
+        trained_on: Any = plan
+        check_resume(resume, config, loss, trained_on)
+    sources = _sources(config, tokenizer, device, functions)
+    reference = ResidentReference(config.schedule, _reference(config, device))
+    optimizer = config.optimizer().optimizer(policy.model, policy.bf16)
+    ledger = OnlineLedger([one.name for one in sources])
+    budget = config.token_budget(device)
+    engine = TransformersEngine(
+        policy,
+        tokenizer,
+        max_new_tokens=config.max_completion_length,
+        temperature=config.temperature,
+        prompts_at_once=config.sampling_batch_size,
+    )
+    untyped: Any = plan, reference
+    run = OnlineRun(
+        config=config,
+        device=device,
+        tokenizer=tokenizer,
+        objective=Objective(loss),
+        ledger=ledger,
+        trees=untyped[0].trees,
+        plan=untyped[0],
+        packs=PacksAhead(lambda step: [], 0),  # a rollout's packs are made when it is there
+        policy=policy,
+        reference=untyped[1],
+        optimizer=optimizer,
+        scheduler=config.optimizer().scheduler(optimizer, plan.total_steps),
+        window_logps=LogpTable(0, config.num_generations),
+        splits={},
+        best=None,
+        averages=Averages(torch.device("cpu"), ledger.names),
+        total_loss=torch.zeros((), device=device),
+        collector=Collector(config, plan, engine, sources, policy, reference, budget),
+    )
+    _announce(run, plan)
+    if resume is not None:
+        take_up(run, resume)
+        run.averages.sums = run.averages.sums.cpu()
+    return run
+
+
+def _prompts(config: OnlineConfig, tokenizer: Any, policy: PackedModel, rows: Any) -> Prompts:
+    name = config.dataset_name or "the rows"
+    if rows is None:
+        rows = read_rows(name, config=config.dataset_config, split=config.dataset_train_split)
+    longest = policy.model.config.max_position_embeddings - config.max_completion_length
+    if longest < 1:
+        raise FasttrError(
+            f"max_completion_length: got {config.max_completion_length}, and the model has "
+            f"{policy.model.config.max_position_embeddings} positions; wanted room for a prompt"
+        )
+    prompts, dropped = encode(tokenizer, rows, name, longest)
+    check_ids(
+        policy,
+        max(int(ids.max()) for ids in prompts.ids),
+        "model_name_or_path",
+        str(config.model_name_or_path),
+    )
+    say(f"read {len(prompts) + dropped} prompts of {name}, kept {len(prompts)}")
+    if dropped:
+        say(f"  dropped {dropped}: longer than {longest} tokens")
+    return prompts
+
+
+def _plan(config: OnlineConfig, prompts: Prompts) -> RolloutPlan:
+    needed = config.prompts_per_step * config.steps_per_generation
+    if len(prompts) < needed:
+        raise FasttrError(
+            f"train_batch_size: a rollout takes {needed} prompts, and there are {len(prompts)}; "
+            "lower train_batch_size or raise num_generations"
+        )
+    return RolloutPlan(
+        trees=prompts,
+        prompts_per_step=config.prompts_per_step,
+        steps_per_generation=config.steps_per_generation,
+        num_iterations=config.num_iterations,
+        total_steps=config.total_steps(len(prompts)),
+        seed=config.seed if config.data_seed is None else config.data_seed,
+        shuffle=config.shuffle_dataset,
+    )
+
+
+def _sources(
+    config: OnlineConfig, tokenizer: Any, device: torch.device, functions: Sequence[Any]
+) -> list[RewardSource]:
+    model = dataclasses.replace(
+        config.model(device, "a reward model"), key="reward_funcs", ld_alpha=None
+    )
+    names = [name for name in config.reward_names if name != GIVEN]
+    budget = config.token_budget(device)
+    sources: list[RewardSource] = [reward_source(name, model, tokenizer, budget) for name in names]
+    sources += [FunctionReward(one, getattr(one, "__name__", "reward")) for one in functions]
+    if not sources:
+        raise FasttrError(f"reward_funcs: got {GIVEN}, and no function is given; wanted one")
+    taken = [one.name for one in sources]
+    if len(set(taken)) < len(taken):
+        for number, one in enumerate(sources):
+            one.name = f"{one.name}_{number}"
+    return sources
+
+
+def _reference(config: OnlineConfig, device: torch.device) -> PackedModel | None:
+    if config.beta == 0:
+        return None
+    name = config.ref_model_name_or_path
+    key = "ref_model_name_or_path" if name is not None else "model_name_or_path"
+    wanted = config.model(device, name or config.model_name_or_path)
+    return load_model(dataclasses.replace(wanted, key=key))
+
+
+def _announce(run: OnlineRun, plan: RolloutPlan) -> None:
+    config = run.config
+    assert isinstance(config, OnlineConfig)
+    completions = plan.prompts_per_rollout * config.num_generations
+    say(
+        f"{plan.total_steps} steps of {config.train_batch_size} completions; a rollout of "
+        f"{completions} ({plan.prompts_per_rollout} prompts) feeds {plan.steps_per_rollout} steps"
+    )
+    sources = ", ".join(one.name for one in run.collector.sources)
+    say(f"rewards: {sources}; loss {config.loss_type}, beta {config.beta:g}")
+    is_step = config.save_strategy == "steps" and config.save_steps >= 1
+    if is_step and config.save_steps % plan.steps_per_rollout:
+        say(
+            f"save_steps: {config.save_steps:g} is no multiple of the {plan.steps_per_rollout} "
+            "steps of a rollout: a checkpoint is written when its rollout is used up"
+        )
+
+
+def policy_step(run: OnlineRun, experience: Experience, within: int) -> StepMetrics:
+    """Forward and backward over one step of a rollout, then one update."""
+    collector: Collector = run.collector
+    config = collector.config
+    loss = config.policy_loss
+    prompts = collector.plan.places(within)
+    tokens = experience.kept_tokens(prompts)
+    completions = len(prompts) * config.num_generations
+    normalizer = loss.normalizer(completions, tokens)
+    found = _StepSums(loss)
+    packs = list(collector.packs(experience.rollout, within))
+    begin_step(run.optimizer, len(packs))
+    for host_batch in packs:
+        batch = host_batch.to(run.device)
+
+        def loss_fn(logp: Tensor, rows: slice, those: slice, batch: Any = batch) -> Tensor:
+            return loss(experience.inputs(batch, logp, rows, those))
+
+        out = policy_loss(
+            run.policy,
+            batch,
+            loss_fn,
+            temperature=config.temperature,
+            normalizer=normalizer,
+            stats=True,
+        )
+        out.loss.backward()
+        everything = experience.inputs(batch, out.token_logp, slice(None), slice(None))
+        found.add(out, everything)
+    trees = experience.rollout.trees
+    run.num_tokens += unshared_tokens(trees, prompts, config.num_generations)
+    values = experience.metrics | found.means()
+    return finish_step(run, run.ledger.vector(values).to(run.device))  # type: ignore[attr-defined]
+
+
+class _StepSums:
+    """What the packs of a step add up to."""
+
+    def __init__(self, loss: PolicyLoss):
+        self._loss = loss
+        self._sums = dict.fromkeys(("loss", "entropy", "tokens", "kl", "low", "high", "kept"), 0.0)
+        self._low_min, self._high_max = float("inf"), float("-inf")
+
+    @torch.no_grad()
+    def add(self, out: Any, inputs: TokenInputs) -> None:
+        keep = inputs.spread(inputs.keep)
+        clipped = clipping(self._loss, inputs)
+        found = {
+            "loss": out.loss.detach(),
+            "entropy": (out.entropy * keep).sum(),
+            "tokens": keep.sum(),
+            "low": clipped.low,
+            "high": clipped.high,
+            "kept": clipped.kept,
+        }
+        if self._loss.reads_reference:
+            old_logp = inputs.logp if inputs.old_logp is None else inputs.old_logp
+            ratio = self._loss.ratios(inputs, inputs.logp - old_logp)
+            ratio_t = ratio.ratio if ratio.by_token else inputs.spread(ratio.ratio)
+            found["kl"] = (self._loss.kl(inputs, ratio_t) * keep).sum()
+        for name, value in found.items():
+            self._sums[name] += float(value)
+        self._low_min = min(self._low_min, float(clipped.low_min))
+        self._high_max = max(self._high_max, float(clipped.high_max))
+
+    def means(self) -> dict[str, float]:
+        sums = self._sums
+        tokens, kept = max(sums["tokens"], 1.0), max(sums["kept"], 1.0)
+        found = {
+            "loss": sums["loss"],
+            "entropy": sums["entropy"] / tokens,
+            "clip_ratio/low_mean": sums["low"] / kept,
+            "clip_ratio/high_mean": sums["high"] / kept,
+            "clip_ratio/region_mean": (sums["low"] + sums["high"]) / kept,
+            "clip_ratio/low_min": self._low_min,
+            "clip_ratio/high_max": self._high_max,
+        }
+        if self._loss.reads_reference:
+            found["kl"] = sums["kl"] / tokens
+        return found
+
+
+class _OnlineLoop:
+    """The loop of a run on rollouts."""
+
+    def __init__(self, run: OnlineRun, log: MetricsLog, stop: StopSignal, callbacks: Callbacks):
+        self.run = run
+        self.log = log
+        self.stop = stop
+        self.callbacks = callbacks
+        self.intervals = Intervals.of(run.config, run.plan)
+        self.guard = FiniteGuard(run.output_dir)
+        self.throughput = Throughput(run.policy.model, run.device)
+        self.began_at = self.line_at = time.perf_counter()
+        self.generating = 0.0  # seconds since the last line
+        self.last_line: dict[str, float] = {}
+
+    def all_steps(self) -> TrainResult:
+        run, plan = self.run, self.run.collector.plan
+        self.callbacks.on_train_begin(run)
+        bar = tqdm(
+            total=plan.total_steps,
+            initial=run.step,
+            desc="Training",
+            unit="step",
+            disable=run.config.disable_tqdm or None,
+        )
+        with bar:
+            while run.step < plan.total_steps:
+                since = time.perf_counter()
+                experience = run.collector.collect(run.step // plan.steps_per_rollout)
+                self.generating += time.perf_counter() - since
+                if self.stop.signum is not None:
+                    save_and_leave(run, self.callbacks, self.stop.signum)
+
+                first = run.step
+                for within in range(min(plan.steps_per_rollout, plan.total_steps - first)):
+                    self.take_step(experience, within)
+                    bar.update()
+
+                # once in a while: save, where the rollout is used up
+                is_due = any(self.intervals.saves(step + 1) for step in range(first, run.step))
+                if is_due or "save" in run.requests:
+                    self.save()
+                if self.stop.signum is not None:
+                    self.guard.verify()
+                    save_and_leave(run, self.callbacks, self.stop.signum)
+                if "stop" in run.requests:
+                    break
+        return self.finish()
+
+    def take_step(self, experience: Experience, within: int) -> None:
+        run = self.run
+        with self.throughput.step():
+            metrics = policy_step(run, experience, within)
+        run.step += 1
+        self.guard.verify()
+        rows = run.trees.positions[run.plan.rows(run.step - 1)]
+        self.guard.note(run.step, rows, metrics.is_broken)
+        run.averages.add(metrics.micro_means.cpu())
+        run.total_loss += metrics.micro_means[0, 0]
+        self.callbacks.on_step(run, metrics)
+
+        # once in a while: a line of metrics
+        if self.intervals.logs(run.step):
+            self.write_line(metrics)
+
+        # once in a while: the reference moves
+        reference: Any = run.reference
+        if reference.moves_after(run.step):
+            reference.move(run.policy, run.optimizer)
+            self.callbacks.on_move(run)
+
+    def write_line(self, metrics: StepMetrics) -> None:
+        run = self.run
+        reference: Any = run.reference
+        line = run.ledger.metrics(run.averages.read())
+        line["grad_norm"] = float(metrics.gradient_norm)
+        line["learning_rate"] = metrics.learning_rate
+        line["num_tokens"] = run.num_tokens
+        line["epoch"] = run.step / max(run.plan.steps_per_epoch, 1)
+        if reference.model is not None:
+            line["ref/updates"] = reference.updates
+        now = time.perf_counter()
+        line["perf/generation_share"] = self.generating / max(now - self.line_at, 1e-9)
+        self.generating, self.line_at = 0.0, now
+        self.guard.verify()
+        self.log.write(run.step, line)
+        parts = [f"step {run.step}/{run.plan.total_steps}"]
+        for name, form in (("reward", "+.4f"), ("kl", ".4f")):
+            if name in line:
+                parts.append(f"{name} {line[name]:{form}}")
+        parts += [
+            f"length {line['completions/mean_length']:.1f}",
+            f"grad {line['grad_norm']:.3g}",
+            f"generating {line['perf/generation_share']:.0%}",
+        ]
+        say("  ".join(parts))
+        self.last_line = line
+
+    def save(self) -> None:
+        self.guard.verify()
+        self.run.requests.discard("save")
+        if self.run.config.save_only_model:
+            checkpoints.save_model_alone(self.run, self.callbacks)
+        else:
+            checkpoints.save(self.run, self.callbacks)
+
+    def finish(self) -> TrainResult:
+        run = self.run
+        self.guard.verify()
+        check_weights(run.policy.model, run.output_dir)
+        checkpoints.save_final(run)
+        self.callbacks.on_train_end(run)
+        totals = {
+            "train_loss": float(run.total_loss) / max(run.step, 1),
+            "train_runtime": time.perf_counter() - self.began_at,
+        }
+        self.log.write(run.step, totals)
+        say(f"done: {run.step} steps in {totals['train_runtime']:.1f} s; all in {run.output_dir}")
+        metrics = self.last_line | totals
+        return TrainResult(run.output_dir, run.step, metrics, run.policy.model, run.tokenizer)

@@ -1,0 +1,109 @@
+"""Rewards of a folder: the scores of its model, on the ids that were drawn or on their text."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from fasttr.config.reward_config import RewardConfig
+from fasttr.models.load import ModelConfig, load_tokenizer
+from fasttr.models.reward import CALIBRATION
+from fasttr.rollouts.engine import as_rollout
+from fasttr.rollouts.rewards import RewardInputs, reward_source
+from fasttr.rollouts.sampler import Sample
+from fasttr.training.reward import train_reward
+from tests.runs import settings
+
+PROMPTS = ["alpha beta?", "gamma?"]
+TEXTS = [[" delta", " epsilon zeta"], [" eta", " theta iota kappa"]]
+ENDED = [[True, False], [True, True]]
+
+
+@pytest.fixture(scope="module")
+def folder(workspace, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rewards") / "model"
+    train_reward(RewardConfig(**settings(workspace, folder, max_steps=2)))
+    return folder
+
+
+def inputs_of(tokenizer, texts=TEXTS):
+    """A rollout whose completions are these texts, with EOS where they ended."""
+    prompts = [np.array(tokenizer(p)["input_ids"], dtype=np.int32) for p in PROMPTS]
+    drawn = []
+    for prompt, ids, of_prompt, ended in zip(PROMPTS, prompts, texts, ENDED, strict=True):
+        samples = []
+        for text, has_ended in zip(of_prompt, ended, strict=True):
+            whole = tokenizer(prompt + text + (tokenizer.eos_token if has_ended else ""))
+            own = np.array(whole["input_ids"][len(ids) :], dtype=np.int32)
+            samples.append(Sample(text, len(own), has_ended, own))
+        drawn.append(samples)
+    return RewardInputs(PROMPTS, as_rollout(prompts, drawn), {})
+
+
+def transformers_scores(folder):
+    """Each whole text alone, EOS where it ended."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    scores = []
+    for prompt, texts, ended in zip(PROMPTS, TEXTS, ENDED, strict=True):
+        for text, has_ended in zip(texts, ended, strict=True):
+            whole = prompt + text + (tokenizer.eos_token if has_ended else "")
+            with torch.no_grad():
+                batch = tokenizer(whole, return_tensors="pt")
+                scores.append(float(model(**batch).logits[0, 0]))
+    return np.array(scores)
+
+
+def test_ids_are_scored_as_they_were_drawn_eos_included(folder):
+    tokenizer = load_tokenizer(str(folder))
+    source = reward_source(str(folder), ModelConfig(""), tokenizer, 1024)
+    found = source(inputs_of(tokenizer))
+    np.testing.assert_allclose(found, transformers_scores(folder), atol=1e-4)
+    assert np.ptp(found) > 1e-3
+    assert source.name == "model"
+
+
+def test_the_calibration_is_taken_off(folder):
+    tokenizer = load_tokenizer(str(folder))
+    plain = reward_source(str(folder), ModelConfig(""), tokenizer, 1024)(inputs_of(tokenizer))
+    (folder / CALIBRATION).write_text(json.dumps({"mean": 0.75}))
+    try:
+        source = reward_source(str(folder), ModelConfig(""), tokenizer, 1024)
+        np.testing.assert_allclose(source(inputs_of(tokenizer)), plain - 0.75, atol=1e-12)
+    finally:
+        (folder / CALIBRATION).unlink()
+
+
+def test_with_another_tokenizer_the_text_is_scored(folder, workspace, tmp_path):
+    """The policy's tokenizer knows other tokens, so its ids mean nothing to the reward model."""
+    from fasttr.models.scratch import init_model
+
+    init_model(
+        "llama",
+        hidden_size=32,
+        num_layers=1,
+        num_heads=4,
+        vocab_size=270,
+        tokenizer_data=str(workspace / "test.jsonl"),
+        output_dir=str(tmp_path / "other"),
+    )
+    other = load_tokenizer(str(tmp_path / "other"))
+    assert other.get_vocab() != load_tokenizer(str(folder)).get_vocab()
+    source = reward_source(str(folder), ModelConfig(""), other, 1024)
+    found = source(inputs_of(other))
+    np.testing.assert_allclose(found, transformers_scores(folder), atol=1e-4)
+
+
+def test_gold_is_the_generated_tasks_reward(folder):
+    from fasttr.toy.task import gold_reward
+
+    prompts, texts = ["write 08 of abc:"], [["abcabc", "ddd"]]
+    ids = np.array([1, 2], dtype=np.int32)
+    samples = [[Sample(text, 2, True, ids) for text in texts[0]]]
+    inputs = RewardInputs(prompts, as_rollout([ids], samples), {})
+    source = reward_source("gold", ModelConfig(""), None, 1024)
+    assert source(inputs).tolist() == [gold_reward(prompts[0], text) for text in texts[0]]
+    assert source(inputs).tolist() == [0.75, 0.0]
