@@ -25,6 +25,7 @@ from fasttr.metrics.sums import Averages
 from fasttr.metrics.trackers import require_trackers
 from fasttr.models.checks import check_ids
 from fasttr.models.choice import Candidate, choose_tier
+from fasttr.models.compiled import compile_layers
 from fasttr.models.given import pack_model, read_weights_into
 from fasttr.models.halves import add_remainders
 from fasttr.models.load import (
@@ -105,6 +106,8 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     # What is trained of an adapted model is small, and fp32.
     splits_weights = policy.bf16 and policy.adapter is None
     optimizer = config.optimizer().optimizer(policy.model, bf16=splits_weights)
+    # Not before: the optimizer decides which weights are bf16, and graphs are made for dtypes.
+    compile_layers(policy, config.compile)
     run = Run(
         config=config,
         device=device,
@@ -252,7 +255,8 @@ def _models(
     config: TrainConfig, device: torch.device, given: Given, resume: Resume | None
 ) -> tuple[PackedModel, PackedModel | None]:
     """The policy, and a first reference of its own where one is named and still needed."""
-    policy = _policy(config.model(device), given.model, resume)
+    wanted = dataclasses.replace(config.model(device), compile=False)
+    policy = _policy(wanted, given.model, resume)
     if config.ref_model_name_or_path is None or (
         resume is not None and config.ref_update != "soft"
     ):
@@ -263,8 +267,11 @@ def _models(
 def _named_reference(config: TrainConfig, device: torch.device) -> ModelConfig:
     model = config.model(device, config.ref_model_name_or_path)
     # A soft reference becomes an average of it, for which every bit counts.
-    is_trained = config.ref_update == "soft"
-    return dataclasses.replace(model, key="ref_model_name_or_path", is_trained=is_trained)
+    if config.ref_update == "soft":
+        model = dataclasses.replace(model, compile=False)
+    else:
+        model = dataclasses.replace(model, is_trained=False)
+    return dataclasses.replace(model, key="ref_model_name_or_path")
 
 
 def _check_ids(
