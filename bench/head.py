@@ -34,7 +34,8 @@ REFERENCE = {"with": [True], "without": [False], "both": [True, False]}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     gpu = torch.cuda.is_available()
-    parser.add_argument("--shapes", default="llama-3.2-1b,llama-3-8b" if gpu else "10m")
+    default = "llama-3.2-1b,llama-3-8b" if gpu else "10m"
+    parser.add_argument("--shapes", default=default, help="models' names, or 8192x256 and the like")
     parser.add_argument("--tokens", default="2048,8192" if gpu else "2048")
     parser.add_argument("--inputs", default="peaked,flat")
     parser.add_argument("--reference", choices=REFERENCE, default="both")
@@ -58,8 +59,7 @@ def cases(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
     for shape, tokens, inputs, reference, leaf in grid:
         build = partial(
             make_problem,
-            SHAPES[shape].vocabulary,
-            SHAPES[shape].hidden,
+            *sizes_of(shape),
             tokens,
             inputs=inputs,
             reference=reference,
@@ -69,6 +69,14 @@ def cases(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
         facts = {"shape": shape, "inputs": inputs, "leaf": leaf}
         # The problem is made in the call, so that one case's memory is free for the next.
         yield facts | measure(build(), args.providers.split(","), args.seconds)
+
+
+def sizes_of(shape: str) -> tuple[int, int]:
+    """Vocabulary and hidden size, of a model's name or from `8192x256`."""
+    if shape in SHAPES:
+        return SHAPES[shape].vocabulary, SHAPES[shape].hidden
+    vocabulary, _, hidden = shape.partition("x")
+    return int(vocabulary), int(hidden)
 
 
 def measure(problem: Problem, names: list[str], seconds: float) -> Case:

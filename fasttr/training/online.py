@@ -64,7 +64,7 @@ def train_online(
     if missing:
         raise FasttrError(f"missing: {'; '.join(missing)}; --help lists all settings")
     return to_the_end(
-        config, lambda: set_up(config, reward_funcs, train_dataset), callbacks, _OnlineLoop
+        config, lambda _: set_up(config, reward_funcs, train_dataset), callbacks, _OnlineLoop
     )
 
 
