@@ -27,13 +27,17 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory) -> Path:
+    return make_workspace(tmp_path_factory.mktemp("workspace"))
+
+
+def make_workspace(folder: Path) -> Path:
     """A folder with a tiny model, a perturbed copy of it (`reference`), and files of pairs."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from fasttr.models.scratch import init_model
     from tests.tiny import perturb, write_pairs
 
-    folder = tmp_path_factory.mktemp("workspace")
+    folder.mkdir(exist_ok=True)
     write_pairs(folder / "train.jsonl", 24, seed=0)
     write_pairs(folder / "test.jsonl", 10, seed=1)
     write_pairs(folder / "weighted.jsonl", 8, seed=2, weights=True)

@@ -112,7 +112,9 @@ def _tried(mutants: list[Mutant], jobs: int) -> Iterator[Finding]:
     """Each mutant in a copy of the tree, `jobs` of them at a time."""
     pending = list(reversed(mutants))
     running: list[tuple[Mutant, Trial]] = []
+    # The tree may change while this runs: what is found is of the tree as it was.
     original = {one.file: (ROOT / one.file).read_text() for one in mutants}
+    keys = {one.name: one.key() for one in mutants}
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         free = [_copied_to(Path(folder) / str(job)) for job in range(jobs)]
         while pending or running:
@@ -126,7 +128,7 @@ def _tried(mutants: list[Mutant], jobs: int) -> Iterator[Finding]:
                 (trial.tree / mutant.file).write_text(original[mutant.file])
                 free.append(trial.tree)
                 verdict, by = trial.verdict()
-                yield Finding(mutant.key(), mutant.name, verdict, by, trial.seconds)
+                yield Finding(keys[mutant.name], mutant.name, verdict, by, trial.seconds)
             time.sleep(PAUSE)
 
 

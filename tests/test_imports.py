@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # else of fasttr.
 FLOORS = [
     {"errors"},
-    {"batch", "console", "environment", "files", "hub", "settings"},
+    {"batch", "console", "distributed", "environment", "files", "hub", "settings"},
     {"data", "losses", "optim", "packing"},
     {"metrics", "models"},
     {"reference", "rollouts"},

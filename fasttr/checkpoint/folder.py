@@ -26,6 +26,8 @@ _SUPERSEDED = "superseded-"
 _FINAL = ".final.tmp"
 # What a loader would read of an earlier final model: the new one may have other shards.
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+# What tells it whether there is a model or an adapter.
+_KIND_FILES = ("config.json", "adapter_config.json")
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -146,7 +148,7 @@ def _final(output_dir: Path) -> Iterator[Path]:
         written = {path.name for path in aside.iterdir()}
         for name in sorted(written):
             os.replace(aside / name, output_dir / name)
-        for pattern in _WEIGHT_FILES:
+        for pattern in (*_WEIGHT_FILES, *_KIND_FILES):
             for path in output_dir.glob(pattern):
                 if path.name not in written:
                     path.unlink()

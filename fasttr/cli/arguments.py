@@ -53,7 +53,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             content = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # also text that is not UTF-8, or no path at all
         raise FasttrError(f"config: cannot read {path!r}: {error}") from error
     except yaml.YAMLError as error:
         raise FasttrError(f"config: {path} is not YAML: {one_line(error)}") from error

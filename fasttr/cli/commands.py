@@ -7,6 +7,7 @@ import os
 import sys
 from typing import NamedTuple
 
+from fasttr.cli.launch import is_of_one_process, speaks
 from fasttr.errors import FasttrError, did_you_mean
 
 
@@ -83,7 +84,8 @@ def main(argv: list[str] | None = None) -> None:
         module = importlib.import_module(command.module)
         getattr(module, command.function)(args[1:])
     except FasttrError as error:
-        print(f"fasttr: error: {error}", file=sys.stderr)
+        if speaks() or is_of_one_process(error):
+            print(f"fasttr: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -26,7 +26,8 @@ def run(args: list[str]) -> None:
         return
     arguments.require_one_process()
     config = parse_ocrm(args)
-    from fasttr.training.ocrm import run_ocrm, table
+    from fasttr.evaluation.stage_table import table
+    from fasttr.training.ocrm import run_ocrm
 
     print("\n" + table(run_ocrm(config)))
 

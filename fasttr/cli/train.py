@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fasttr.cli import arguments
+from fasttr.cli.launch import launch, needs_launch, speaks
 from fasttr.errors import FasttrError, did_you_mean
 from fasttr.settings import settings_of
 
@@ -39,12 +40,9 @@ def run_sft(args: list[str]) -> None:
 
 
 def _train(args: list[str], method: str) -> None:
-    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
-        raise FasttrError(
-            "got several processes; one process trains until sharding is built: start without "
-            "torchrun"
-        )
     config = parse_train(args, method)
+    if needs_launch(config.num_processes):
+        launch([method, *args], config.num_processes)
     from fasttr.training.loop import train
 
     train(config)
@@ -80,8 +78,9 @@ def parse_train(args: list[str], method: str = "train") -> TrainConfig:
     config = TrainConfig(**arguments.typed(parser, asked))
     if words.print_config is not None:
         _print_config(config, skips_defaults="skip_default" in words.print_config)
-    for notice in notices:
-        print(notice)
+    if speaks() and not needs_launch(config.num_processes):
+        for notice in notices:
+            print(notice)
     return config
 
 

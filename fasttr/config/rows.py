@@ -118,7 +118,9 @@ def as_loss_reads(trees: TreeSource, loss: Loss, config: TrainConfig) -> TreeSou
             "one with a label, or a pair that is taken apart"
         )
     if loss.unpaired:
-        block = config.group_rows(loss) if loss.completions > 1 else None
+        block = None
+        if loss.completions > 1:
+            block = config.mismatch_size or config.group_rows(loss)
         return Unpaired(
             trees,
             labels=getattr(trees, "labels", None),

@@ -13,6 +13,7 @@ from fasttr.data.mixture import parse_handbook, parse_parts
 from fasttr.errors import FasttrError, all_of, one_line
 from fasttr.losses import Loss
 from fasttr.metrics.trackers import tracker_names
+from fasttr.models.lora import is_adapter
 from fasttr.optim.adamw import PLATEAU
 from fasttr.optim.named import OPTIMIZERS, check_optimizer
 
@@ -38,6 +39,7 @@ def check(config: Any) -> None:
         _check_trackers,
         _check_optimizer,
         _check_best,
+        _check_adapter,
         _check_named_loss,
         _check_groups,
     ):
@@ -87,6 +89,11 @@ def _check_groups(config: Any) -> None:
         raise FasttrError(
             f"micro_batch_size: got {config.micro_batch_size}; wanted a divisor of "
             f"train_batch_size {config.train_batch_size}"
+        )
+    group = config.group_size or config.train_batch_size
+    if config.mismatch_size is not None and group % config.mismatch_size:
+        raise FasttrError(
+            f"mismatch_size: got {config.mismatch_size}; wanted a divisor of the group of {group}"
         )
 
 
@@ -174,6 +181,43 @@ def _check_mixture(config: Any) -> None:
         raise FasttrError(
             "eval_strategy: a mixture has no test split of its own; give test_split_size or "
             "eval_dataset_name"
+        )
+
+
+def _check_adapter(config: Any) -> None:
+    """What a low-rank adapter cannot be combined with."""
+    if not config.use_peft:
+        if config.merge_adapter:
+            raise FasttrError(
+                "merge_adapter: got true without an adapter; wanted use_peft true, or leave it out"
+            )
+        return
+    if config.model_name_or_path is not None and is_adapter(config.model_name_or_path):
+        raise FasttrError(
+            f"model_name_or_path: {config.model_name_or_path} is an adapter itself, and an adapter "
+            "on it would not say what it is for; train that one with merge_adapter true first"
+        )
+    if config.ref_update != "soft":
+        return
+    why = "the reference becomes an average of low-rank updates of one base"
+    if config.use_dora:
+        raise FasttrError(
+            f"use_dora: got true with ref_update soft; {why}, and DoRA's weight is none: wanted "
+            "ref_update none or hard"
+        )
+    if config.lora_target_parameters:
+        raise FasttrError(
+            f"lora_target_parameters: got {config.lora_target_parameters} with ref_update soft; "
+            f"{why} in modules: wanted lora_target_modules, or ref_update none or hard"
+        )
+    if config.ref_model_name_or_path is not None:
+        raise FasttrError(
+            f"ref_model_name_or_path: got {config.ref_model_name_or_path} with use_peft and "
+            f"ref_update soft; {why}: leave it out"
+        )
+    if config.ref_lora_rank is not None and config.ref_lora_rank < config.lora_r:
+        raise FasttrError(
+            f"ref_lora_rank: got {config.ref_lora_rank}; wanted lora_r {config.lora_r} or more"
         )
 
 

@@ -26,14 +26,17 @@ from fasttr.config.common import (
     SavingSettings,
     StepSettings,
 )
+from fasttr.config.scale import AdapterSettings, LaunchSettings
 from fasttr.data.load import DataConfig
 from fasttr.errors import FasttrError
 from fasttr.losses import DIVERGENCES, BaseLoss, Loss, Objective, WeightedSum, Wpo, make_loss
 from fasttr.metrics.trackers import TrackerConfig
 from fasttr.models.load import ModelConfig
+from fasttr.models.lora import AdapterConfig
 from fasttr.optim.adamw import OptimizerConfig
 from fasttr.packing.plan import Plan
 from fasttr.packing.tiers import AUTO, SHARED
+from fasttr.reference.low_rank import RankBound
 from fasttr.reference.schedule import Fixed, Hard, Schedule, Soft
 from fasttr.settings import (
     above,
@@ -135,6 +138,12 @@ class LossSettings:
         "train_batch_size",
         in_eval=True,
     )
+    mismatch_size: int | None = setting(
+        None,
+        whole(1),
+        "rows among which the mismatched completions of kto go round; none means group_size",
+        in_eval=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -159,12 +168,14 @@ class TrainConfig(
     SavingSettings,
     EvaluationSettings,
     LoggingSettings,
+    LaunchSettings,
     ComputeSettings,
     OptimizerSettings,
     StepSettings,
     ReferenceSettings,
     LossSettings,
     DataSettings,
+    AdapterSettings,
     ModelSettings,
 ):
     """Settings of a run on preferences: `fasttr train` and `fasttr.train`."""
@@ -270,6 +281,7 @@ class TrainConfig(
             use_liger_kernel=self.use_liger_kernel,
             max_length=self.max_length,
             ld_alpha=self.ld_alpha,
+            adapter=self.adapter() if name is None else None,
             compile=self.compile,
             tier=SHARED if self.attention_tier == AUTO else self.attention_tier,
             trust_remote_code=self.trust_remote_code,
@@ -277,6 +289,27 @@ class TrainConfig(
             chat_template=self.chat_template,
             eos_token=self.eos_token,
         )
+
+    def adapter(self) -> AdapterConfig | None:
+        """What is trained of the policy in place of its own weights, if anything."""
+        if not self.use_peft:
+            return None
+        return AdapterConfig(
+            r=self.lora_r,
+            alpha=self.lora_alpha,
+            target_modules=self.lora_target_modules,
+            target_parameters=self.lora_target_parameters,
+            modules_to_save=self.lora_modules_to_save,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            seed=self.seed,
+        )
+
+    def ref_rank_bound(self) -> RankBound | None:
+        """Of the average of adapters that a soft reference is."""
+        if not self.use_peft:
+            return None
+        return RankBound(self.ref_lora_rank or 6 * self.lora_r, self.ref_lora_tolerance)
 
     def optimizer(self) -> OptimizerConfig:
         return OptimizerConfig(

@@ -14,6 +14,15 @@ from fasttr.errors import FasttrError, all_of, did_you_mean
 from fasttr.settings import settings_of
 
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+_ADAPTER = (
+    "lora_r",
+    "lora_alpha",
+    "lora_target_modules",
+    "lora_target_parameters",
+    "lora_modules_to_save",
+    "use_rslora",
+    "use_dora",
+)
 _SFT_LOSSES = {"nll": "sft", "chunked_nll": "sft"}
 
 
@@ -47,9 +56,11 @@ def translate(
         translation.rename_warmup,
         translation.rename_precision,
         translation.rename_batch,
+        translation.rename_launch,
         translation.rename_reference,
         translation.rename_model,
         translation.rename_data,
+        translation.leave_out_adapter,
     ):
         translation.attempt(step)
     if translation.refusals:
@@ -179,12 +190,35 @@ class _Translation:
             if self.given[key] < 1:
                 raise FasttrError(f"{key}: got {self.given[key]!r}; wanted a whole number from 1")
         rows, times = (self.given.get(key, TABLE[key].default) for key in _BATCH)
-        self.ours["train_batch_size"] = rows * times
+        world = _processes(self.ours.get("num_processes"))
+        self.ours["train_batch_size"] = rows * times * world
         if self.method.averages_the_step:
             return
-        self.ours.setdefault("group_size", rows)
-        if times > 1:
+        # TRL takes KTO's estimate over all devices, of completions that each of them rotates.
+        losses = self.ours.get("loss_type", self.method.defaults.get("loss_type"))
+        of_all = losses == "kto" and world > 1
+        self.ours.setdefault("group_size", rows * world if of_all else rows)
+        if of_all:
+            self.ours.setdefault("mismatch_size", rows)
+        if times * world > 1:
             self.ours.setdefault("micro_batch_size", rows)
+
+    def rename_launch(self) -> None:
+        plan = self.given.get("accelerate_config", "single_gpu")
+        if plan not in ("single_gpu", "multi_gpu"):
+            raise FasttrError(
+                f"accelerate_config: got {plan!r}; wanted single_gpu or multi_gpu, with "
+                "num_processes: sharding is not built"
+            )
+
+    def leave_out_adapter(self) -> None:
+        """TRL's keys of an adapter mean nothing without one."""
+        if self.ours.get("use_peft"):
+            return
+        for name in _ADAPTER:
+            self.ours.pop(name, None)
+            if name in self.given and not is_default(TABLE[name], self.given[name]):
+                self.notices.append(f"{name}: ignored: read only with use_peft: true")
 
     def rename_reference(self) -> None:
         self._rename_update()
@@ -324,6 +358,12 @@ def _named_columns(words: str | list[Any]) -> Any:
             "mapping"
         )
     return {name: value for name, _, value in pairs}
+
+
+def _processes(asked: int | None) -> int:
+    """How many processes a launcher has started, or fasttr will."""
+    started = os.environ.get("WORLD_SIZE", "")
+    return int(started) if started.isdigit() and started != "0" else asked or 1
 
 
 def _unknown(key: str) -> str:

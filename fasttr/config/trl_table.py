@@ -44,19 +44,21 @@ def _r(name: str, default: Any, type_: str, advice: str) -> Key:
     return Key(name, default, type_, "refused", advice)
 
 
-_ONE = "one process trains until sharding is built; leave it out"
-_PEFT = "adapters are not built; leave it out for full fine-tuning"
+_ONE = "sharding is not built: every process holds the whole model; write num_processes alone"
 _TRACKIO = "fasttr hands it to nobody; set TRACKIO_SPACE_ID in the environment, or leave it out"
 _HUB = "read only with push_to_hub"
-_LORA = "read only with use_peft: true; every weight is trained"
+_LORA = "read only with use_peft"
+_QUANTIZED = (
+    "a quantised base is not built; use_peft with bf16 keeps the matrices in 2 bytes a weight"
+)
 _PACKING = "read only with packing"
 _OLD = "transformers no longer has it, and it changes no values"
 _LOADER = "no data loader: rows are read once and planned ahead"
 _EVAL = "no logits are kept, only sums"
 _LOG = "concerns transformers' own log lines"
-_DDP = "there is one process"
+_DDP = "gradients are summed once a step, over gloo on a CPU and NCCL on GPUs"
 _CLASS = "fasttr builds its own batches from the columns it knows"
-_LAUNCH = "there is one process on one machine"
+_LAUNCH = "processes of one machine are started here; for several use torchrun on each"
 
 # DPOConfig and KTOConfig: what is computed.
 METHOD = [
@@ -337,10 +339,10 @@ TRAINING = [
             ("ddp_broadcast_buffers", None, "bool?"),
             ("ddp_static_graph", None, "bool?"),
             ("ddp_backend", None, "str?"),
-            ("ddp_timeout", 1800, "int"),
             ("local_rank", -1, "int"),
         )
     ),
+    _h("ddp_timeout", 1800, "int"),
     _r("fsdp", None, "any", _ONE),
     _r("fsdp_config", None, "any", _ONE),
     _r("deepspeed", None, "any", _ONE),
@@ -363,23 +365,23 @@ MODEL = [
         "none, sdpa, eager, flash_attention_2; flash_attention_3 and kernels from the hub become "
         "our own, same values",
     ),
-    _r("use_peft", False, "bool", _PEFT),
-    *(
-        _i(name, default, type_, _LORA)
-        for name, default, type_ in (
-            ("lora_r", 16, "int"),
-            ("lora_alpha", 32, "int"),
-            ("lora_dropout", 0.05, "float"),
-            ("lora_target_modules", None, "names?"),
-            ("lora_target_parameters", None, "names?"),
-            ("lora_modules_to_save", None, "names?"),
-            ("lora_task_type", "CAUSAL_LM", "str"),
-            ("use_rslora", False, "bool"),
-            ("use_dora", False, "bool"),
-        )
+    _h("use_peft", False, "bool", "LoRA through peft; the fixed reference is the base"),
+    _h("lora_r", 16, "int", _LORA),
+    _h("lora_alpha", 32, "int", _LORA),
+    _i(
+        "lora_dropout",
+        0.05,
+        "float",
+        "dropout is off, as in TRL while disable_dropout is true",
     ),
-    _r("load_in_8bit", False, "bool", "full-precision weights only; leave it out"),
-    _r("load_in_4bit", False, "bool", "full-precision weights only; leave it out"),
+    _h("lora_target_modules", None, "names?", _LORA),
+    _h("lora_target_parameters", None, "names?", _LORA),
+    _h("lora_modules_to_save", None, "names?", _LORA),
+    _r("lora_task_type", "CAUSAL_LM", "str", "causal language models alone; leave it out"),
+    _h("use_rslora", False, "bool", _LORA),
+    _h("use_dora", False, "bool", f"{_LORA}; refused with a soft reference"),
+    _r("load_in_8bit", False, "bool", _QUANTIZED),
+    _r("load_in_4bit", False, "bool", _QUANTIZED),
     _i("bnb_4bit_quant_type", "nf4", "str", "read only with load_in_4bit"),
     _i("use_bnb_nested_quant", False, "bool", "read only with load_in_4bit"),
     _i("bnb_4bit_quant_storage", None, "str?", "read only with load_in_4bit"),
@@ -406,21 +408,28 @@ DATA = [
 
 # What `trl` hands on to `accelerate launch`, with the defaults of one process.
 LAUNCH = [
-    _r("num_processes", 1, "int", _ONE),
-    _r("num_machines", 1, "int", _ONE),
+    _h("num_processes", None, "int?", "started by fasttr, unless a launcher has done so"),
+    _r("num_machines", 1, "int", "start torchrun on every machine"),
     _i("machine_rank", 0, "int", _LAUNCH),
     _i("main_process_ip", None, "str?", _LAUNCH),
     _i("main_process_port", None, "any", _LAUNCH),
     _r("gpu_ids", "all", "str", "set CUDA_VISIBLE_DEVICES to one GPU"),
     _n("mixed_precision", "no", "str", "bf16", "bf16: true; fp16 and fp8 are refused"),
-    _r("multi_gpu", False, "bool", _ONE),
+    _i("multi_gpu", False, "bool", "num_processes says how many there are"),
     _r("use_fsdp", False, "bool", _ONE),
     _r("use_deepspeed", False, "bool", _ONE),
-    _r("accelerate_config", "single_gpu", "str", _ONE),
+    _n(
+        "accelerate_config",
+        "single_gpu",
+        "str",
+        "num_processes",
+        "single_gpu, and multi_gpu beside num_processes; sharding is not built",
+    ),
     _r("config_file", None, "any", "a configuration of accelerate is not read; leave it out"),
 ]
 
-_ADAPTER = "adapters are not built; leave it out"
+_CUTS = "TRL 1.16 cuts by max_length alone; leave it out"
+_ADAPTER = "there is one adapter, and the reference is not named by one; leave it out"
 
 # Keys of older TRL, older transformers and alignment-handbook that TRL 1.16 no longer has, with
 # their defaults there.

@@ -19,7 +19,7 @@ from fasttr.data.report import DataReport
 from fasttr.data.sources import check_features, read_rows
 from fasttr.data.tokens import require_eos, tokenizer_fingerprint
 from fasttr.data.unpaired import shares_of
-from fasttr.errors import FasttrError
+from fasttr.errors import FasttrError, first_line
 
 # Part of every cache key: raise it when the same rows and options would give other tokens.
 ENCODING_VERSION = 2
@@ -164,7 +164,18 @@ def _column_names(rows: Any, config: DataConfig) -> list[str]:
 
 def _first_names(stream: Any) -> list[str]:
     """The columns of a stream that does not know them before it is read."""
-    return list(next(iter(stream), {}))
+    return list(next(_in_turn(stream), {}))
+
+
+def _in_turn(stream: Any) -> Iterator[Mapping[str, Any]]:
+    """The rows of a stream; what its reader raises becomes one line."""
+    try:
+        yield from stream
+    except FasttrError:
+        raise
+    except Exception as error:  # readers of files, and generators of one's own, raise anything
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise FasttrError(f"the rows of the stream cannot be read ({reason})") from error
 
 
 def _find_format(names: Sequence[str], config: DataConfig) -> RowFormat:
@@ -226,7 +237,7 @@ def _encode_stream(rows: Any, encoder: Encoder, most: int | None) -> Columns:
     """Blocks of a stream until as many rows are kept as are wanted."""
 
     def until_enough() -> Iterator[list[Mapping[str, Any]]]:
-        stream = iter(rows)
+        stream = _in_turn(rows)
         while block := list(itertools.islice(stream, ROWS_AT_ONCE)):
             yield block
 
@@ -289,7 +300,7 @@ def _about_roles(rows: Any, row_format: RowFormat, columns: Columns, odd: np.nda
 
 def _row(rows: Any, row: int) -> Mapping[str, Any]:
     if is_stream(rows):
-        return next(itertools.islice(iter(rows), row, None))
+        return next(itertools.islice(_in_turn(rows), row, None))
     return rows[row]
 
 

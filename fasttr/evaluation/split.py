@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fasttr.batch import PackedBatch, TreeSource
+from fasttr.distributed.ranks import ALONE, Ranks
 from fasttr.losses import Loss
 from fasttr.losses.objective import AnyObjective
 from fasttr.metrics.ledger import Ledger
@@ -56,13 +57,18 @@ class EvaluationSplit:
         """Whether the window's reference has not scored all rows."""
         return self.ref_logps is not None and self.ref_logps.lacks(range(len(self.trees)))
 
-    def packs(self) -> Iterator[PackedBatch]:
-        """The same packs at every evaluation."""
+    def packs(self, ranks: Ranks = ALONE) -> Iterator[PackedBatch]:
+        """The same packs at every evaluation; among several ranks, this one's share of them."""
         block = max(BLOCK // self.group_rows, 1) * self.group_rows
         for first in range(0, len(self.trees), block):
             rows = np.arange(first, min(first + block, len(self.trees)))
             yield from pack_rows(
-                self.trees, rows, self.max_tokens_per_batch, self.group_rows, tier=self.tier
+                self.trees,
+                rows,
+                self.max_tokens_per_batch,
+                self.group_rows,
+                tier=self.tier,
+                ranks=ranks,
             )
 
 
@@ -74,17 +80,19 @@ def evaluate(
     ledger: Ledger,
     after: Callable[[PackedBatch, Any], None] | None = None,
     name: str = "",
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
-    """Means over all rows of the split, under `eval_` names, or `eval_NAME_` where it has a name.
+    """Means over all rows of the split, under `eval_` names, or `eval_NAME_` where it has a name;
+    the same on every rank.
 
     `after` is called after every pack with the model's output of it.
     """
     loss, rows = objective.loss, np.arange(len(split.trees))
     step = objective.of_rows(split.trees, rows)
     sums = ledger.zeros(model.device)
-    against_anchor = _AgainstAnchor([], [])
+    found: list[tuple[tuple[int, ...], Tensor]] = []
     with model.weights_still():
-        for host_batch in split.packs():
+        for host_batch in split.packs(ranks):
             batch = host_batch.to(model.device)
             ref_logp = None
             if split.ref_logps is not None:
@@ -99,27 +107,30 @@ def evaluate(
             )
             sums = ledger.merged(sums, ledger.of_pack(out, ref_logp, batch))
             if split.anchor_logps is not None:
-                anchor = split.anchor_logps.get(batch.rows).to(model.device)
-                against_anchor.logratios.append(out.logp - anchor)
-                against_anchor.labels.append(batch.labels)
+                found.append((batch.rows, out.logp))
             if after is not None:
                 after(batch, out)
+    ranks.sum_([sums])
     line = ledger.metrics(by_name(ledger.means(sums)[0], ledger.names))
     for share in ("rewards/accuracies", "accuracy"):
         if share in line:
             line[f"{share}_stderr"] = binomial_stderr(line[share], len(rows))
     if split.anchor_logps is not None:
-        line.update(against_anchor.metrics(loss))
+        logps = LogpTable(len(rows), loss.completions)
+        for batch_rows, logp in found:
+            logps.put(batch_rows, logp)
+        logps.merge(rows, ranks)
+        logratio_Bm = torch.from_numpy(logps.values - split.anchor_logps.values)
+        line.update(_AgainstAnchor(split.trees, logratio_Bm).metrics(loss))
     prefix = f"eval_{name}_" if name else "eval_"
     return {prefix + metric: value for metric, value in line.items()}
 
 
 class _AgainstAnchor(NamedTuple):
-    """Log-ratios to the initial policy, pack by pack; chosen and rejected as in
-    `fasttr.metrics.sums`."""
+    """Log-ratios to the initial policy; chosen and rejected as in `fasttr.metrics.sums`."""
 
-    logratios: list[Tensor]  # (N,) each
-    labels: list[Tensor]  # (B,) bool each
+    trees: TreeSource
+    logratio_Bm: Tensor
 
     def metrics(self, loss: Loss) -> dict[str, float]:
         chosen, rejected = self._sides(loss)
@@ -137,9 +148,7 @@ class _AgainstAnchor(NamedTuple):
         return {f"anchor/{name}": value for name, value in found.items()}
 
     def _sides(self, loss: Loss) -> tuple[Tensor, Tensor]:
-        logratio_Bm = torch.cat(self.logratios).view(-1, loss.completions)
         if not loss.unpaired:
-            rejected_Bm = logratio_Bm[:, 1:2]
-            return logratio_Bm[:, 0], rejected_Bm.flatten()
-        label_B = torch.cat(self.labels)
-        return logratio_Bm[label_B, 0], logratio_Bm[~label_B, 0]
+            return self.logratio_Bm[:, 0], self.logratio_Bm[:, 1:2].flatten()
+        label_B = torch.as_tensor(self.trees.labels)  # type: ignore[attr-defined]
+        return self.logratio_Bm[label_B, 0], self.logratio_Bm[~label_B, 0]

@@ -68,6 +68,16 @@ def _disk_errors(path: Path) -> Iterator[None]:
         raise FasttrError(f"cannot write {path}: {one_line(error)}{remedy}") from error
 
 
+class NoLog:
+    """Takes lines and writes none: of several processes one writes for all."""
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def _kept_lines(path: Path, keep_until: int | None) -> str:
     if keep_until is None or not path.exists():
         return ""

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fasttr.batch import PackedBatch
+from fasttr.distributed.ranks import ALONE, Ranks
 from fasttr.packing.tiers import SHARED, model_tokens
 
 # Dense bfloat16 peak of one device, FLOP/s, from NVIDIA's data sheets (without sparsity).
@@ -23,7 +24,8 @@ PEAK_BF16 = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 
 class FlopCount(NamedTuple):
-    """Operations of a forward and a backward, without recomputation: 6 a weight and token."""
+    """Operations of a forward and a backward, without recomputation: 6 a weight and token, or 4 for
+    a frozen weight, which has no gradient of its own."""
 
     per_token: int  # layers
     per_predicting_row: int  # head
@@ -36,15 +38,15 @@ class FlopCount(NamedTuple):
         output = model.get_output_embeddings()
         # A reward model's head is a number a completion.
         head = embedding[:0] if output is None else output.weight
-        outside = embedding.numel() if head is embedding else embedding.numel() + head.numel()
-        layers = sum(parameter.numel() for parameter in model.parameters()) - outside
+        outside = {id(embedding), id(head)}
+        layers = sum(_operations(p) for p in model.parameters() if id(p) not in outside)
         head_dim = getattr(config, "head_dim", None)
         if head_dim is None:
             head_dim = config.hidden_size // config.num_attention_heads
         # Scores and their sum over values are two products of head_dim, each 2 operations forward
         # and 4 backward.
         attention = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim
-        return cls(6 * layers, 6 * head.numel(), attention)
+        return cls(layers, _operations(head), attention)
 
     def of_pack(self, batch: PackedBatch) -> int:
         queries, keys = batch.attention.lengths()
@@ -55,6 +57,10 @@ class FlopCount(NamedTuple):
             + self.per_predicting_row * batch.target.numel()
             + self.per_attended_pair * attended
         )
+
+
+def _operations(weight: torch.nn.Parameter) -> int:
+    return (6 if weight.requires_grad else 4) * weight.numel()
 
 
 class Throughput:
@@ -111,17 +117,21 @@ class Throughput:
         self._rows += rows
         self._flops += self._flop_count.of_pack(batch)
 
-    def read(self) -> dict[str, float]:
-        """Figures since the last call, under `perf/` and `memory/`; waits for the device."""
+    def read(self, ranks: Ranks = ALONE) -> dict[str, float]:
+        """Figures since the last call, under `perf/` and `memory/`: those of all ranks, each of
+        which calls this. Waits for the device."""
         seconds = max(self._seconds + self._device_seconds(), 1e-9)
+        counts = [self._tokens, self._allocated, self._rows, self._flops]
+        tokens, allocated, rows, flops = ranks.totals(counts)
+        (peak,) = ranks.largest([peak_bytes(self._device)])
         out = {
-            "perf/tokens_per_second": self._tokens / seconds,
-            "perf/pairs_per_second": self._rows / seconds,
-            "perf/padding_fraction": 1 - self._tokens / max(self._allocated, 1),
-            "memory/peak_gib": peak_bytes(self._device) / 2**30,
+            "perf/tokens_per_second": tokens / seconds,
+            "perf/pairs_per_second": rows / seconds,
+            "perf/padding_fraction": 1 - tokens / max(allocated, 1),
+            "memory/peak_gib": peak / 2**30,
         }
         if self._peak is not None:
-            out["perf/mfu"] = self._flops / seconds / self._peak
+            out["perf/mfu"] = flops / seconds / self._peak / ranks.world
         self._clear()
         return out
 

@@ -13,6 +13,7 @@ from fasttr.errors import FasttrError
 from fasttr.models import attention, checks
 from fasttr.models.load import (
     ModelConfig,
+    adapter_on,
     checkpoint_activations,
     dropout_rates,
     finish_packed,
@@ -45,8 +46,9 @@ def pack_model(model: Any, config: ModelConfig | None = None) -> PackedModel:
     setattr(model, _KEPT, _Kept(model))
     if config.tier == SHARED:
         model.set_attn_implementation(attention.register())
+    adapter = adapter_on(model, config)
     model.to(config.device).train()
-    return finish_packed(model, config)
+    return finish_packed(model, config, adapter)
 
 
 def give_back(packed: PackedModel) -> None:

@@ -44,7 +44,7 @@ def round_matrices(model: Any) -> None:
 @torch.no_grad()
 def remainders(policy: PackedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The lower halves of the weights by name, int16; empty where the folder holds fp32."""
-    if not policy.bf16:
+    if not policy.bf16 or policy.adapter is not None:
         return {}
     found = {}
     for name, p in policy.model.named_parameters():

@@ -16,7 +16,7 @@ import torch
 from fasttr.data.tokens import adjust
 from fasttr.errors import FasttrError, first_line
 from fasttr.hub import go_offline_if_unreachable
-from fasttr.models import attention, checks
+from fasttr.models import attention, checks, lora
 from fasttr.models.compiled import compile_layers
 from fasttr.models.halves import in_bf16, round_matrices
 from fasttr.models.packed import HeadSpec, PackedModel
@@ -39,6 +39,7 @@ class ModelConfig:
     use_liger_kernel: bool | None = False  # None: where CUDA and liger-kernel are
     max_length: int | None = None
     ld_alpha: float | None = None
+    adapter: lora.AdapterConfig | None = None  # train this of it, and nothing else
     chat_template: str | None = None  # instead of the tokenizer's own
     eos_token: str | None = None
     compile: bool | None = False  # decoder layers; None: on a CUDA device
@@ -53,7 +54,10 @@ class ModelConfig:
 
 
 def load_model(config: ModelConfig) -> PackedModel:
-    """Read fp32 weights and make them give log-probs of packed trees. Dropout is 0 everywhere."""
+    """Read fp32 weights and make them give log-probs of packed trees. Dropout is 0 everywhere.
+
+    A folder with an adapter is read as its base with the adapter merged.
+    """
     hf_config = config.read()
     checks.check_rope(hf_config, config.name, config.max_length)
     support = probe(hf_config, trust_remote_code=config.trust_remote_code)
@@ -64,13 +68,23 @@ def load_model(config: ModelConfig) -> PackedModel:
     model = _read_weights(config, hf_config)
     model.fasttr_config = original
     checks.check_finite(model, config.key, config.name)
-    if config.bf16 and not config.is_trained:
+    adapter = adapter_on(model, config)
+    if config.bf16 and adapter is not None:
+        lora.store_frozen_in_bf16(model)
+    elif config.bf16 and not config.is_trained:
         round_matrices(model)
     model.to(config.device).train()
-    return finish_packed(model, config)
+    return finish_packed(model, config, adapter)
 
 
-def finish_packed(model: Any, config: ModelConfig) -> PackedModel:
+def adapter_on(model: Any, config: ModelConfig) -> lora.Adapter | None:
+    """The adapter that is to be trained, now in the model; None where the model itself is."""
+    if config.adapter is None:
+        return None
+    return lora.add_adapter(model, config.adapter, config.name, config.revision)
+
+
+def finish_packed(model: Any, config: ModelConfig, adapter: lora.Adapter | None) -> PackedModel:
     """A model whose attention is packed and whose weights are on their device, as a PackedModel."""
     if config.use_liger_kernel and config.device.type != "cuda":
         raise FasttrError(
@@ -89,8 +103,11 @@ def finish_packed(model: Any, config: ModelConfig) -> PackedModel:
         attention.backend_for(config.attn_implementation, config.device, config.bf16),
         config.bf16,
         config.ld_alpha,
-        config.tier,
-        RouterLoss(model, config.router_aux_loss_coef) if config.router_aux_loss_coef else None,
+        tier=config.tier,
+        router=RouterLoss(model, config.router_aux_loss_coef)
+        if config.router_aux_loss_coef
+        else None,
+        adapter=adapter,
     )
     checks.check_head(packed, config.key, config.name)
     compile_layers(packed, config.compile)
@@ -107,6 +124,8 @@ def load_config(
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    if lora.is_adapter(name):
+        name, revision = lora.base_of(name, key)
     if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
         raise FasttrError(
             f"{key}: there is no folder {name}; wanted a Hugging Face folder or a hub id"
@@ -172,14 +191,18 @@ def dropout_rates(owner: Any) -> list[str]:
 
 
 def save_model(packed: PackedModel, tokenizer: Any, folder: Path) -> None:
-    """Write a Hugging Face folder: config, safetensors, tokenizer, chat template. Weights are bf16
-    where the model computes in it, else fp32."""
+    """Write a Hugging Face folder: config, safetensors, tokenizer, chat template; or a peft folder,
+    where an adapter is what was trained. A model's weights are bf16 where it computes in it, else
+    fp32."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    dtype = in_bf16(packed.model) if packed.bf16 else contextlib.nullcontext()
-    with own_config(packed.model), dtype:
-        packed.model.save_pretrained(folder)
+    if packed.adapter is not None:
+        packed.adapter.save(folder)
+    else:
+        dtype = in_bf16(packed.model) if packed.bf16 else contextlib.nullcontext()
+        with own_config(packed.model), dtype:
+            packed.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -199,14 +222,17 @@ def _read_weights(config: ModelConfig, hf_config: Any) -> Any:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    name, revision = config.name, config.revision
+    if lora.is_adapter(name):
+        name, revision = lora.base_of(name, config.key)
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
-            config.name,
+            name,
             config=hf_config,
             dtype=torch.float32,
             attn_implementation=attention.register() if config.tier == SHARED else None,
             use_safetensors=True,
-            revision=config.revision,
+            revision=revision,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
         )
@@ -226,7 +252,7 @@ def _read_weights(config: ModelConfig, hf_config: Any) -> Any:
             f"{config.key}: {config.name} lacks {len(missing)} weights ({missing[0]} first), which "
             "would be random"
         )
-    return model
+    return model if name == config.name else lora.merge_folder(model, config.name, config.key)
 
 
 def checkpoint_activations(model: Any, on: bool) -> None:

@@ -22,6 +22,7 @@ from fasttr.batch import PackedBatch
 from fasttr.errors import FasttrError
 from fasttr.losses import LossFn
 from fasttr.models.gather import gather_rows
+from fasttr.models.lora import Adapter
 from fasttr.models.router import RouterLoss
 from fasttr.models.tiers import rows_of
 from fasttr.packing.tiers import SHARED
@@ -76,6 +77,7 @@ class PackedModel(nn.Module):
             reference.
         tier: how tokens reach the model, one of `fasttr.packing.tiers.TIERS`. Packs for others than
             `shared` repeat the prompt for every completion.
+        adapter: what is trained in place of the model's own weights, which are frozen.
         router: the auxiliary loss of a mixture of experts.
 
     Attributes:
@@ -96,6 +98,7 @@ class PackedModel(nn.Module):
         ld_alpha: float | None = None,
         tier: str = SHARED,
         router: RouterLoss | None = None,
+        adapter: Adapter | None = None,
     ):
         super().__init__()
         self.model = model
@@ -108,6 +111,18 @@ class PackedModel(nn.Module):
         self.bf16 = bf16
         self.ld_alpha = ld_alpha
         self._cast_head: Tensor | None = None
+        self.adapter = adapter
+
+    @property
+    def trained_model(self) -> Any:
+        """What a person is given at the end: the transformers model, or peft's with its adapter."""
+        return self.model if self.adapter is None else self.adapter.peft_model
+
+    def merge_adapter(self) -> None:
+        """Add the adapter to the weights for good; nothing is left to train."""
+        if self.adapter is not None:
+            self.model = self.adapter.merge()
+            self.adapter = None
 
     @property
     def device(self) -> torch.device:

@@ -72,13 +72,13 @@ def probe(config: Any, kind: Any = None, trust_remote_code: bool = False) -> Sup
     """
     content = json.dumps(config.to_diff_dict(), sort_keys=True, default=str)
     key = (kind, content)
-    if key not in _FOUND:
+    if key not in FOUND:
         build = kind._from_config if kind is not None else _auto(trust_remote_code)
-        _FOUND[key] = _probe(config, build)
-    return _FOUND[key]
+        FOUND[key] = _probe(config, build)
+    return FOUND[key]
 
 
-_FOUND: dict[tuple[Any, str], Support] = {}
+FOUND: dict[tuple[Any, str], Support] = {}
 
 
 def _auto(trust_remote_code: bool) -> small.Build:

@@ -15,7 +15,8 @@ def matrices(model: Any) -> set[nn.Parameter]:
     reads them computes in fp32.
     """
     stacks = [part for part in model.base_model.modules() if isinstance(part, nn.ModuleList)]
-    found = {model.get_output_embeddings().weight}
+    head = model.get_output_embeddings()  # a reward model has none
+    found = set() if head is None else {head.weight}
     for part in (part for stack in stacks for part in stack.modules()):
         own = dict(part.named_parameters(recurse=False))
         if _is_linear(part):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from fasttr_kernels import SplitAdamW, clip_factor
@@ -30,12 +30,17 @@ class MasterAdamW(SplitAdamW):
     """SplitAdamW of a run: the steps of bf16 weights are made on fp32 masters, and the norm, the
     clipping and a reference that follows take part in its sweep."""
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            if p.dtype == torch.bfloat16:
+                p.grad_dtype = None  # it would be bf16; see `begin_step`
+
     def begin_step(self, packs: int) -> None:
         """Gradients of bf16 weights are bf16; those of several packs are added up in fp32, into
         buffers that autograd finds in their place."""
         for p in parameters_of(self):
             if p.dtype == torch.bfloat16:
-                p.grad_dtype = None  # a leaf's own dtype otherwise
                 p.grad = torch.zeros_like(p, dtype=torch.float32) if packs > 1 else None
 
     def update(self, loss: Tensor, max_grad_norm: float, followers: Followers | None) -> Update:
@@ -116,6 +121,8 @@ def give_back(optimizer: torch.optim.Optimizer) -> None:
     """Make bf16 weights fp32 again: their masters."""
     if isinstance(optimizer, MasterAdamW):
         optimizer.to_fp32()
+        for p in parameters_of(optimizer):
+            p.grad_dtype = p.dtype
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

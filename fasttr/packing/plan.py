@@ -15,7 +15,9 @@ import numpy as np
 import torch
 
 from fasttr.batch import PackedBatch, Tree, TreeSource, own_prompt_lengths
+from fasttr.distributed.ranks import ALONE, Ranks
 from fasttr.packing.layout import first_fit_decreasing, pack
+from fasttr.packing.shares import even_shares
 from fasttr.packing.tiers import SHARED, bins_of_groups, tree_sizes, unshared
 
 SWEEP_ROWS = 256  # rows packed together
@@ -73,8 +75,12 @@ class Plan:
             return epoch_order(len(self.trees), self.seed, epoch)[batch]
         return np.arange(batch.start, batch.stop)
 
-    def packs(self, step: int) -> list[PackedBatch]:
-        """The packs of one step. Their number and content follow from the lengths alone."""
+    def packs(self, step: int, ranks: Ranks = ALONE) -> list[PackedBatch]:
+        """The packs of one step that are this rank's. They follow from the lengths alone.
+
+        Among several ranks no row needs to share a pack with another: see
+        `fasttr.training.coupled_step`.
+        """
         rows = self.rows(step)
         weights = self._row_weights(rows)
         if self.prompts is not None:
@@ -84,10 +90,19 @@ class Plan:
             self.trees,
             rows,
             0 if self.separate_groups else self.max_tokens_per_batch,
-            self.group_rows,
+            self.group_rows if ranks.world == 1 or self.separate_groups else 1,
             weights,
             self.tier,
+            ranks,
         )
+
+    def one_pack(self, step: int) -> PackedBatch:
+        """All rows of a step and their groups in one pack, in the step's order, however long."""
+        rows = self.rows(step)
+        weights = self._row_weights(rows)
+        trees = [_weighted(self.trees[int(row)], weights, i) for i, row in enumerate(rows)]
+        starts = range(0, len(rows), self.group_rows)
+        return pack(trees, [min(self.group_rows, len(rows) - first) for first in starts])
 
     def micro_batches(self, rows: np.ndarray) -> np.ndarray:
         """(len(rows),) the micro-batch of each row of a step, counted from 0."""
@@ -136,8 +151,10 @@ def pack_rows(
     group_rows: int = 1,
     weights: np.ndarray | None = None,
     tier: str = SHARED,
+    ranks: Ranks = ALONE,
 ) -> list[PackedBatch]:
-    """Pack some rows under `budget` tokens of the model.
+    """Pack some rows under `budget` tokens of the model; among several ranks, this one's even
+    share of them.
 
     Each run of `group_rows` rows stays together. `weights` (len(rows),) multiply those of the rows.
     """
@@ -145,8 +162,15 @@ def pack_rows(
     places = np.arange(len(rows))
     starts = np.arange(0, len(rows), group_rows)
     groups = np.split(places, starts[1:])
+    if ranks.world > 1:
+        sizes = np.add.reduceat(tree_sizes(trees, rows), starts)
+        groups = [groups[i] for i in even_shares(sizes.tolist(), ranks.world)[ranks.rank]]
+        if not groups:
+            return []
+        places = np.concatenate(groups)
+        starts = np.cumsum([0, *map(len, groups[:-1])])
     packs = []
-    for members in bins_of_groups(tier, trees, rows, starts, budget):
+    for members in bins_of_groups(tier, trees, rows[places], starts, budget):
         chosen = [
             _weighted(trees[int(rows[place])], weights, place)
             for group in members

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fasttr.batch import PackedBatch
+from fasttr.distributed.ranks import Ranks
 from fasttr.errors import FasttrError
 from fasttr.models.packed import PackedModel
 
@@ -48,6 +49,12 @@ class LogpTable:
 
     def clear(self) -> None:
         self.values.fill(np.nan)
+
+    def merge(self, rows: np.ndarray, ranks: Ranks) -> None:
+        """Make what any rank knows of `rows` known to all."""
+        found = self.values[rows]
+        ranks.merge_(found)
+        self.values[rows] = found
 
     def known_rows(self) -> np.ndarray:
         return np.flatnonzero(~np.isnan(self.values).any(axis=1))

@@ -4,12 +4,14 @@ A hard update needs no second model: right after it the reference is the policy,
 scores the window itself. A fixed reference is needed once, ahead of the run. Only a soft one keeps
 weights of its own: plain tensors, which the policy's own module borrows while a window is scored.
 Where the policy's are bf16 so are they, with the other 16 bits of an fp32 number beside them.
+They are those that are trained, since frozen ones are the policy's; of an adapter they are factors
+of a higher rank (see `fasttr.reference.low_rank`).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from fasttr_kernels import multi_tensor_lerp_
@@ -17,8 +19,10 @@ from fasttr_kernels.rounding import join_halves, split_halves
 from torch import Tensor, nn
 
 from fasttr.errors import FasttrError
+from fasttr.models.lora import factor_names
 from fasttr.models.packed import PackedModel
 from fasttr.optim.update import Followers, MasterAdamW, parameters_of
+from fasttr.reference.low_rank import Product, RankBound, average_, widened
 from fasttr.reference.schedule import Schedule, Soft
 
 
@@ -34,6 +38,7 @@ class MovingReference:
             follows, and can move it in its own sweep.
         fits_beside: whether a soft reference stays on the policy's device between windows; else it
             rests in the host's memory.
+        bound: of the rank of a soft reference whose policy is an adapter.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class MovingReference:
         initial: PackedModel | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         fits_beside: Callable[[PackedModel], bool] | None = None,
+        bound: RankBound | None = None,
     ):
         self.schedule = schedule
         self.policy = policy
@@ -52,10 +58,16 @@ class MovingReference:
         self.remainders: dict[str, Tensor] = {}  # of those of them that are bf16
         self._initial = initial
         self._moved_already: set[str] = set()
+        # Largest share of a weight's update that the newest move left out; None: it left out none.
+        self.dropped: float | None = None
+        self._bound = bound
+        self._factors = factor_names(policy)
+        self._in_products = {name for factors in self._factors for name in factors}
         if isinstance(schedule, Soft):
             whole = self._masters() if initial is None else _taken_from(initial, policy)
             self.weights = {}
             self._keep(whole)
+            self._widen()
             self._initial = None
             self._rests_beside = schedule.every == 1 or (fits_beside or _fits_beside)(policy)
             if not self._rests_beside:
@@ -90,7 +102,8 @@ class MovingReference:
             return
         alpha = self.schedule.alpha
         policy = dict(self.policy.named_parameters())
-        left = [name for name in self.weights if name not in self._moved_already]
+        done = self._moved_already | self._in_products
+        left = [name for name in self.weights if name not in done]
         beside = [name for name in left if self._rests_beside and name not in self.remainders]
         multi_tensor_lerp_(
             [self.weights[name] for name in beside], [policy[name].data for name in beside], alpha
@@ -98,6 +111,7 @@ class MovingReference:
         for name in left:
             if name not in beside:
                 self._move_alone(name, policy[name], alpha)
+        self._move_products(policy, alpha)
         self._moved_already = set()
         if not self._rests_beside and self.policy.device.type == "cuda":
             # What went to the host is read there by checkpoints.
@@ -107,7 +121,7 @@ class MovingReference:
         """The tensors of a soft reference, for a sweep of the optimizer that moves them along with
         the weights. Asked for right before it, with all gradients there; `move`, called after it,
         does the rest. None where they cannot be moved so."""
-        if self.weights is None or not isinstance(self.schedule, Soft):
+        if self.weights is None or not isinstance(self.schedule, Soft) or self._factors:
             return None
         if not (self._rests_beside and isinstance(self.optimizer, MasterAdamW)):
             return None
@@ -152,8 +166,9 @@ class MovingReference:
     def _masters(self) -> Iterator[tuple[str, Tensor]]:
         """Copies of the policy's weights as its optimizer has them, one after the other."""
         for name, p in self.policy.named_parameters():
-            master = self._master(p)
-            yield name, master.clone() if master.data_ptr() == p.data_ptr() else master
+            if p.requires_grad:
+                master = self._master(p)
+                yield name, master.clone() if master.data_ptr() == p.data_ptr() else master
 
     def _master(self, p: nn.Parameter) -> Tensor:
         if p.dtype == torch.bfloat16 and isinstance(self.optimizer, MasterAdamW):
@@ -174,16 +189,37 @@ class MovingReference:
             for home, moved in zip(homes, (visiting, *remainder), strict=True):
                 home.copy_(moved, non_blocking=True)
 
+    def _move_products(self, policy: Mapping[str, nn.Parameter], alpha: float) -> None:
+        shares = []
+        for a, b in self._factors:
+            assert self.weights is not None
+            assert self._bound is not None
+            mine = Product(self.weights[a], self.weights[b])
+            moved_to = Product(policy[a].data.to(mine.a.device), policy[b].data.to(mine.b.device))
+            shares.append(average_(mine, moved_to, alpha, self._bound.tolerance))
+        self.dropped = max(shares, default=None)
+
+    def _widen(self) -> None:
+        """Room for a rank beyond the policy's in the factors of an adapter."""
+        if self._factors and self._bound is None:
+            raise ValueError("MovingReference: got an adapter with a soft schedule and no bound")
+        for a, b in self._factors:
+            assert self.weights is not None
+            assert self._bound is not None
+            product = Product(self.weights[a], self.weights[b])
+            self.weights[a], self.weights[b] = widened(product, self._bound.rank)
+
     @contextlib.contextmanager
     def _lent(self, weights: dict[str, Tensor]) -> Iterator[None]:
         """Within, the policy's module computes with these weights."""
-        own = {name: p.data for name, p in self.policy.named_parameters()}
+        lent = {name: p for name, p in self.policy.named_parameters() if name in weights}
+        own = {name: p.data for name, p in lent.items()}
         try:
-            for name, parameter in self.policy.named_parameters():
+            for name, parameter in lent.items():
                 parameter.data = weights[name].to(parameter.device, non_blocking=True)
             yield
         finally:
-            for name, parameter in self.policy.named_parameters():
+            for name, parameter in lent.items():
                 parameter.data = own[name]
 
 
@@ -222,6 +258,6 @@ def _fits_beside(policy: PackedModel) -> bool:
     half the device free."""
     if policy.device.type != "cuda":
         return True
-    size = sum(4 * p.numel() for p in policy.parameters())
+    size = sum(4 * p.numel() for p in policy.parameters() if p.requires_grad)
     free, _ = torch.cuda.mem_get_info(policy.device)
     return 4 * size < free / 2

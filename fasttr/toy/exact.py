@@ -140,16 +140,20 @@ def draw_pairs(
 
 
 def fit_reward(pairs: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(F,) the linear reward that minimises the weighted sum of Bradley-Terry losses and
-    RIDGE/2 |theta|^2, by Newton's method."""
-    difference_PF = FEATURES[pairs[:, 0]] - FEATURES[pairs[:, 1]]
-    theta = np.zeros(FEATURES.shape[1])
-    for _ in range(30):
-        is_wrong = 1 / (1 + np.exp(difference_PF @ theta))
-        gradient = RIDGE * theta - (weights * is_wrong) @ difference_PF
+    """(F,) the linear reward of pairs of counts, the preferred one first."""
+    return fit_linear(FEATURES[pairs[:, 0]] - FEATURES[pairs[:, 1]], weights, RIDGE)
+
+
+def fit_linear(difference_PF: np.ndarray, weights: np.ndarray, ridge: float) -> np.ndarray:
+    """(F,) what minimises the weighted sum of Bradley-Terry losses of pairs, whose features differ
+    by so much, and ridge/2 |theta|^2; by Newton's method."""
+    theta = np.zeros(difference_PF.shape[1])
+    for _ in range(50):
+        is_wrong = np.exp(-np.logaddexp(0, difference_PF @ theta))
+        gradient = ridge * theta - (weights * is_wrong) @ difference_PF
         curvature = weights * is_wrong * (1 - is_wrong)
         hessian = (difference_PF * curvature[:, None]).T @ difference_PF
-        step = np.linalg.solve(hessian + RIDGE * np.eye(len(theta)), gradient)
+        step = np.linalg.solve(hessian + ridge * np.eye(len(theta)), gradient)
         theta = theta - step
         if np.abs(step).max() < 1e-10:
             break

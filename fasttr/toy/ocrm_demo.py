@@ -14,13 +14,14 @@ from fasttr.config.ocrm_config import OcrmConfig
 from fasttr.config.train_config import TrainConfig
 from fasttr.console import say
 from fasttr.errors import FasttrError
+from fasttr.evaluation.stage_table import table
 from fasttr.models.scratch import init_model
 from fasttr.settings import SEED, setting, whole
 from fasttr.toy.exact import ARMS, GOLDS, SFT_LOGP, Settings, run
 from fasttr.toy.exact_plot import plot_stages
 from fasttr.toy.task import NOISE, prompts, sft_rows, write_jsonl
 from fasttr.training.loop import train
-from fasttr.training.ocrm import run_ocrm, table
+from fasttr.training.ocrm import run_ocrm
 
 MARK = "ocrm-demo"  # says that a folder is a demo's
 TAIL = 0.15  # share of the SFT rows that run past the asked length

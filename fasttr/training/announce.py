@@ -9,10 +9,14 @@ import numpy as np
 from fasttr.batch import TreeSource
 from fasttr.config.train_config import TrainConfig
 from fasttr.console import say
+from fasttr.distributed.ranks import ALONE, Ranks
 from fasttr.losses import Loss
 from fasttr.models.choice import Choice
+from fasttr.models.lora import factor_names
+from fasttr.models.packed import PackedModel
 from fasttr.optim.named import OPTIMIZERS
 from fasttr.packing.plan import Plan, unshared_tokens
+from fasttr.packing.shares import balance
 from fasttr.packing.tiers import (
     SHARED,
     bins_of_groups,
@@ -42,7 +46,7 @@ _STEP_LINE = (
 )
 
 
-def announce_plan(config: TrainConfig, loss: Loss, plan: Plan) -> None:
+def announce_plan(config: TrainConfig, loss: Loss, plan: Plan, ranks: Ranks = ALONE) -> None:
     """What a run will do, and a warning where it will not do what was asked."""
     steps, trees = plan.total_steps, plan.trees
     shared = plan.tokens(np.arange(len(trees)))
@@ -56,6 +60,8 @@ def announce_plan(config: TrainConfig, loss: Loss, plan: Plan) -> None:
         f"tokens per step: {shared / plan.steps_per_epoch:,.0f} packed, "
         f"{unshared / plan.steps_per_epoch:,.0f} with prompts repeated"
     )
+    if ranks.world > 1:
+        _announce_ranks(config, plan, ranks)
     if loss.needs_reference:
         _announce_reference(config, steps)
     else:
@@ -65,6 +71,19 @@ def announce_plan(config: TrainConfig, loss: Loss, plan: Plan) -> None:
             f"WARNING: warmup_steps {config.warmup_steps:g} covers all {steps} steps: the full "
             "rate is never reached"
         )
+
+
+def _announce_ranks(config: TrainConfig, plan: Plan, ranks: Ranks) -> None:
+    """How evenly the first steps lie on the ranks: too few rows a step cannot be dealt evenly."""
+    found = []
+    for step in range(min(plan.total_steps, 8)):
+        costs = tree_sizes(plan.trees, plan.rows(step)).tolist()
+        found.append(balance(costs, ranks.world))
+    share = sum(found) / max(len(found), 1)
+    advice = ""
+    if share < 0.9:
+        advice = f"; raise train_batch_size, {config.train_batch_size} rows cannot be dealt evenly"
+    say(f"{ranks.world} processes, whose shares of a step are {share:.0%} of even{advice}")
 
 
 def announce_tier(choice: Choice, trees: TreeSource, config: TrainConfig) -> None:
@@ -143,6 +162,16 @@ def _announce_reference(config: TrainConfig, steps: int) -> None:
             "WARNING: the reference will never move: ref_update_every is "
             f"{schedule.every} and the run has {steps} steps; lower ref_update_every"
         )
+
+
+def announce_adapter(policy: PackedModel) -> None:
+    sizes = [(p.numel(), p.requires_grad) for p in policy.parameters()]
+    trained = sum(size for size, is_trained in sizes if is_trained)
+    adapted = len(factor_names(policy))
+    say(
+        f"LoRA: {adapted} matrices are adapted, {trained:,} of "
+        f"{sum(size for size, _ in sizes):,} weights are trained"
+    )
 
 
 def announce_step(run: Run, line: dict[str, Any]) -> None:

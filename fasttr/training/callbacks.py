@@ -12,6 +12,8 @@ from fasttr.training.step import StepMetrics
 class Callback:
     """Called by the loop; each method does nothing until a subclass says otherwise.
 
+    With several processes every one of them calls its own; what one asks for, all do.
+
     `run` shows the objects and counters of the run. `run.ask("stop")`, `run.ask("save")` and
     `run.ask("evaluate")` act after the step in which they are called.
     """

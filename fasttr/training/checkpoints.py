@@ -109,6 +109,12 @@ def take_up(run: Run, resume: Resume) -> None:
 
 def own_output_dir(run: Run) -> None:
     """Make the output folder this run's: nothing of another one stays that could be mistaken."""
+    with run.ranks.together():
+        if run.ranks.is_first:
+            _own_output_dir(run)
+
+
+def _own_output_dir(run: Run) -> None:
     output_dir = run.output_dir
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -124,6 +130,11 @@ def own_output_dir(run: Run) -> None:
 
 def is_finished(run: Run) -> bool:
     """Whether the run that was taken up had come to its end, its final model included."""
+    (found,) = run.ranks.largest([int(run.ranks.is_first and _is_finished(run))])
+    return found == 1
+
+
+def _is_finished(run: Run) -> bool:
     if not run.is_resumed or run.step < run.plan.total_steps:
         return False
     last = log.last_line(run.output_dir)
@@ -134,7 +145,8 @@ def is_finished(run: Run) -> bool:
 def save(run: Run, callbacks: Callbacks) -> Path:
     """Write checkpoint-STEP and return it, unless it was just written."""
     folder = folders.folder_of(run.output_dir, run.step)
-    if run.saved_step == run.step and folder.is_dir():
+    is_there = run.ranks.is_first and run.saved_step == run.step and folder.is_dir()
+    if run.ranks.largest([int(is_there)]) == [1]:
         return folder
     return _save(run, callbacks, states.capture(run, _facts(run)))
 
@@ -146,18 +158,26 @@ def save_model_alone(run: Run, callbacks: Callbacks) -> Path:
 
 def save_final(run: Run) -> None:
     """The final model: the best checkpoint's where that is asked for, else the policy."""
-    best = best_folder(run)
+    best = best_folder(run) if run.config.load_best_model_at_end else None
     if best is not None and not best.is_dir():
         say(f"{best} was the best checkpoint and is gone")
         best = None
-    if run.config.load_best_model_at_end and best is not None:
-        folders.copy_final(best, run.output_dir)
-        assert run.best is not None
-        say(f"the final model is {best.name}, the best by {run.best.metric}")
-        return
     if run.config.load_best_model_at_end:
-        say("no checkpoint was called the best: the final model is the last one")
-    folders.save_final(run.output_dir, run.policy, run.tokenizer)
+        if best is None or run.best is None:
+            say("no checkpoint was called the best: the final model is the last one")
+        else:
+            say(f"the final model is {best.name}, the best by {run.best.metric}")
+    is_copied = best is not None and not run.config.merge_adapter
+    if run.config.merge_adapter and run.policy.adapter is not None:
+        if best is not None:
+            run.policy.adapter.read(best)
+        run.policy.merge_adapter()
+    with run.ranks.together():
+        if is_copied and run.ranks.is_first:
+            assert best is not None
+            folders.copy_final(best, run.output_dir)
+        elif run.ranks.is_first:
+            folders.save_final(run.output_dir, run.policy, run.tokenizer)
 
 
 def best_folder(run: Run) -> Path | None:
@@ -167,10 +187,15 @@ def best_folder(run: Run) -> Path | None:
 
 
 def _save(run: Run, callbacks: Callbacks, state: states.RunState | None) -> Path:
-    folder = folders.save_checkpoint(run.output_dir, run.step, run.policy, run.tokenizer, state)
+    folder = folders.folder_of(run.output_dir, run.step)
+    with run.ranks.together():
+        if run.ranks.is_first:
+            folders.save_checkpoint(run.output_dir, run.step, run.policy, run.tokenizer, state)
     if state is not None:
         run.saved_step = run.step
-    folders.rotate(run.output_dir, run.config.save_total_limit, best_folder(run))
+    with run.ranks.together():
+        if run.ranks.is_first:
+            folders.rotate(run.output_dir, run.config.save_total_limit, best_folder(run))
     callbacks.on_save(run, folder)
     return folder
 

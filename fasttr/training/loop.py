@@ -17,10 +17,11 @@ from tqdm import tqdm
 from fasttr import files
 from fasttr.config import rules
 from fasttr.config.train_config import TrainConfig
-from fasttr.console import say
+from fasttr.console import say, silent
+from fasttr.distributed.ranks import Ranks, joined
 from fasttr.errors import FasttrError
 from fasttr.evaluation.split import evaluate
-from fasttr.metrics.log import MetricsLog
+from fasttr.metrics.log import MetricsLog, NoLog
 from fasttr.metrics.throughput import Throughput
 from fasttr.models.given import give_back
 from fasttr.optim import update
@@ -31,7 +32,7 @@ from fasttr.training.best import value_of
 from fasttr.training.callbacks import Callback, Callbacks
 from fasttr.training.hub import hub_callbacks
 from fasttr.training.intervals import Intervals
-from fasttr.training.run import Run
+from fasttr.training.run import REQUESTS, Run
 from fasttr.training.setup import Given, setup
 from fasttr.training.step import StepMetrics, train_step
 from fasttr.training.stopping import (
@@ -50,7 +51,7 @@ class TrainResult(NamedTuple):
     output_dir: Path
     steps: int
     metrics: dict[str, float]  # of the last line of training steps, and the totals
-    model: Any  # the transformers model that was trained
+    model: Any  # the transformers model that was trained, in peft's with use_peft
     tokenizer: Any
 
 
@@ -88,33 +89,55 @@ def train(
         has_eval_data=eval_dataset is not None,
     )
     given = Given(model, tokenizer, train_dataset, eval_dataset, loss)
-    return to_the_end(config, lambda: setup(config, given), callbacks)
+    return to_the_end(
+        config, lambda ranks: setup(config, given, ranks), callbacks, takes_ranks=True
+    )
 
 
 def to_the_end(
     config: TrainConfig,
-    set_up: Callable[[], Any],
+    set_up: Callable[[Ranks], Any],
     callbacks: Sequence[Callback],
     loop: Callable[..., Any] | None = None,
+    takes_ranks: bool = False,
 ) -> TrainResult:
     """Set a run up, alone in its folder, and train until it is over; `loop` is another than that of
-    rows that are there from the start."""
-    with StopSignal() as stop, _alone_in(config):
-        callbacks = [*callbacks, *hub_callbacks(config)]
-        run = set_up()
+    rows that are there from the start. FasttrError for several processes, or an adapter, where the
+    run is not one that `takes_ranks`."""
+    with joined(config.use_cpu, config.ddp_timeout) as ranks, silent(not ranks.is_first):
+        if not takes_ranks:
+            _require_plain(config, ranks)
+        told = [*callbacks, *(hub_callbacks(config) if ranks.is_first else ())]
+        return _to_the_end(config, set_up, Callbacks(told), loop or _Loop, ranks)
+
+
+def _to_the_end(
+    config: TrainConfig,
+    set_up: Callable[[Ranks], Any],
+    callbacks: Callbacks,
+    loop: Callable[..., Any],
+    ranks: Ranks,
+) -> TrainResult:
+    with StopSignal() as stop, _alone_in(config, ranks):
+        run = set_up(ranks)
         if checkpoints.is_finished(run):
             say(f"nothing to do: {run.output_dir} holds this run's end, step {run.step}")
             _give_back(run)
-            return TrainResult(run.output_dir, run.step, {}, run.policy.model, run.tokenizer)
+            return TrainResult(
+                run.output_dir, run.step, {}, run.policy.trained_model, run.tokenizer
+            )
         checkpoints.own_output_dir(run)
-        log = MetricsLog(
-            run.output_dir,
-            config.trackers(),
-            keep_until=run.step if run.is_resumed else None,
-            settings=run.config.as_dict(),
-        )
+        log: MetricsLog | NoLog = NoLog()
+        with ranks.together():
+            if ranks.is_first:
+                log = MetricsLog(
+                    run.output_dir,
+                    config.trackers(),
+                    keep_until=run.step if run.is_resumed else None,
+                    settings=run.config.as_dict(),
+                )
         try:
-            return (loop or _Loop)(run, log, stop, Callbacks(callbacks)).all_steps()
+            return loop(run, log, stop, callbacks).all_steps()
         finally:
             log.close()
             _give_back(run)
@@ -123,7 +146,7 @@ def to_the_end(
 class _Loop:
     """The parts of a loop that live as long as it runs, and what happens once in a while."""
 
-    def __init__(self, run: Run, log: MetricsLog, stop: StopSignal, callbacks: Callbacks):
+    def __init__(self, run: Run, log: MetricsLog | NoLog, stop: StopSignal, callbacks: Callbacks):
         self.run = run
         self.log = log
         self.stop = stop
@@ -135,6 +158,7 @@ class _Loop:
         self.last_line: dict[str, float] = {}
         self.began_at = time.perf_counter()
         self.began_step = run.step
+        self._agreed_signum = 0
 
     def all_steps(self) -> TrainResult:
         run, plan, schedule = self.run, self.run.plan, self.run.config.schedule
@@ -146,7 +170,7 @@ class _Loop:
             initial=run.step,
             desc="Training",
             unit="step",
-            disable=run.config.disable_tqdm or None,
+            disable=run.config.disable_tqdm or not run.ranks.is_first or None,
         )
         with bar:
             for window in plan.windows(schedule.every, start=run.step):
@@ -160,6 +184,7 @@ class _Loop:
                         metrics = train_step(run, step, self.throughput, moves=is_last)
                     run.step = step + 1
                     self.take_note(step, metrics)
+                    self.agree()
                     bar.update()
 
                     # once in a while: a line of metrics
@@ -179,8 +204,8 @@ class _Loop:
                     if is_saved or "save" in run.requests:
                         self.save()
 
-                    if self.stop.signum is not None:
-                        self.save_and_leave(self.stop.signum)
+                    if self.signum is not None:
+                        self.save_and_leave(self.signum)
                     if "stop" in run.requests:
                         return self.finish()
         return self.finish()
@@ -214,6 +239,20 @@ class _Loop:
         self.stillness.note(metrics.gradient_norm)
         self.callbacks.on_step(run, metrics)
 
+    def agree(self) -> None:
+        """What a signal or a callback asks of one rank, it asks of all of them."""
+        run = self.run
+        asked = [int(request in run.requests) for request in REQUESTS]
+        *asked, self._agreed_signum = run.ranks.largest([*asked, self.stop.signum or 0])
+        run.requests |= {
+            request for request, is_asked in zip(REQUESTS, asked, strict=True) if is_asked
+        }
+
+    @property
+    def signum(self) -> int | None:
+        """The signal that stops the run; among several ranks one that all of them know of."""
+        return self.stop.signum if self.run.ranks.world == 1 else self._agreed_signum or None
+
     def write_line(self, metrics: StepMetrics, window: range) -> None:
         run = self.run
         line = run.ledger.metrics(run.averages.read())
@@ -224,7 +263,7 @@ class _Loop:
         if run.loss.needs_reference:
             line["ref/updates"] = run.reference.updates
             line["ref/age_steps"] = run.step - 1 - window.start
-        line |= self.throughput.read()
+        line |= self.throughput.read(run.ranks)
         self.guard.verify()
         self.log.write(run.step, line)
         announce_step(run, line)
@@ -248,7 +287,9 @@ class _Loop:
             )
         line: dict[str, float] = {}
         for name, split in run.splits.items():
-            found = evaluate(run.policy, split, run.objective, run.ledger, name=name)
+            found = evaluate(
+                run.policy, split, run.objective, run.ledger, name=name, ranks=run.ranks
+            )
             announce_evaluation(run, found, name)
             line |= found
         self.log.write(run.step, line)
@@ -263,9 +304,10 @@ class _Loop:
         run = self.run
         run.reference.move()
         run.window_scored = False
-        self.log.write(
-            run.step, {"event": "reference_update", "ref/updates": run.reference.updates}
-        )
+        line = {"event": "reference_update", "ref/updates": run.reference.updates}
+        if run.reference.dropped is not None:
+            line["ref/lora_dropped"] = run.reference.dropped
+        self.log.write(run.step, line)
         self.callbacks.on_move(run)
 
     def save(self) -> None:
@@ -294,7 +336,9 @@ class _Loop:
         )
         say(f"model and metrics in {run.output_dir}")
         metrics = self.last_line | totals
-        return TrainResult(run.output_dir, run.step, metrics, run.policy.model, run.tokenizer)
+        return TrainResult(
+            run.output_dir, run.step, metrics, run.policy.trained_model, run.tokenizer
+        )
 
     def _totals(self) -> dict[str, float]:
         run = self.run
@@ -320,11 +364,36 @@ def _give_back(run: Run) -> None:
     give_back(run.policy)
 
 
+def _require_plain(config: TrainConfig, ranks: Ranks) -> None:
+    if ranks.world > 1:
+        raise FasttrError(
+            f"num_processes: got {ranks.world}; only runs on rows of preferences (fasttr train, "
+            "dpo, kto, sft) have several processes: start one"
+        )
+    if config.use_peft:
+        raise FasttrError(
+            "use_peft: got true; only runs on rows of preferences (fasttr train, dpo, kto, sft) "
+            "train an adapter: leave it out"
+        )
+
+
 @contextlib.contextmanager
-def _alone_in(config: TrainConfig) -> Iterator[None]:
+def _alone_in(config: TrainConfig, ranks: Ranks) -> Iterator[None]:
     """No other run writes into the output folder while this one does."""
+    lock = None
+    with ranks.together():
+        if ranks.is_first:
+            lock = _lock(config)
     try:
-        lock = files.FolderLock(config.output_folder)
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _lock(config: TrainConfig) -> files.FolderLock:
+    try:
+        return files.FolderLock(config.output_folder)
     except BlockingIOError as error:
         raise FasttrError(
             f"output_dir: another run is writing into {config.output_dir}; wait for it, or take "
@@ -332,7 +401,3 @@ def _alone_in(config: TrainConfig) -> Iterator[None]:
         ) from error
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise FasttrError(f"output_dir: cannot write {config.output_dir!r}: {error}") from error
-    try:
-        yield
-    finally:
-        lock.release()

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from fasttr.evaluation.judge import (
     label_pairs,
     summed_logps,
 )
+from fasttr.evaluation.stage_table import table
 from fasttr.files import write_json, write_text
 from fasttr.losses.ratios import pair_weights
 from fasttr.models.load import ModelConfig, load_config, load_model, load_tokenizer
@@ -358,28 +358,6 @@ class _Ocrm:
         write_text(out / RESULTS, "".join(json.dumps(line) + "\n" for line in self.results))
         write_text(out / "table.md", table(self.results) + "\n")
         write_json(out / "ocrm_config.json", dataclasses.asdict(self.config))
-
-
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """A line a stage."""
-    lines = [
-        "| arm | stage | gold reward | KL to SFT | length | effective pairs | accuracy on its own "
-        "pairs: its reward model, the first one |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for found in results:
-        cells = [
-            found["arm"],
-            str(found["stage"]),
-            f"{found['gold']:+.3f} +- {found['gold_stderr']:.3f}",
-            f"{found['kl']:.2f}",
-            f"{found['length']:.1f}",
-            f"{found['ess']:.0f}" if "ess" in found else "",
-            f"{found['reward/accuracy']:.2f}, "
-            f"{found.get('reward_1/accuracy', found['reward/accuracy']):.2f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def _read(pairs: Step) -> list[dict[str, Any]]:

@@ -8,10 +8,8 @@ it had not been.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,46 +18,21 @@ from tqdm import tqdm
 
 from fasttr.config.online_config import OnlineConfig
 from fasttr.console import say
-from fasttr.data.sources import read_rows
 from fasttr.errors import FasttrError
-from fasttr.losses.objective import Objective
 from fasttr.losses.policy_gradient import PolicyLoss, TokenInputs, clipping
 from fasttr.metrics.log import MetricsLog
-from fasttr.metrics.online import OnlineLedger
-from fasttr.metrics.sums import Averages
 from fasttr.metrics.throughput import Throughput
-from fasttr.metrics.trackers import require_trackers
-from fasttr.models.checks import check_ids
-from fasttr.models.halves import add_remainders
-from fasttr.models.load import load_model
-from fasttr.models.packed import PackedModel
 from fasttr.models.policy import policy_loss
 from fasttr.optim.update import begin_step
-from fasttr.packing.ahead import PacksAhead
 from fasttr.packing.plan import unshared_tokens
-from fasttr.packing.tiers import SHARED
-from fasttr.reference.logp_table import LogpTable
-from fasttr.reference.resident import ResidentReference
-from fasttr.rollouts.engine import TransformersEngine
-from fasttr.rollouts.prompts import Prompts, RolloutPlan, encode
-from fasttr.rollouts.rewards import GIVEN, FunctionReward, RewardSource, reward_source
 from fasttr.training import checkpoints
 from fasttr.training.callbacks import Callback, Callbacks
-from fasttr.training.checkpoints import check_resume, find_resume, take_up
 from fasttr.training.experience import Collector, Experience
 from fasttr.training.intervals import Intervals
 from fasttr.training.loop import TrainResult, save_and_leave, to_the_end
-from fasttr.training.run import Run
-from fasttr.training.setup import Given, checked_tokenizer, prepare_torch
+from fasttr.training.online_setup import OnlineRun, set_up
 from fasttr.training.step import StepMetrics, finish_step
 from fasttr.training.stopping import FiniteGuard, StopSignal, check_weights
-
-
-@dataclass
-class OnlineRun(Run):
-    """A run on rollouts; its rows are prompts."""
-
-    collector: Any = None  # the Collector
 
 
 def train_online(
@@ -91,155 +64,8 @@ def train_online(
     if missing:
         raise FasttrError(f"missing: {'; '.join(missing)}; --help lists all settings")
     return to_the_end(
-        config, lambda: _set_up(config, reward_funcs, train_dataset), callbacks, _OnlineLoop
+        config, lambda _: set_up(config, reward_funcs, train_dataset), callbacks, _OnlineLoop
     )
-
-
-def _set_up(config: OnlineConfig, functions: Sequence[Any], rows: Any) -> OnlineRun:
-    device = prepare_torch(config)
-    require_trackers(config.report_to)
-    resume = find_resume(config)
-    source = str(resume.folder) if resume is not None else config.model_name_or_path
-    tokenizer = checked_tokenizer(config, Given(), device, source)
-    config = dataclasses.replace(
-        config, max_tokens_per_batch=config.token_budget(device), attention_tier=SHARED
-    )
-    of_policy = config.model(device)
-    if resume is not None:
-        of_policy = dataclasses.replace(of_policy, name=str(resume.folder), revision="main")
-    policy = load_model(of_policy)
-    if resume is not None:
-        add_remainders(policy.model, resume.state.remainders)
-    plan = _plan(config, _prompts(config, tokenizer, policy, rows))
-    loss: Any = config.policy_loss
-    if resume is not None:
-        trained_on: Any = plan
-        check_resume(resume, config, loss, trained_on)
-    sources = _sources(config, tokenizer, device, functions)
-    reference = ResidentReference(config.schedule, _reference(config, device))
-    optimizer = config.optimizer().optimizer(policy.model, policy.bf16)
-    ledger = OnlineLedger([one.name for one in sources])
-    budget = config.token_budget(device)
-    engine = TransformersEngine(
-        policy,
-        tokenizer,
-        max_new_tokens=config.max_completion_length,
-        temperature=config.temperature,
-        prompts_at_once=config.sampling_batch_size,
-    )
-    untyped: Any = plan, reference
-    run = OnlineRun(
-        config=config,
-        device=device,
-        tokenizer=tokenizer,
-        objective=Objective(loss),
-        ledger=ledger,
-        trees=untyped[0].trees,
-        plan=untyped[0],
-        packs=PacksAhead(lambda step: [], 0),  # a rollout's packs are made when it is there
-        policy=policy,
-        reference=untyped[1],
-        optimizer=optimizer,
-        scheduler=config.optimizer().scheduler(optimizer, plan.total_steps),
-        window_logps=LogpTable(0, config.num_generations),
-        splits={},
-        best=None,
-        averages=Averages(torch.device("cpu"), ledger.names),
-        total_loss=torch.zeros((), device=device),
-        collector=Collector(config, plan, engine, sources, policy, reference, budget),
-    )
-    _announce(run, plan)
-    if resume is not None:
-        take_up(run, resume)
-        run.averages.sums = run.averages.sums.cpu()
-    return run
-
-
-def _prompts(config: OnlineConfig, tokenizer: Any, policy: PackedModel, rows: Any) -> Prompts:
-    name = config.dataset_name or "the rows"
-    if rows is None:
-        rows = read_rows(name, config=config.dataset_config, split=config.dataset_train_split)
-    longest = policy.model.config.max_position_embeddings - config.max_completion_length
-    if longest < 1:
-        raise FasttrError(
-            f"max_completion_length: got {config.max_completion_length}, and the model has "
-            f"{policy.model.config.max_position_embeddings} positions; wanted room for a prompt"
-        )
-    prompts, dropped = encode(tokenizer, rows, name, longest)
-    check_ids(
-        policy,
-        max(int(ids.max()) for ids in prompts.ids),
-        "model_name_or_path",
-        str(config.model_name_or_path),
-    )
-    say(f"read {len(prompts) + dropped} prompts of {name}, kept {len(prompts)}")
-    if dropped:
-        say(f"  dropped {dropped}: longer than {longest} tokens")
-    return prompts
-
-
-def _plan(config: OnlineConfig, prompts: Prompts) -> RolloutPlan:
-    needed = config.prompts_per_step * config.steps_per_generation
-    if len(prompts) < needed:
-        raise FasttrError(
-            f"train_batch_size: a rollout takes {needed} prompts, and there are {len(prompts)}; "
-            "lower train_batch_size or raise num_generations"
-        )
-    return RolloutPlan(
-        trees=prompts,
-        prompts_per_step=config.prompts_per_step,
-        steps_per_generation=config.steps_per_generation,
-        num_iterations=config.num_iterations,
-        total_steps=config.total_steps(len(prompts)),
-        seed=config.seed if config.data_seed is None else config.data_seed,
-        shuffle=config.shuffle_dataset,
-    )
-
-
-def _sources(
-    config: OnlineConfig, tokenizer: Any, device: torch.device, functions: Sequence[Any]
-) -> list[RewardSource]:
-    model = dataclasses.replace(
-        config.model(device, "a reward model"), key="reward_funcs", ld_alpha=None
-    )
-    names = [name for name in config.reward_names if name != GIVEN]
-    budget = config.token_budget(device)
-    sources: list[RewardSource] = [reward_source(name, model, tokenizer, budget) for name in names]
-    sources += [FunctionReward(one, getattr(one, "__name__", "reward")) for one in functions]
-    if not sources:
-        raise FasttrError(f"reward_funcs: got {GIVEN}, and no function is given; wanted one")
-    taken = [one.name for one in sources]
-    if len(set(taken)) < len(taken):
-        for number, one in enumerate(sources):
-            one.name = f"{one.name}_{number}"
-    return sources
-
-
-def _reference(config: OnlineConfig, device: torch.device) -> PackedModel | None:
-    if config.beta == 0:
-        return None
-    name = config.ref_model_name_or_path
-    key = "ref_model_name_or_path" if name is not None else "model_name_or_path"
-    wanted = config.model(device, name or config.model_name_or_path)
-    return load_model(dataclasses.replace(wanted, key=key))
-
-
-def _announce(run: OnlineRun, plan: RolloutPlan) -> None:
-    config = run.config
-    assert isinstance(config, OnlineConfig)
-    completions = plan.prompts_per_rollout * config.num_generations
-    say(
-        f"{plan.total_steps} steps of {config.train_batch_size} completions; a rollout of "
-        f"{completions} ({plan.prompts_per_rollout} prompts) feeds {plan.steps_per_rollout} steps"
-    )
-    sources = ", ".join(one.name for one in run.collector.sources)
-    say(f"rewards: {sources}; loss {config.loss_type}, beta {config.beta:g}")
-    is_step = config.save_strategy == "steps" and config.save_steps >= 1
-    if is_step and config.save_steps % plan.steps_per_rollout:
-        say(
-            f"save_steps: {config.save_steps:g} is no multiple of the {plan.steps_per_rollout} "
-            "steps of a rollout: a checkpoint is written when its rollout is used up"
-        )
 
 
 def policy_step(run: OnlineRun, experience: Experience, within: int) -> StepMetrics:

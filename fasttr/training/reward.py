@@ -77,7 +77,7 @@ def train_reward(
         has_eval_data=eval_dataset is not None,
     )
     given = Given(train_dataset=train_dataset, eval_dataset=eval_dataset)
-    return to_the_end(config, lambda: _set_up(config, given), [*callbacks, _Calibrate(config)])
+    return to_the_end(config, lambda _: _set_up(config, given), [*callbacks, _Calibrate(config)])
 
 
 def _set_up(config: RewardConfig, given: Given) -> Run:

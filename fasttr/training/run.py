@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fasttr.batch import TreeSource
 from fasttr.config.train_config import TrainConfig
+from fasttr.distributed.ranks import ALONE, Ranks
 from fasttr.evaluation.split import EvaluationSplit
 from fasttr.losses import Loss
 from fasttr.losses.objective import AnyObjective
@@ -45,6 +46,7 @@ class Run:
     best: Best | None  # None: no checkpoint is called the best
     averages: Averages  # since the last line of metrics
     total_loss: Tensor  # () over all steps
+    ranks: Ranks = ALONE  # this process among those of the run
     is_resumed: bool = False
     step: int = 0  # optimizer steps done
     window_scored: bool = False

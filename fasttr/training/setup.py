@@ -4,6 +4,7 @@ taken up."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from fasttr.config.rows import RowReader, as_loss_reads, reads_a_stream
 from fasttr.config.train_config import TrainConfig
 from fasttr.console import say
 from fasttr.data.tokens import adjust
+from fasttr.distributed.ranks import ALONE, Ranks
 from fasttr.environment import device_for
 from fasttr.errors import FasttrError
 from fasttr.evaluation.split import EvaluationSplit
@@ -23,6 +25,7 @@ from fasttr.metrics.sums import Averages
 from fasttr.metrics.trackers import require_trackers
 from fasttr.models.checks import check_ids
 from fasttr.models.choice import Candidate, choose_tier
+from fasttr.models.compiled import compile_layers
 from fasttr.models.given import pack_model, read_weights_into
 from fasttr.models.halves import add_remainders
 from fasttr.models.load import (
@@ -35,10 +38,16 @@ from fasttr.models.load import (
 from fasttr.models.packed import PackedModel
 from fasttr.models.router import coefficient_of
 from fasttr.packing.ahead import PacksAhead
+from fasttr.packing.plan import Plan
 from fasttr.packing.tiers import longest_sequence
 from fasttr.reference.logp_table import LogpTable
 from fasttr.reference.moving import MovingReference
-from fasttr.training.announce import announce_plan, announce_settings, announce_tier
+from fasttr.training.announce import (
+    announce_adapter,
+    announce_plan,
+    announce_settings,
+    announce_tier,
+)
 from fasttr.training.best import Best
 from fasttr.training.checkpoints import Resume, check_resume, find_resume, take_up
 from fasttr.training.run import Run
@@ -54,7 +63,7 @@ class Given(NamedTuple):
     loss: Any = None  # a Loss, or any function of LossInputs
 
 
-def setup(config: TrainConfig, given: Given) -> Run:
+def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     """Read rows and models, say what was found, and take up a checkpoint when asked to.
 
     What can be refused without a row is refused first: tokenising takes long.
@@ -62,8 +71,10 @@ def setup(config: TrainConfig, given: Given) -> Run:
     device = prepare_torch(config)
     require_trackers(config.report_to)
     config.optimizer().check_schedule()
-    resume = find_resume(config)
-    source = str(resume.folder) if resume is not None else config.model_name_or_path
+    resume = ranks.first_alone(lambda: find_resume(config), of_each_machine=False)
+    source = config.model_name_or_path
+    if resume is not None and not config.use_peft:
+        source = str(resume.folder)
     tokenizer = checked_tokenizer(config, given, device, source)
     candidates = _candidates(config, given, device, source)
     coefficient = coefficient_of(candidates[0].config, config.router_aux_loss_coef)
@@ -72,25 +83,31 @@ def setup(config: TrainConfig, given: Given) -> Run:
     if reads_a_stream(config, given.train_dataset):
         config = _in_order_of_the_stream(config)
     custom_loss = None if given.loss is None else as_loss(given.loss, config.beta)
-    rows = reader.train(custom_loss or config.loss, given.train_dataset)
+    rows = ranks.first_alone(lambda: reader.train(custom_loss or config.loss, given.train_dataset))
     config, loss = _with_loss(config, custom_loss, rows)
     trees = as_loss_reads(rows, loss, config)
     eval_trees: dict[str, TreeSource] = {}
     if config.evaluates:
-        eval_rows = reader.evaluation(loss, given.eval_dataset)
+        eval_rows = ranks.first_alone(lambda: reader.evaluation(loss, given.eval_dataset))
         eval_trees = {name: as_loss_reads(one, loss, config) for name, one in eval_rows.items()}
     config = dataclasses.replace(config, max_tokens_per_batch=config.token_budget(device))
     config = _with_tier(config, candidates, [trees, *eval_trees.values()])
     plan = config.plan(trees, loss, device)
     if resume is not None:
         check_resume(resume, config, loss, plan)
-    announce_plan(config, loss, plan)
+    _require_same(ranks, config, loss, plan)
+    announce_plan(config, loss, plan, ranks)
     announce_settings(config, loss, trees)
-    policy, initial = _models(config, device, given, resume)
+    with ranks.together():
+        policy, initial = _models(config, device, given, resume)
     _check_ids(config, given, policy, initial, [trees, *eval_trees.values()])
     if config.eos_token is not None:
         _end_with(policy, tokenizer)
-    optimizer = config.optimizer().optimizer(policy.model, policy.bf16)
+    # What is trained of an adapted model is small, and fp32.
+    splits_weights = policy.bf16 and policy.adapter is None
+    optimizer = config.optimizer().optimizer(policy.model, bf16=splits_weights)
+    # Not before: the optimizer decides which weights are bf16, and graphs are made for dtypes.
+    compile_layers(policy, config.compile)
     run = Run(
         config=config,
         device=device,
@@ -99,9 +116,11 @@ def setup(config: TrainConfig, given: Given) -> Run:
         ledger=PreferenceLedger(loss),
         trees=trees,
         plan=plan,
-        packs=PacksAhead(plan.packs, plan.total_steps),
+        packs=PacksAhead(functools.partial(plan.packs, ranks=ranks), plan.total_steps),
         policy=policy,
-        reference=MovingReference(config.schedule, policy, initial, optimizer=optimizer),
+        reference=MovingReference(
+            config.schedule, policy, initial, optimizer=optimizer, bound=config.ref_rank_bound()
+        ),
         optimizer=optimizer,
         scheduler=config.optimizer().scheduler(optimizer, plan.total_steps),
         window_logps=LogpTable(len(trees), loss.completions),
@@ -109,10 +128,23 @@ def setup(config: TrainConfig, given: Given) -> Run:
         best=Best.of(config),
         averages=Averages(device),
         total_loss=torch.zeros((), device=device),
+        ranks=ranks,
     )
     if resume is not None:
         take_up(run, resume)
     return run
+
+
+def _require_same(ranks: Ranks, config: TrainConfig, loss: Loss, plan: Plan) -> None:
+    """A plan that differs between ranks would have them wait for each other for ever."""
+    if ranks.world > 1 and loss.coupled and loss.head_means:
+        raise FasttrError(
+            "use_weighting: got true with a loss that couples rows on several processes; wanted "
+            "another loss, or one process"
+        )
+    bound = {name: getattr(config, name) for name in config.bound_on_resume()}
+    ranks.same("the configuration", repr(bound))
+    ranks.same("the rows", (plan.trees.fingerprint, plan.total_steps))
 
 
 def prepare_torch(config: TrainConfig) -> torch.device:
@@ -223,7 +255,8 @@ def _models(
     config: TrainConfig, device: torch.device, given: Given, resume: Resume | None
 ) -> tuple[PackedModel, PackedModel | None]:
     """The policy, and a first reference of its own where one is named and still needed."""
-    policy = _policy(config.model(device), given.model, resume)
+    wanted = dataclasses.replace(config.model(device), compile=False)
+    policy = _policy(wanted, given.model, resume)
     if config.ref_model_name_or_path is None or (
         resume is not None and config.ref_update != "soft"
     ):
@@ -234,8 +267,11 @@ def _models(
 def _named_reference(config: TrainConfig, device: torch.device) -> ModelConfig:
     model = config.model(device, config.ref_model_name_or_path)
     # A soft reference becomes an average of it, for which every bit counts.
-    is_trained = config.ref_update == "soft"
-    return dataclasses.replace(model, key="ref_model_name_or_path", is_trained=is_trained)
+    if config.ref_update == "soft":
+        model = dataclasses.replace(model, compile=False)
+    else:
+        model = dataclasses.replace(model, is_trained=False)
+    return dataclasses.replace(model, key="ref_model_name_or_path")
 
 
 def _check_ids(
@@ -258,14 +294,26 @@ def _check_ids(
 
 def _policy(wanted: ModelConfig, model: Any, resume: Resume | None) -> PackedModel:
     """The given model, or the one that is named; with a checkpoint's weights where there is one."""
+    if wanted.adapter is not None:
+        policy = _packed(wanted, model)
+        assert policy.adapter is not None
+        if resume is not None:
+            policy.adapter.read(resume.folder)
+        announce_adapter(policy)
+        return policy
     if model is None:
         if resume is not None:
             wanted = dataclasses.replace(wanted, name=str(resume.folder), revision="main")
-        packed = load_model(wanted)
-    else:
-        if resume is not None:
-            read_weights_into(model, resume.folder)
-        packed = pack_model(model, dataclasses.replace(wanted, name="the given model", key="model"))
+    elif resume is not None:
+        read_weights_into(model, resume.folder)
+    packed = _packed(wanted, model)
     if resume is not None:
         add_remainders(packed.model, resume.state.remainders)
     return packed
+
+
+def _packed(wanted: ModelConfig, model: Any) -> PackedModel:
+    if model is None:
+        return load_model(wanted)
+    name = str(model.config.name_or_path) if wanted.adapter is not None else "the given model"
+    return pack_model(model, dataclasses.replace(wanted, name=name, key="model"))

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from fasttr.batch import PackedBatch
+from fasttr.losses import StepObjective
 from fasttr.metrics.ledger import Ledger
 from fasttr.metrics.sums import MicroBatches, by_name, over_micro_batches
 from fasttr.metrics.throughput import Throughput
 from fasttr.optim.adamw import after_step
 from fasttr.optim.update import begin_step, update
 from fasttr.packing.plan import unshared_tokens
+from fasttr.training.coupled_step import coupled_step
 from fasttr.training.run import Run
 
 
@@ -39,9 +41,14 @@ class StepMetrics(NamedTuple):
 def train_step(run: Run, step: int, throughput: Throughput, moves: bool = False) -> StepMetrics:
     """Forward and backward over the packs of `step` (counted from 0), then one update.
 
+    Every rank adds up the gradients of its own packs; their sum over all ranks is the step's, so
+    that a step does not depend on how many there are. The decisions below are the same on each.
+
     `moves`: the reference moves after this step; where it can it does so in the update's own sweep.
     """
-    return finish_step(run, run.ledger.means(_backward(run, step, throughput)), moves)
+    sums = _backward(run, step, throughput)
+    _sum_over_ranks(run, sums)
+    return finish_step(run, run.ledger.means(sums), moves)
 
 
 def finish_step(run: Run, micro_means: Tensor, moves: bool = False) -> StepMetrics:
@@ -67,7 +74,8 @@ def finish_step(run: Run, micro_means: Tensor, moves: bool = False) -> StepMetri
 def _backward(run: Run, step: int, throughput: Throughput) -> Tensor:
     """Gradients of all packs; returns the sums of their metrics, by micro-batch."""
     packs = run.packs(step)
-    begin_step(run.optimizer, len(packs))
+    # Among several ranks what is added up has one dtype, however many packs each has.
+    begin_step(run.optimizer, len(packs) if run.ranks.world == 1 else max(len(packs), 2))
     with run.policy.weights_still():
         return _sums_of(run, step, packs, throughput)
 
@@ -78,6 +86,11 @@ def _sums_of(run: Run, step: int, packs: list[PackedBatch], throughput: Throughp
     micro_batches = run.plan.micro_batches(rows)
     micro_batch_of = dict(zip(rows.tolist(), micro_batches.tolist(), strict=True))
     number = int(micro_batches[-1]) + 1
+    coupled = None
+    if run.loss.coupled and run.ranks.world > 1:
+        assert isinstance(objective, StepObjective)  # of log-probs: see fasttr.training.loop
+        of_step = MicroBatches(torch.from_numpy(micro_batches), number)
+        coupled = coupled_step(run, step, packs, objective, of_step)
     sums = run.ledger.zeros(run.device, number)
     head = run.policy.head_weight().weight
     for host_batch in packs:
@@ -85,11 +98,16 @@ def _sums_of(run: Run, step: int, packs: list[PackedBatch], throughput: Throughp
         ref_logp = None
         if run.loss.needs_reference:
             ref_logp = run.window_logps.get(batch.rows).to(run.device, non_blocking=True)
+        loss_fn = objective.loss_fn(batch)
+        normalizer = float(objective.normalizer)
+        if coupled is not None:
+            loss_fn = coupled.loss_fn(batch)
+            normalizer = 1.0
         out = run.policy(
             batch,
-            objective.loss_fn(batch),
+            loss_fn,
             ref_logp,
-            normalizer=objective.normalizer,
+            normalizer=normalizer,
             stats=True,
             router_share=len(batch.rows) / len(rows),
             # What earlier packs began; fp32 compute keeps the order of sums of other trainers.
@@ -105,4 +123,17 @@ def _sums_of(run: Run, step: int, packs: list[PackedBatch], throughput: Throughp
     # A mismatched completion of KTO is of another row and is not counted twice.
     completions = 1 if run.loss.unpaired else run.loss.completions
     run.num_tokens += unshared_tokens(run.trees, rows, completions)
-    return sums
+    return sums if coupled is None else coupled.corrected(sums, run.ranks.is_first)
+
+
+def _sum_over_ranks(run: Run, sums: Tensor) -> None:
+    if run.ranks.world == 1:
+        return
+    run.ranks.sum_([sums])
+    gradients = []
+    for parameter in run.policy.parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:  # no pack of this step was this rank's
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+    run.ranks.sum_(gradients)

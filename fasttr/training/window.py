@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -20,6 +21,7 @@ from fasttr.batch import PackedBatch
 from fasttr.checkpoint.state import weights_digest
 from fasttr.config.train_config import TrainConfig
 from fasttr.console import say
+from fasttr.distributed.ranks import Ranks
 from fasttr.errors import FasttrError, one_line
 from fasttr.evaluation.split import EvaluationSplit
 from fasttr.files import remove_torn, written_aside
@@ -52,7 +54,7 @@ def score_window(run: Run, window: range, *, evaluates: bool, stop: StopSignal) 
             _score_splits(run, reference)
     run.reference.window_scored()
     run.window_scored = True
-    if partial is not None:
+    if partial is not None and run.ranks.is_first:
         partial.remove()
 
 
@@ -60,7 +62,7 @@ def score_anchor(run: Run) -> None:
     """Score the evaluation splits by the policy as it is now: the initial one, before any step."""
     for split in run.splits.values():
         if split.anchor_logps is not None:
-            fill_logps(run.policy, split.packs(), split.anchor_logps)
+            _fill_split(run, split, run.policy, split.anchor_logps)
 
 
 def score_late(run: Run, window: range, *, evaluates: bool) -> None:
@@ -99,22 +101,58 @@ def _sweep(
         disable=is_hidden or None,
     )
 
+    sweep = _Sweep(run, partial, stop)
+
     def packs() -> Iterator[PackedBatch]:
+        # Known by the plan: a rank's own table lacks what the others have scored.
+        is_known = np.zeros(len(run.trees), dtype=bool)
+        is_known[run.window_logps.known_rows()] = True
         for step in steps:
-            if run.window_logps.lacks(run.plan.rows(step)):
+            rows = run.plan.rows(step)
+            if not is_known[rows].all():
                 yield from run.packs(step)
+                is_known[rows] = True
+                sweep.after_step()
             bar.update()
 
-    def after_pack() -> None:
-        if partial is not None:
-            partial.save_now_and_then()
-        if stop.signum is not None:
-            if partial is not None:
-                partial.save()
-            raise SweepStopped
-
     with bar:
-        fill_logps(reference, packs(), run.window_logps, after_pack)
+        fill_logps(reference, packs(), run.window_logps, sweep.after_pack)
+    run.window_logps.merge(rows_of(run, steps), run.ranks)
+
+
+def rows_of(run: Run, steps: range) -> np.ndarray:
+    """The rows that some steps train on, each once."""
+    found = [run.plan.rows(step) for step in steps]
+    return np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
+
+
+class _Sweep:
+    """What stops a sweep, and keeps what it has found: after a pack, or where ranks have to agree
+    after a step."""
+
+    def __init__(self, run: Run, partial: _Partial | None, stop: StopSignal):
+        self.run, self.partial, self.stop = run, partial, stop
+
+    def after_pack(self) -> None:
+        if self.run.ranks.world == 1:
+            is_due = self.partial is not None and self.partial.is_due()
+            self._act(is_due, self.stop.signum is not None)
+
+    def after_step(self) -> None:
+        ranks = self.run.ranks
+        if ranks.world == 1:
+            return
+        # The clock of the first rank decides for all, a signal to any of them.
+        is_due = ranks.is_first and self.partial is not None and self.partial.is_due()
+        is_due_somewhere, signum = ranks.largest([int(is_due), self.stop.signum or 0])
+        self.stop.signum = signum or None
+        self._act(bool(is_due_somewhere), signum != 0)
+
+    def _act(self, is_due: bool, is_stopped: bool) -> None:
+        if self.partial is not None and (is_due or is_stopped):
+            self.partial.save()
+        if is_stopped:
+            raise SweepStopped
 
 
 def _score_splits(run: Run, reference: PackedModel) -> None:
@@ -129,19 +167,25 @@ def _score_split(run: Run, split: EvaluationSplit, reference: PackedModel) -> No
     if run.step == 0 and split.anchor_logps is not None and run.reference.is_the_policy:
         split.ref_logps.values[:] = split.anchor_logps.values
     else:
-        fill_logps(reference, split.packs(), split.ref_logps)
+        _fill_split(run, split, reference, split.ref_logps)
+
+
+def _fill_split(run: Run, split: EvaluationSplit, model: PackedModel, table: LogpTable) -> None:
+    fill_logps(model, split.packs(run.ranks), table)
+    table.merge(np.arange(len(split.trees)), run.ranks)
 
 
 class _Partial:
     """The log-probs of an unfinished first sweep, on disk until the same run starts again."""
 
-    def __init__(self, path: Path, table: LogpTable, key: str):
-        self.path, self.table, self.key = path, table, key
+    def __init__(self, path: Path, table: LogpTable, key: str, ranks: Ranks):
+        self.path, self.table, self.key, self.ranks = path, table, key, ranks
         self.saved_at = time.perf_counter()
 
     @classmethod
     def of(cls, run: Run, reference: PackedModel) -> _Partial:
-        partial = cls(run.output_dir / PARTIAL_FILE, run.window_logps, _key(run, reference))
+        path = run.output_dir / PARTIAL_FILE
+        partial = cls(path, run.window_logps, _key(run, reference), run.ranks)
         if run.config.resume_from_checkpoint and partial.path.is_file():
             partial.take_up()
         return partial
@@ -162,11 +206,18 @@ class _Partial:
         self.path.unlink(missing_ok=True)
         remove_torn(self.path.parent, PARTIAL_FILE)
 
-    def save_now_and_then(self) -> None:
-        if time.perf_counter() - self.saved_at > PARTIAL_SECONDS:
-            self.save()
+    def is_due(self) -> bool:
+        return time.perf_counter() - self.saved_at > PARTIAL_SECONDS
 
     def save(self) -> None:
+        """Write what all ranks have found; each of them calls this."""
+        self.table.merge(np.arange(len(self.table.values)), self.ranks)
+        with self.ranks.together():
+            if self.ranks.is_first:
+                self._write()
+        self.saved_at = time.perf_counter()
+
+    def _write(self) -> None:
         rows = torch.from_numpy(self.table.known_rows())
         logp = torch.from_numpy(self.table.values[rows.numpy()])
         try:
@@ -174,7 +225,6 @@ class _Partial:
                 save_file({"rows": rows, "logp": logp}, aside, metadata={"key": self.key})
         except (OSError, SafetensorError) as error:
             raise FasttrError(f"cannot write {self.path}: {one_line(error)}") from error
-        self.saved_at = time.perf_counter()
 
 
 def _key(run: Run, reference: PackedModel) -> str:

@@ -1,5 +1,5 @@
 """The command lines and files that TRL's documentation and alignment-handbook give: each runs here
-on a small model and a few rows, or stops and names only what needs adapters or several processes.
+on a small model and a few rows, or stops and names only what needs quantised or sharded weights.
 """
 
 import importlib.util
@@ -20,10 +20,11 @@ from tests.runs import steps
 DOCUMENTED = yaml.safe_load(Path(__file__).with_name("documented.yaml").read_text())
 NAMES = [f"{place}. {one['from']}" for place, one in enumerate(DOCUMENTED)]
 HANDBOOKS_SPLITS = ("train_prefs", "test_prefs")
-# What asks for adapters, quantised weights or several processes.
-WAITS = {"use_peft", "load_in_4bit", "num_processes", "accelerate_config"}
+# What asks for quantised or sharded weights.
+WAITS = {"load_in_4bit", "accelerate_config"}
 # Sizes and packages of the machines that the settings were written for.
 SMALLER = {
+    "num_processes": 1,
     "max_steps": 2,
     "eval_steps": 1,
     "dataset_num_proc": "none",
@@ -69,11 +70,11 @@ LOSSES = {"dpo": ["sigmoid"], "kto": ["kto"], "train": ["orpo"]}
 def test_there_are_thirty_seven():
     sources = [one["from"].split()[0] for one in DOCUMENTED]
     assert (sources.count("trl"), sources.count("alignment-handbook")) == (25, 12)
-    assert (len(RUNNING), len(WAITING)) == (24, 13)
+    assert (len(RUNNING), len(WAITING)) == (31, 6)
 
 
 @pytest.mark.parametrize("place", RUNNING, ids=[NAMES[place] for place in RUNNING])
-def test_what_one_process_can_do_is_read(place, tmp_path):
+def test_what_can_be_done_is_read(place, tmp_path):
     documented = Documented.of(place)
     line = documented.line(tmp_path)
     if "8bit" in documented.file.get("optim", "") and importlib.util.find_spec("torchao") is None:
@@ -89,7 +90,7 @@ def test_what_one_process_can_do_is_read(place, tmp_path):
 
 
 @pytest.mark.parametrize("place", WAITING, ids=[NAMES[place] for place in WAITING])
-def test_the_rest_names_only_adapters_and_processes(place, tmp_path):
+def test_the_rest_names_only_quantised_and_sharded_weights(place, tmp_path):
     documented = Documented.of(place)
     with pytest.raises(FasttrError) as stopped:
         parse_train(documented.line(tmp_path), documented.command)
@@ -190,7 +191,8 @@ def test_it_runs_on_a_small_model(place, workspace, tmp_path):
     changes = {**SMALLER, "model_name_or_path": workspace / "model", "output_dir": out}
     flags = [word for key, value in changes.items() for word in (f"--{key}", str(value))]
     main([documented.command, *documented.line(tmp_path), *flags])
-    assert (out / "model.safetensors").is_file()
+    trains_adapter = "use_peft" in documented.asks()
+    assert (out / ("adapter_" * trains_adapter + "model.safetensors")).is_file()
     losses = [line["loss"] for line in steps(out)]
     constant = {"kto": 0.5, "train": None, "dpo": 1.0 if "apo_zero" in text else 0.6931472}
     expected = constant[documented.command]

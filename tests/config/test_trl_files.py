@@ -132,8 +132,20 @@ def test_documented_command_lines_of_trl_parse(script, capsys):
         ["remove_unused_columns: ignored: " + TABLE["remove_unused_columns"].note]
         * (script == "dpo")
     )
-    with pytest.raises(FasttrError, match=r"adapters are not built|full-precision weights"):
-        parse_train(adapters)
+    if script == "kto":
+        with pytest.raises(FasttrError, match="load_in_4bit: got True; a quantised base"):
+            parse_train(adapters)
+        adapters.remove("--load_in_4bit")
+    config = parse_train(adapters)
+    assert (config.use_peft, config.lora_alpha) == (True, 16)
+    assert config.lora_r == (32 if script == "dpo" else 16)
+    assert config.lora_target_modules == (None if script == "dpo" else "all-linear")
+
+
+def test_keys_of_an_adapter_without_one_are_said_to_be_left_out(tmp_path, capsys):
+    config = parse_train([*NEEDED, "--lora_r", "8", "--lora_alpha", "32"])
+    assert (config.use_peft, config.lora_r) == (False, 16)
+    assert capsys.readouterr().out == "lora_r: ignored: read only with use_peft: true\n"
 
 
 def test_a_full_fine_tune_keeps_its_file(tmp_path, capsys):
@@ -296,13 +308,6 @@ def test_env_of_a_file_is_set(tmp_path, monkeypatch):
         from_file(tmp_path, 'model_name_or_path: m\ndataset_name: d\nenv: {"a=b": 3}\n')
     with pytest.raises(FasttrError, match="env: got"):
         from_file(tmp_path, "model_name_or_path: m\ndataset_name: d\nenv: 3\n")
-
-
-def test_several_processes_are_refused(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit):
-        main(["train", *NEEDED])
-    assert "start without torchrun" in capsys.readouterr().err
 
 
 def test_a_run_under_trls_keys(workspace, tmp_path, capsys):

@@ -165,8 +165,8 @@ def test_a_soft_update_with_all_of_the_policy_is_hard():
         ({"model_init_kwargs": "text"}, "model_init_kwargs: got 'text'; wanted a mapping"),
         ({"mixed_precision": "fp16"}, "mixed_precision: got 'fp16'; use bf16"),
         ({"warmup_ratio": 2}, "warmup_ratio: got 2; wanted a share"),
-        ({"num_processes": 8}, "num_processes: got 8; one process trains"),
-        ({"accelerate_config": "zero3"}, "accelerate_config: got 'zero3'; one process trains"),
+        ({"num_machines": 8}, "num_machines: got 8; start torchrun on every machine"),
+        ({"accelerate_config": "zero3"}, "accelerate_config: got 'zero3'; wanted single_gpu or"),
         ({"learning_rate": True}, "learning_rate: got True; wanted float"),
         (
             {"accelerator_config": {"split_batches": True}},
@@ -191,8 +191,8 @@ def test_spellings_of_nothing_are_accepted():
 
 def test_all_refusals_of_a_file_are_said_at_once():
     values = {
-        "use_peft": True,
-        "num_processes": 8,
+        "load_in_4bit": True,
+        "num_machines": 8,
         "max_steps": "many",
         "lerning_rate": 1,
         "beta": 0.1,
@@ -202,8 +202,8 @@ def test_all_refusals_of_a_file_are_said_at_once():
     told = str(stopped.value)
     assert told.startswith("4 settings cannot be taken: (1) ")
     for part in (
-        "use_peft: got True; adapters are not built",
-        "num_processes: got 8; one process trains",
+        "load_in_4bit: got True; a quantised base is not built",
+        "num_machines: got 8; start torchrun on every machine",
         "max_steps: got many; wanted int",
         "unknown key 'lerning_rate' (did you mean 'learning_rate'?)",
     ):

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fasttr import TrainConfig, train
 from fasttr.cli import main
-from tests.runs import steps
+from tests.runs import evaluations, lines, settings, steps
 from tests.tiny import write_pairs
 
 COMMON = {
@@ -65,9 +66,9 @@ def theirs(script: str, file: str, output_dir: str) -> list[dict]:
 def pairs(folder: Path, count: int) -> list[dict]:
     """Rows of which the first is long, so that a cut at 24 tokens bites."""
     write_pairs(folder / "pairs.jsonl", count, seed=3)
-    lines = (folder / "pairs.jsonl").read_text().splitlines()
+    text = (folder / "pairs.jsonl").read_text()
     (folder / "pairs.jsonl").unlink()
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def unpaired(folder: Path, count: int) -> list[dict]:
@@ -80,6 +81,10 @@ def unpaired(folder: Path, count: int) -> list[dict]:
         }
         for i, pair in enumerate(pairs(folder, count))
     ]
+
+
+def with_numbers(folder: Path, count: int) -> list[dict]:
+    return [{**row, "label": float(row["label"])} for row in unpaired(folder, count)]
 
 
 def completions(folder: Path, count: int) -> list[dict]:
@@ -168,6 +173,13 @@ CASES = {
     ),
     "sgd": ("dpo", {"optim": "sgd", "learning_rate": 0.1}, pairs, 8, PAIRS),
     "adafactor": ("dpo", {"optim": "adafactor"}, pairs, 8, PAIRS),
+    "labels as numbers": (
+        "kto",
+        {"loss_type": "apo_zero_unpaired", "num_train_epochs": 1},
+        with_numbers,
+        12,
+        UNPAIRED,
+    ),
     "kto on pairs, without a loss": ("kto", {"num_train_epochs": 1}, pairs, 7, UNPAIRED),
     "kto in the order of the rows, a smaller last micro-batch": (
         "kto",
@@ -221,6 +233,80 @@ def test_the_same_file_gives_the_same_run(case, workspace, tmp_path):
     log = theirs(script, str(file), str(tmp_path / "theirs"))
     expected = [line for line in log if "grad_norm" in line]
     assert_same_steps(steps(tmp_path / "ours"), expected, keys)
+
+
+def test_a_rate_that_follows_evaluations_is_transformers(workspace, tmp_path):
+    """Plateaus after an evaluation that is no better, with a rate so high that there is one."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, rows in (("train", pairs(data, 12)), ("test", pairs(data, 6))):
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(workspace / "model", tmp_path / "model")
+    content = {
+        **COMMON,
+        "model_name_or_path": str(tmp_path / "model"),
+        "dataset_name": str(data),
+        "learning_rate": 0.03,
+        "lr_scheduler_type": "reduce_lr_on_plateau",
+        "lr_scheduler_kwargs": {"patience": 0, "factor": 0.3},
+        "warmup_steps": 0,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "metric_for_best_model": "eval_loss",
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(content))
+    main(["dpo", "--config", str(file), "--output_dir", str(tmp_path / "ours")])
+    log = theirs("dpo", str(file), str(tmp_path / "theirs"))
+    wanted = [line["learning_rate"] for line in log if "grad_norm" in line]
+    assert len(set(wanted)) > 1
+    assert [line["learning_rate"] for line in steps(tmp_path / "ours")] == pytest.approx(wanted)
+    losses = [line["eval_loss"] for line in evaluations(tmp_path / "ours")]
+    theirs_losses = [line["eval_loss"] for line in log if "eval_loss" in line]
+    assert losses == pytest.approx(theirs_losses, rel=1e-5)
+
+
+def test_several_evaluation_sets_have_metrics_under_their_names(workspace, tmp_path):
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    rows = pairs(tmp_path, 20)
+    sets = {"short": rows[8:12], "long": rows[12:]}
+    values = settings(workspace, tmp_path / "ours", max_steps=2, train_batch_size=4, max_length=64)
+    values |= {"eval_strategy": "steps", "eval_steps": 1, "dataset_name": None}
+    train(TrainConfig(**values), train_dataset=rows[:8], eval_dataset=sets)
+    trainer = DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(workspace / "model"),
+        args=DPOConfig(
+            output_dir=str(tmp_path / "theirs"),
+            use_cpu=True,
+            bf16=False,
+            max_length=64,
+            max_steps=2,
+            learning_rate=values["learning_rate"],
+            per_device_train_batch_size=4,
+            per_device_eval_batch_size=4,
+            eval_strategy="steps",
+            eval_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list(rows[:8]),
+        eval_dataset={name: Dataset.from_list(part) for name, part in sets.items()},
+        processing_class=AutoTokenizer.from_pretrained(workspace / "model"),
+    )
+    trainer.train()
+    first, second = (line for line in lines(tmp_path / "ours") if "eval_short_loss" in line)
+    for name in sets:
+        log = [line for line in trainer.state.log_history if f"eval_{name}_loss" in line]
+        for key in ("loss", "rewards/margins", "logps/chosen"):
+            full = f"eval_{name}_{key}"
+            # TRL gives the set's name to the loss alone.
+            wanted = [line[full if key == "loss" else f"eval_{key}"] for line in log]
+            assert [first[full], second[full]] == pytest.approx(wanted, rel=1e-5), full
+    assert first["eval_short_loss"] != first["eval_long_loss"]
 
 
 def assert_same_steps(ours: list[dict], expected: list[dict], keys: tuple[str, ...]) -> None:

@@ -43,3 +43,21 @@ def test_what_needs_the_number_of_rows_is_refused(workspace, tmp_path):
     parts = [{"path": str(workspace / "train.jsonl"), "fraction": 0.5}]
     with pytest.raises(FasttrError, match=r"streaming: .*fraction and test_split_size cannot"):
         run(workspace, tmp_path, streaming=True, dataset_name=None, datasets=parts)
+
+
+def test_a_stream_that_breaks_is_one_line(workspace, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    good = (workspace / "train.jsonl").read_bytes().splitlines(keepends=True)
+    broken = b'{"prompt": "a", "chosen": "b", "rejected": "\xed\xa0\xbd"}\n'
+    path.write_bytes(b"".join([*good[:3], broken]))
+    with pytest.raises(FasttrError, match=r"the rows of the stream cannot be read \(Unicode.*\)"):
+        run(workspace, tmp_path / "out", dataset_name=str(path), streaming=True, max_steps=2)
+
+    def rows():
+        yield json.loads(good[0])
+        raise RuntimeError("no more")
+
+    stream = datasets.IterableDataset.from_generator(rows)
+    values = settings(workspace, tmp_path, max_steps=2) | {"dataset_name": None}
+    with pytest.raises(FasttrError, match=r"cannot be read \(RuntimeError: no more\)"):
+        train(TrainConfig(**values), train_dataset=stream)

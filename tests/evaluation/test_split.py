@@ -12,6 +12,7 @@ from fasttr.data.in_memory import ListTrees
 from fasttr.data.unpaired import Unpaired
 from fasttr.evaluation.split import BLOCK, EvaluationSplit, evaluate
 from fasttr.losses import CustomLoss, Kto, Loss, Objective, Sft, Sigmoid
+from fasttr.metrics.ledger import PreferenceLedger
 from fasttr.packing.plan import Plan
 from tests.tiny import alone_logps, packed_tiny, random_trees, tiny_model
 
@@ -30,12 +31,16 @@ def split_of(trees, loss: Loss, budget: int = 20, columns: int = 2) -> Evaluatio
     return split
 
 
+def measured(split: EvaluationSplit, loss: Loss, after=None) -> dict[str, float]:
+    return evaluate(packed_tiny(), split, Objective(loss), PreferenceLedger(loss), after)
+
+
 def test_rewards_are_against_the_reference_and_the_anchor_against_the_initial_policy():
     """Several packs, whose rows come in another order."""
     loss = Sigmoid(beta=0.2)
     split = split_of(ListTrees(random_trees(SHAPES)), loss)
     assert len(list(split.packs())) > 2
-    found = evaluate(packed_tiny(), split, Objective(loss))
+    found = measured(split, loss)
     u, v = TO_REFERENCE.T
     a, b = TO_ANCHOR.T
     expected = {
@@ -66,7 +71,7 @@ def test_unpaired_rows_are_anchored_by_label():
     rows = Unpaired(ListTrees(single), labels=labels, block=5, max_length=None)
     trees = [rows[row] for row in range(5)]
     split = split_of(ListTrees(trees), loss)
-    found = evaluate(packed_tiny(), split, Objective(loss))
+    found = measured(split, loss)
     chosen, rejected = TO_ANCHOR[labels, 0].mean(), TO_ANCHOR[~labels, 0].mean()
     assert found["eval_anchor/logratios/chosen"] == pytest.approx(chosen, abs=1e-5)
     assert found["eval_anchor/logratios/rejected"] == pytest.approx(rejected, abs=1e-5)
@@ -81,7 +86,7 @@ def test_a_loss_without_a_reference_has_no_tables():
     split = EvaluationSplit.of(trees, Sft(), plan)
     assert split.ref_logps is split.anchor_logps is None
     assert not split.lacks_reference()
-    found = evaluate(packed_tiny(), split, Objective(Sft()))
+    found = measured(split, Sft())
     logps = alone_logps(tiny_model(), list(trees)).detach()
     predicted = sum(len(t.completions[0]) for t in trees) - 1  # one row has no prompt
     assert found["eval_loss"] == pytest.approx(-float(logps.sum()) / predicted, rel=1e-5)
@@ -93,7 +98,7 @@ def test_a_loss_of_one_completion_has_a_reference_too():
     trees = ListTrees([t._replace(completions=t.completions[:1]) for t in random_trees(SHAPES)])
     loss = CustomLoss(lambda inputs: inputs.chosen_logratio**2, beta=0.2, completions=1)
     split = split_of(trees, loss, columns=1)
-    found = evaluate(packed_tiny(), split, Objective(loss))
+    found = measured(split, loss)
     u, a = TO_REFERENCE[:, 0], TO_ANCHOR[:, 0]
     assert found["eval_loss"] == pytest.approx((u**2).mean(), abs=1e-4)
     assert found["eval_ref/distance"] == pytest.approx(np.abs(u).mean(), abs=1e-5)
@@ -107,10 +112,10 @@ def test_every_pack_is_handed_on_with_its_logps():
     trees = ListTrees(random_trees(SHAPES))
     seen = {}
 
-    def keep(batch, logp) -> None:
-        seen.update(zip(batch.rows, logp.view(-1, 2).tolist(), strict=True))
+    def keep(batch, out) -> None:
+        seen.update(zip(batch.rows, out.logp.view(-1, 2).tolist(), strict=True))
 
-    evaluate(packed_tiny(), split_of(trees, loss), Objective(loss), keep)
+    measured(split_of(trees, loss), loss, keep)
     want = alone_logps(tiny_model(), list(trees)).detach().view(-1, 2)
     got = torch.tensor([seen[row] for row in range(5)])
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-6)

@@ -370,6 +370,18 @@ def test_companded_moments_keep_two_digits_and_never_lose_a_second_moment() -> N
     assert least.any(), "some would have been 0"
 
 
+def test_bits_of_8_bit_moments_do_not_depend_on_where_blocks_end(monkeypatch) -> None:
+    found = []
+    for block in (adamw_torch.BLOCK, 2 * adamw_torch.GROUP):
+        monkeypatch.setattr(adamw_torch, "BLOCK", block)
+        opt = SplitAdamW(parameters("fp32", sizes=[1000]), split=False, moments="int8", **OPTIONS)
+        for i in range(3):
+            set_gradients(opt, i)
+            step(opt, "torch")
+        found.append(everything(opt))
+    assert same_bits(*found)
+
+
 def test_a_parameter_without_gradient_and_a_schedule() -> None:
     opt = SplitAdamW(parameters("fp32"), **OPTIONS)
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: 0.0 if i else 1.0)

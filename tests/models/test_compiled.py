@@ -109,3 +109,14 @@ def test_a_compiled_run_begins_at_0_and_follows_the_eager_one(workspace, tmp_pat
     assert compiled[0]["rewards/margins"] == compiled[0]["ref/distance"] == 0
     for a, b in zip(eager, compiled, strict=True):
         assert abs(a["loss"] - b["loss"]) < 1e-5
+
+
+def test_layers_are_compiled_after_their_weights_have_their_dtype(workspace, tmp_path, monkeypatch):
+    """Graphs of fp32 weights would be made anew in the first step."""
+    found = []
+    monkeypatch.setattr(
+        "fasttr.training.setup.compile_layers",
+        lambda packed, asked: found.append((asked, {p.dtype for p in packed.parameters()})),
+    )
+    run(workspace, tmp_path, bf16=True, max_steps=1)
+    assert found == [(None, {torch.bfloat16, torch.float32})]

@@ -13,6 +13,7 @@ from fasttr.models.attention import own_attention
 from fasttr.models.checks import check_head
 from fasttr.models.probe import probe
 from fasttr.packing.layout import pack
+from fasttr.packing.tiers import unshared
 from tests.architectures import ARCHITECTURES, TIERS, USUAL, VOCAB, WINDOW
 from tests.tiny import (
     alone_logps,
@@ -65,7 +66,9 @@ def test_packed_shared_padded_and_alone_agree(arch, checkpointing):
     weighted(padded).backward()
     assert_same(padded, gradients(plain), alone, want)
 
-    single = [Tree(i, t.prompt_ids, (c,)) for i, t in enumerate(trees) for c in t.completions]
+    single = [
+        unshared(Tree(i, t.prompt_ids, (c,))) for i, t in enumerate(trees) for c in t.completions
+    ]
     for layout in (trees, single) if tier == "shared" else (single,):
         model = packed_tiny(arch, tier=tier)
         if checkpointing:

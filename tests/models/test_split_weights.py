@@ -17,7 +17,7 @@ from fasttr.optim.adamw import OptimizerConfig
 from fasttr.optim.matrices import matrices
 from fasttr.packing.layout import pack
 from tests.architectures import ARCHITECTURES, USUAL
-from tests.tiny import packed_tiny, random_trees
+from tests.tiny import packed_tiny, random_trees, tiny_config
 
 TREES = [random_trees([(5, 4, 6), (3, 7, 2)], seed=1), random_trees([(6, 3, 5)], seed=2)]
 
@@ -109,6 +109,15 @@ def test_matrices_of_layers_and_an_untied_head_are_bf16_and_all_else_is_fp32():
             wanted = is_layer_matrix or (is_head and not tied)
             assert (p.dtype == torch.bfloat16) == wanted == (p in chosen), name
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.float32}
+
+
+def test_the_score_of_a_reward_model_stays_fp32():
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_config(tiny_config("llama", num_labels=1))
+    OptimizerConfig().optimizer(model, bf16=True)
+    assert model.score.weight.dtype == torch.float32
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
 
 
 class Casts(TorchDispatchMode):

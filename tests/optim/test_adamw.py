@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import Trainer
 
 from fasttr.errors import FasttrError
-from fasttr.optim.adamw import OptimizerConfig, parameter_groups
+from fasttr.optim.adamw import (
+    PLATEAU,
+    OptimizerConfig,
+    after_evaluation,
+    after_step,
+    parameter_groups,
+    schedule_state,
+    take_up_schedule,
+)
 from tests.architectures import ARCHITECTURES
 from tests.tiny import packed_tiny, tiny_model
 
@@ -67,6 +77,29 @@ def test_a_rate_warms_up_over_steps_or_a_share_of_them_rounded_up():
     assert rates(6, warmup_steps=2) == pytest.approx([0, 1, 2, 1.5, 1, 0.5])
     assert rates(6, warmup_steps=0.3) == pytest.approx([0, 1, 2, 1.5, 1, 0.5])  # ceil(1.8)
     assert rates(3, schedule="constant") == [2.0] * 3
+
+
+def plateau() -> tuple[torch.optim.Optimizer, Any]:
+    """A rate that halves after a second evaluation in a row that is no better."""
+    settings = {"schedule": PLATEAU, "schedule_kwargs": {"patience": 1, "factor": 0.5}}
+    config = OptimizerConfig(learning_rate=2.0, **settings)
+    optimizer = config.optimizer(torch.nn.Linear(2, 2))
+    return optimizer, config.scheduler(optimizer, 10)
+
+
+def test_a_schedule_that_follows_evaluations_follows_no_step_and_goes_on_where_it_was():
+    _, whole = plateau()
+    for value in (1.0, 1.5):
+        after_evaluation(whole, value)
+    for _ in range(5):
+        after_step(whole)
+    assert whole.get_last_lr() == [2.0, 2.0]
+    optimizer, resumed = plateau()
+    take_up_schedule(resumed, optimizer, 5, schedule_state(whole))
+    for scheduler in (whole, resumed):
+        after_evaluation(scheduler, 1.5)
+        assert scheduler.get_last_lr() == [1.0, 1.0]
+    assert [group["lr"] for group in optimizer.param_groups] == [1.0, 1.0]
 
 
 def test_arguments_that_a_schedule_does_not_take_are_one_line():

@@ -79,6 +79,23 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_no_moment(
     assert not same(state_of(run), after_one)
 
 
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "split weights"])
+def test_an_infinite_loss_with_a_finite_gradient_changes_nothing(workspace, tmp_path, bf16):
+    broken = False
+
+    def loss(inputs):
+        return -inputs.chosen_logp / 100 + (float("inf") if broken else 0.0)
+
+    run = ready_run(workspace, tmp_path, loss, bf16=bf16)
+    step_of(run, 0)
+    before = state_of(run)
+    broken = True
+    metrics = step_of(run, 1)
+    assert float(metrics.gradient_norm) > 0
+    assert float(metrics.is_broken) == 1
+    assert same(state_of(run), before)
+
+
 def test_a_first_step_that_is_not_finite_changes_no_weight(workspace, tmp_path):
     run = ready_run(workspace, tmp_path, lambda inputs: not_a_number(inputs.chosen_logp))
     before = {name: p.detach().clone() for name, p in run.policy.model.named_parameters()}

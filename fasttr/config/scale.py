@@ -1,0 +1,79 @@
+"""Settings of low-rank adapters and of several processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fasttr.settings import between, setting, whole
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """LoRA."""
+
+    use_peft: bool = setting(
+        False,
+        None,
+        "train a low-rank adapter of the model, whose own weights are frozen; needs the package "
+        "peft",
+    )
+    lora_r: int = setting(16, whole(1), "rank of the adapter")
+    lora_alpha: int = setting(
+        32, whole(1), "the adapter's update is multiplied by lora_alpha / lora_r"
+    )
+    lora_target_modules: str | list[str] | None = setting(
+        None,
+        None,
+        "names of the modules that are adapted, or all-linear; none means peft's choice for the "
+        "architecture",
+    )
+    lora_target_parameters: list[str] | None = setting(
+        None, None, "names of parameters that are adapted although no linear module holds them"
+    )
+    lora_modules_to_save: list[str] | None = setting(
+        None, None, "names of modules that are trained whole and saved with the adapter"
+    )
+    use_rslora: bool = setting(
+        False, None, "multiply the adapter's update by lora_alpha / sqrt(lora_r) instead"
+    )
+    use_dora: bool = setting(
+        False,
+        None,
+        "train the magnitude of every adapted weight too (DoRA); not with ref_update soft",
+    )
+    ref_lora_rank: int | None = setting(
+        None,
+        whole(1),
+        "largest rank of a soft reference, which is an average of adapters; none means 6 times "
+        "lora_r",
+    )
+    ref_lora_tolerance: float = setting(
+        1e-6,
+        between(0, 1),
+        "share of the norm of its product that a soft reference may leave out to need a lower rank",
+    )
+    merge_adapter: bool = setting(
+        False,
+        None,
+        "the final model is the base with the adapter merged, not the adapter alone",
+        may_change=True,
+    )
+
+
+@dataclass(frozen=True)
+class LaunchSettings:
+    """Processes."""
+
+    num_processes: int | None = setting(
+        None,
+        whole(1),
+        "processes, one for each GPU, that fasttr starts on this machine; under torchrun or "
+        "accelerate it must be theirs, and none takes what there is",
+        may_change=True,
+    )
+    ddp_timeout: int = setting(
+        1800,
+        whole(1),
+        "seconds after which a process that no other answers gives up",
+        may_change=True,
+    )

@@ -1,0 +1,176 @@
+"""Runs on several processes over gloo, forked from a server that has imported everything: a launch
+goes through its runs in turn, and one of its ranks may be at fault."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+import fasttr.checkpoint.folder
+import fasttr.models.packed
+import fasttr.training.loop
+import fasttr.training.window
+from fasttr import TrainConfig, train
+from fasttr.errors import FasttrError
+from tests.killed import signal_at
+
+PATIENCE = 60  # seconds in which a launch with a fault must have ended
+ALL = -1  # in place of a rank
+
+
+class Fault(NamedTuple):
+    """What happens to one rank, or to all of them."""
+
+    rank: int
+    kind: str  # signal, nan, error, disk, settings
+    what: str = "step"  # a point of tests.killed, for a signal
+    calls: int = 1
+    signum: int = 0
+
+    def named(self) -> str:
+        who = "all ranks" if self.rank == ALL else f"rank {self.rank}"
+        what = f"signal {self.signum} at {self.what}" if self.kind == "signal" else self.kind
+        return f"{who}, {what}, call {self.calls}"
+
+
+class Ended(NamedTuple):
+    """How one rank came out of a launch."""
+
+    status: int | None
+    text: str
+
+
+def launched(
+    world: int, runs: Sequence[Mapping[str, Any]], output: Path, fault: Fault | None = None
+) -> list[Ended]:
+    """Start `world` ranks that train with each of the settings in turn."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.killed", "tests.several"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    output.mkdir(parents=True, exist_ok=True)
+    processes = []
+    for rank in range(world):
+        args = (rank, world, port, [dict(one) for one in runs], output / f"{rank}.txt", fault)
+        processes.append(context.Process(target=_rank, args=args))
+        processes[-1].start()
+    ends_at = time.monotonic() + (PATIENCE if fault is not None else 10 * PATIENCE)
+    for process in processes:
+        process.join(timeout=max(ends_at - time.monotonic(), 0))
+    is_hanging = [process.is_alive() for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    texts = [(output / f"{rank}.txt").read_text() for rank in range(world)]
+    assert not any(is_hanging), texts
+    return [Ended(p.exitcode, text) for p, text in zip(processes, texts, strict=True)]
+
+
+def _rank(
+    rank: int, world: int, port: int, runs: list[dict], output: Path, fault: Fault | None
+) -> None:
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout = open(1, "w", buffering=1)  # noqa: SIM115  # lives as long as the process
+    sys.stderr = sys.stdout
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=PATIENCE))
+    if fault is not None and fault.rank in (rank, ALL):
+        _prepare(fault)
+    try:
+        for settings in runs:
+            if fault is not None and fault.kind == "settings" and fault.rank == rank:
+                settings["beta"] = 0.25
+            train(TrainConfig(**settings))
+    except FasttrError as error:
+        print(f"fasttr: error: {error}")
+        sys.stdout.flush()
+        os._exit(2)
+    except SystemExit as ended:
+        sys.stdout.flush()
+        os._exit(int(ended.code or 0))
+    except BaseException:
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)
+    sys.stdout.flush()
+    dist.destroy_process_group()
+
+
+def _prepare(fault: Fault) -> None:
+    if fault.kind == "signal":
+        signal_at(fault.what, fault.calls, fault.signum, None)
+    else:
+        _FAULTS[fault.kind](fault)
+
+
+def _at_call(owner: Any, name: str, calls: int, act: Callable[[Any], Any]) -> None:
+    """What the `calls`-th call of a function returns goes through `act`."""
+    original = getattr(owner, name)
+    count = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        found = original(*args, **kwargs)
+        return act(found) if count == calls else found
+
+    setattr(owner, name, counted)
+
+
+def _raise(error: Exception) -> Callable[[Any], Any]:
+    def act(_: Any) -> Any:
+        raise error
+
+    return act
+
+
+def _nan(fault: Fault) -> None:
+    _at_call(
+        fasttr.training.step,
+        "pack_sums",
+        fault.calls,
+        lambda sums: sums * float("nan"),
+    )
+
+
+def _error(fault: Fault) -> None:
+    error = RuntimeError("something is wrong with one rank")
+    _at_call(fasttr.training.step, "pack_sums", fault.calls, _raise(error))
+
+
+def _disk(fault: Fault) -> None:
+    error = OSError(28, "No space left on device")
+    _at_call(fasttr.checkpoint.folder, "save_model", fault.calls, _raise(error))
+
+
+def _nothing(fault: Fault) -> None:
+    """The settings are what differs."""
+
+
+_FAULTS: dict[str, Callable[[Fault], None]] = {
+    "nan": _nan,
+    "error": _error,
+    "disk": _disk,
+    "settings": _nothing,
+}
