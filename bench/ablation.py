@@ -94,13 +94,13 @@ class Ablation:
         self.optimizer.state.clear()
         return self.outcome.as_numbers()
 
-    def _packed(self, model: Any, use_liger: bool = False) -> PackedModel:
+    def _packed(self, model: Any, **how: Any) -> PackedModel:
         """A twin of `model` whose attention is packed; the weights are the same tensors."""
         config = ModelConfig(
             name="the benchmark's model",
             device=self.device,
             bf16=self.bf16,
-            use_liger_kernel=use_liger,
+            **how,
         )
         return pack_model(twin(model), config)
 
@@ -156,7 +156,7 @@ class Ablation:
     def _with_liger(self) -> Step:
         module = sys.modules[type(self.plain).__module__]
         before = dict(vars(module))
-        step = self._fused(self._packed(self.plain, use_liger=True))
+        step = self._fused(self._packed(self.plain, use_liger_kernel=True))
         # Liger also replaces functions of the architecture's module, under every other line too.
         replaced = {name: value for name, value in vars(module).items() if before[name] != value}
         _assign(module, {name: before[name] for name in replaced})
@@ -168,11 +168,7 @@ class Ablation:
         return step_with_liger
 
     def _compiled(self) -> Step:
-        """Each decoder layer, which all share what is compiled."""
-        model = self._packed(self.plain)
-        for layer in model.model.base_model.layers:
-            layer.compile(dynamic=True, fullgraph=True)
-        return self._fused(model)
+        return self._fused(self._packed(self.plain, compile=True))
 
 
 def twin(model: Any) -> Any:

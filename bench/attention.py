@@ -28,6 +28,7 @@ from bench.text import by_median, reasons, spread, titled
 from fasttr.batch import AttentionLayout, Tree
 from fasttr.models.attention import packed_attention
 from fasttr.packing.layout import pack
+from fasttr.packing.tiers import unshared
 
 IDS = 64  # different tokens, of which attention reads none
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative error, outputs and gradients
@@ -115,11 +116,10 @@ def measure(lengths: str, heads: Heads, tokens: int, device: torch.device, secon
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     trees = trees_filling(lengths, tokens, IDS)
     inputs = Inputs.of(trees, heads, device, dtype)
-    apart = [tree._replace(completions=(ids,)) for tree in trees for ids in tree.completions]
-    unshared = Inputs.of(apart, heads, device, dtype)
+    alone = Inputs.of([unshared(tree) for tree in trees], heads, device, dtype)
     contenders = {}
     for name, provider in PROVIDERS.items():
-        of_provider = inputs if provider.shares_prompts else unshared
+        of_provider = inputs if provider.shares_prompts else alone
         contenders[name] = Contender(
             call=lambda x=of_provider, attend=provider.attend: x.both(attend),
             check=lambda x=of_provider, attend=provider.attend: _wrong(x, attend),
@@ -127,13 +127,13 @@ def measure(lengths: str, heads: Heads, tokens: int, device: torch.device, secon
         )
     gathers = {"the gather alone": lambda: gather(inputs)}
     found = compare(contenders, device, seconds=seconds, yardsticks=gathers)
-    alone = found.times.pop("the gather alone")
+    gathering = found.times.pop("the gather alone")
     operations = 12 * inputs.attended * heads.queries * heads.width
     return {
         "tokens": inputs.query.shape[2],
         "pairs": len(trees),
         "device": str(device),
-        "gather": alone.as_dict(),
+        "gather": gathering.as_dict(),
         "flop": operations,
         "providers": {
             name: {**times.as_dict(), "tflops": operations / times.median / 1e12}

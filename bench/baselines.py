@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.lengths import packed_tokens
+from bench.lengths import counted_tokens, packed_tokens
 from fasttr.batch import PackedBatch, Tree
 from fasttr.models.gather import gather_rows
 from fasttr.models.packed import PackedModel
 from fasttr.packing.layout import first_fit_decreasing, pack
+from fasttr.packing.tiers import unshared
 
 Packs = Callable[[Sequence[Tree], int], Iterator[PackedBatch]]
 Head = Callable[[PackedModel, PackedBatch], Tensor]
@@ -65,15 +66,8 @@ def padded_logps(model: Any, trees: Sequence[Tree], bf16: bool) -> Tensor:
 
 def packed_alone(trees: Sequence[Tree], budget: int) -> Iterator[PackedBatch]:
     """Packs of whole pairs in which every completion has its prompt to itself."""
-    sizes = [
-        sum(len(tree.prompt_ids) + len(completion) for completion in tree.completions)
-        for tree in trees
-    ]
-    for members in first_fit_decreasing(sizes, budget):
-        alone = []
-        for tree in (trees[i] for i in members):
-            alone += [tree._replace(completions=(ids,)) for ids in tree.completions]
-        yield pack(alone)
+    for members in first_fit_decreasing([counted_tokens([tree]) for tree in trees], budget):
+        yield pack([unshared(trees[i]) for i in members])
 
 
 def packed_shared(trees: Sequence[Tree], budget: int) -> Iterator[PackedBatch]:

@@ -12,7 +12,7 @@ from bench.text import markdown, reasons, spread, titled
 from bench.timing import Times
 
 # The first of a group that ran is what the others are compared with.
-GROUPS = (("trl-default", "trl-best", "fasttr"), ("trl-sync", "fasttr-soft"))
+GROUPS = (("trl-default", "trl-best", "fasttr", "fasttr-compiled"), ("trl-sync", "fasttr-soft"))
 WARM_UP = 2  # steps
 
 Losses = Mapping[str, list[float]]  # provider -> loss of every step, nats
@@ -126,6 +126,7 @@ COLUMNS = (
     "step, s (p20 to p80)",
     "scoring, s a step",
     "CPU s a step",
+    "over trl-default by it",
     "losses differ by",
 )
 
@@ -145,7 +146,8 @@ def peers_table(result: Mapping[str, Any], detail: Mapping[str, Any]) -> str:
                 f"{figures['peak_bytes'] / 2**30:.2f}",
                 spread(own["step"], 1.0),
                 f"{own['score_s_per_step']:.2f}",
-                f"{own['cpu_s_per_step']:.2f}" if "cpu_s_per_step" in own else "",
+                f"{own['cpu_s_per_step']:.2f}",
+                _over_default_by_work(detail["detail"], name),
                 "" if differ is None else f"{differ:.0e}",
             ]
         )
@@ -161,6 +163,14 @@ def _over_default(providers: Mapping[str, Any], name: str) -> str:
     if base is None:
         return ""
     return f"{providers[name]['pairs_per_second'] / base['pairs_per_second']:.2f}x"
+
+
+def _over_default_by_work(detail: Mapping[str, Any], name: str) -> str:
+    """By processor time: what a loaded machine stretches less."""
+    base = detail.get("trl-default")
+    if base is None:
+        return ""
+    return f"{base['cpu_s_per_step'] / detail[name]['cpu_s_per_step']:.2f}x"
 
 
 def data_name(detail: Mapping[str, Any]) -> str:

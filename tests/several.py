@@ -23,6 +23,7 @@ import fasttr.training.loop
 import fasttr.training.window
 from fasttr import TrainConfig, train
 from fasttr.errors import FasttrError
+from fasttr.metrics.ledger import PreferenceLedger
 from tests.killed import signal_at
 
 PATIENCE = 60  # seconds in which a launch with a fault must have ended
@@ -146,17 +147,12 @@ def _raise(error: Exception) -> Callable[[Any], Any]:
 
 
 def _nan(fault: Fault) -> None:
-    _at_call(
-        fasttr.training.step,
-        "pack_sums",
-        fault.calls,
-        lambda sums: sums * float("nan"),
-    )
+    _at_call(PreferenceLedger, "of_pack", fault.calls, lambda sums: sums * float("nan"))
 
 
 def _error(fault: Fault) -> None:
     error = RuntimeError("something is wrong with one rank")
-    _at_call(fasttr.training.step, "pack_sums", fault.calls, _raise(error))
+    _at_call(PreferenceLedger, "of_pack", fault.calls, _raise(error))
 
 
 def _disk(fault: Fault) -> None:

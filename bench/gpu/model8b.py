@@ -32,6 +32,7 @@ def run(task: Task) -> None:
         device=task.device,
         bf16=task.device.type == "cuda",
         gradient_checkpointing=True,
+        compile=None,
     )
     model = pack_model(build(shape, task.device), config)
     if config.bf16:

@@ -135,8 +135,7 @@ def require_one_process() -> None:
     """Raise FasttrError under a launcher of several processes."""
     if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
         raise FasttrError(
-            "got several processes; one process trains until sharding is built: start without "
-            "torchrun"
+            "got several processes; this command runs in one: start it without torchrun"
         )
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bench import attention, head, layer, lerp, optim, step
+from bench.baselines import packed_alone, packed_shared
 from bench.gpu.predictions import PREDICTIONS
 from bench.harness import Case, parsed
 from bench.head_problem import LEAVES, make_problem, ragged_lengths
@@ -144,6 +145,14 @@ def test_every_line_of_the_ablation_has_the_padded_loss(tmp_path):
     (case,) = cases_of(step, tmp_path, *given, "--least", "1", "--settings", ",".join(lines))
     assert tuple(case["settings"]) == lines
     assert case["wrong"] == case["absent"] == {}
+
+
+def test_packs_of_the_ablation_repeat_prompts_or_share_them():
+    trees = make_trees("tiny", 6, 100)
+    repeated = sum(len(batch.input_ids) for batch in packed_alone(trees, 64))
+    shared = sum(len(batch.input_ids) for batch in packed_shared(trees, 64))
+    assert repeated == sum(2 * len(t.prompt_ids) + sum(map(len, t.completions)) for t in trees)
+    assert shared == sum(len(t.prompt_ids) + sum(map(len, t.completions)) for t in trees)
 
 
 def test_a_line_with_another_loss_gets_no_number(tmp_path, monkeypatch):

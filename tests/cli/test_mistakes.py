@@ -81,10 +81,10 @@ CASES = [
         "train --config nested.yaml",
         "unknown key 'model': a file of settings is flat: write model_name_or_path",
     ),
-    Case("train GO --use_peft --load_in_4bit", "load_in_4bit: got True; a quantised base is not b"),
+    Case("train GO --use_peft --lora_r 0", "lora_r: got 0; wanted a whole number from 1"),
     Case(
         "train GO --lora_r 8",
-        "lora_r: ignored: read only with use_peft",
+        "lora_r: ignored: read only with use_peft: true",
         trains=True,
     ),
     Case(
@@ -182,7 +182,7 @@ CASES = [
         r"(?s)beta: 0.05.*ref_update: soft.*ref_update_every: 64",
         trains=True,
     ),
-    Case("train GO --accelerate_config zero3", "accelerate_config: got .*zero3.*num_processes"),
+    Case("train GO --num_processes 0", "num_processes: got 0; wanted a whole number from 1"),
     Case(
         "train GO --attn_implementation flash_attention_2", "attn_implementation: got flash_attent"
     ),

@@ -211,6 +211,9 @@ def test_a_rank_that_ends_ends_the_others_with_one_line(workspace, tmp_path, sav
     assert "Traceback" not in other.text
     assert "another process of the run is gone" in other.text.strip().splitlines()[-1]
     assert ended[fault.rank].status in (-signal.SIGKILL, 1)
+    if fault.kind == "error":
+        assert "RuntimeError: something is wrong with one rank" in ended[fault.rank].text
+    assert list((tmp_path / "run").glob("checkpoint-*"))
     assert_goes_on(workspace, tmp_path, saved)
 
 

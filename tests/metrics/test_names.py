@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
+from transformers import AutoModelForCausalLM
 
 from fasttr.metrics.names import NAMES, is_known
 from tests.runs import lines, run
+from tests.tiny import tiny_config
 
 # Beside numbers a line has its step, and says of a move of the reference that it is one.
 BESIDE_METRICS = {"step", "event"}
@@ -16,7 +21,15 @@ RUNS = {
     "pairs without a reference": {"loss_type": "simpo"},
     "unpaired": {"loss_type": "kto", "ref_update": "hard", "ref_update_every": 1},
     "sft": {"loss_type": "sft"},
+    "experts": {"model_name_or_path": "mixtral"},
 }
+
+
+def folder_of(arch: str, workspace: Path, folder: Path) -> Path:
+    """A tiny model of an architecture, with the workspace's tokenizer."""
+    shutil.copytree(workspace / "model", folder)
+    AutoModelForCausalLM.from_config(tiny_config(arch, vocab_size=300)).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +38,10 @@ def written(workspace, tmp_path_factory) -> dict[str, set[str]]:
     keys = {}
     for name, changes in RUNS.items():
         folder = tmp_path_factory.mktemp("names")
+        arch = changes.get("model_name_or_path")
+        if arch is not None:
+            model = folder_of(arch, workspace, tmp_path_factory.mktemp("models") / arch)
+            changes = {**changes, "model_name_or_path": str(model)}
         run(
             workspace,
             folder,

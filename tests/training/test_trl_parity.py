@@ -222,7 +222,15 @@ def test_wpo_weighs_every_loss_as_trl_does(workspace, tmp_path, case):
     changes = {"loss_type": case.split()[0], "use_weighting": True, **WEIGHTED_CASES[case]}
     theirs = trl_run(workspace, tmp_path, **changes)
     reference = {"ref_model_name_or_path": str(workspace / "reference")}
-    run(workspace, tmp_path / "ours", learning_rate=0.0, max_grad_norm=0.0, **changes, **reference)
+    run(
+        workspace,
+        tmp_path / "ours",
+        learning_rate=0.0,
+        max_grad_norm=0.0,
+        max_steps=3,
+        **changes,
+        **reference,
+    )
     assert_same_log(steps(tmp_path / "ours"), theirs, SHARED)
 
 
