@@ -227,9 +227,7 @@ def _is_of_a_peer(error: RuntimeError) -> bool:
 
 
 @contextlib.contextmanager
-def joined(
-    use_cpu: bool, timeout: int = 1800, shard_size: int = 1
-) -> Iterator[Ranks]:
+def joined(use_cpu: bool, timeout: int = 1800, shard_size: int = 1) -> Iterator[Ranks]:
     """The ranks that a launcher (torchrun, accelerate) set up; alone without one.
 
     `timeout`: seconds after which a rank that nobody answers gives up. `shard_size`: see

@@ -7,7 +7,7 @@ import copy
 import importlib.util
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class ModelConfig:
     trust_remote_code: bool = False
     router_aux_loss_coef: float = 0.0  # 0: the router's loss is not computed
     ranks: Ranks = ALONE  # among which its weights may be divided
-    layout: Layout = Layout()  # of weights that are
+    layout: Layout = field(default_factory=Layout)  # of weights that are
     key: str = "model_name_or_path"  # the setting that names it, for errors
 
     def read(self) -> Any:
