@@ -4,6 +4,7 @@ goes through its runs in turn, and one of its ranks may be at fault."""
 from __future__ import annotations
 
 import datetime
+import json
 import multiprocessing
 import os
 import socket
@@ -21,7 +22,7 @@ import fasttr.checkpoint.folder
 import fasttr.models.packed
 import fasttr.training.loop
 import fasttr.training.window
-from fasttr import TrainConfig, train
+from fasttr import Callback, TrainConfig, train
 from fasttr.errors import FasttrError
 from fasttr.metrics.ledger import PreferenceLedger
 from tests.killed import signal_at
@@ -102,7 +103,8 @@ def _rank(
         for settings in runs:
             if fault is not None and fault.kind == "settings" and fault.rank == rank:
                 settings["beta"] = 0.25
-            train(TrainConfig(**settings))
+            watch = settings.pop("_watch", None)
+            train(TrainConfig(**settings), callbacks=[_WATCHES[watch]()] if watch else [])
     except FasttrError as error:
         print(f"fasttr: error: {error}")
         sys.stdout.flush()
@@ -162,6 +164,62 @@ def _disk(fault: Fault) -> None:
 
 def _nothing(fault: Fault) -> None:
     """The settings are what differs."""
+
+
+class _Counts(Callback):
+    """What a run sends at its end: for a move of the reference, for lending its weights, for
+    scoring a pack and for a pack of a step."""
+
+    def on_train_end(self, run: Any) -> None:
+        pack = run.packs(0)[0]
+        found = {
+            "move": _sent_by(run.reference.move),
+            "exchange": _sent_by(lambda: _lend(run)),
+            "score": _sent_by(lambda: run.policy.logps(pack)),
+        }
+        run.policy.reshard()
+        found["step"] = _sent_by(
+            lambda: run.policy(pack, lambda logp, *_: logp.sum()).loss.backward()
+        )
+        if run.ranks.is_first:
+            (run.output_dir / "counts.json").write_text(json.dumps(found))
+
+
+_WATCHES = {"counts": _Counts}
+_COLLECTIVES = {
+    "all_gather_into_tensor": "gathers",
+    "reduce_scatter_tensor": "scatters",
+    "all_reduce": "sums",
+    "broadcast": "broadcasts",
+    "all_gather_object": "objects",
+}
+
+
+def _lend(run: Any) -> None:
+    with run.reference.model():
+        pass
+
+
+def _sent_by(act: Callable[[], Any]) -> dict[str, int]:
+    """How often each collective was called."""
+    found: dict[str, int] = {}
+    originals = {name: getattr(dist, name) for name in _COLLECTIVES}
+
+    def counted(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found[_COLLECTIVES[name]] = found.get(_COLLECTIVES[name], 0) + 1
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    for name in originals:
+        setattr(dist, name, counted(name))
+    try:
+        act()
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+    return found
 
 
 _FAULTS: dict[str, Callable[[Fault], None]] = {
