@@ -15,8 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor.debug import CommDebugMode
 
 import fasttr.checkpoint.folder
 import fasttr.models.packed
@@ -35,7 +37,7 @@ class Fault(NamedTuple):
     """What happens to one rank, or to all of them."""
 
     rank: int
-    kind: str  # signal, nan, error, disk, settings
+    kind: str  # signal, nan, error, disk, file, settings
     what: str = "step"  # a point of tests.killed, for a signal
     calls: int = 1
     signum: int = 0
@@ -162,6 +164,12 @@ def _disk(fault: Fault) -> None:
     _at_call(fasttr.checkpoint.folder, "save_model", fault.calls, _raise(error))
 
 
+def _file(fault: Fault) -> None:
+    """The disk of one of the ranks that write a divided model."""
+    error = OSError(28, "No space left on device")
+    _at_call(safetensors.torch, "save_file", fault.calls, _raise(error))
+
+
 def _nothing(fault: Fault) -> None:
     """The settings are what differs."""
 
@@ -186,13 +194,6 @@ class _Counts(Callback):
 
 
 _WATCHES = {"counts": _Counts}
-_COLLECTIVES = {
-    "all_gather_into_tensor": "gathers",
-    "reduce_scatter_tensor": "scatters",
-    "all_reduce": "sums",
-    "broadcast": "broadcasts",
-    "all_gather_object": "objects",
-}
 
 
 def _lend(run: Any) -> None:
@@ -201,24 +202,13 @@ def _lend(run: Any) -> None:
 
 
 def _sent_by(act: Callable[[], Any]) -> dict[str, int]:
-    """How often each collective was called."""
-    found: dict[str, int] = {}
-    originals = {name: getattr(dist, name) for name in _COLLECTIVES}
-
-    def counted(name: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            found[_COLLECTIVES[name]] = found.get(_COLLECTIVES[name], 0) + 1
-            return originals[name](*args, **kwargs)
-
-        return call
-
-    for name in originals:
-        setattr(dist, name, counted(name))
-    try:
+    """How often each kind of collective was called."""
+    with CommDebugMode() as mode:
         act()
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
+    found: dict[str, int] = {}
+    for op, count in mode.get_comm_counts().items():
+        name = str(op).rpartition(".")[2].strip("_").replace("_base", "")
+        found[name] = found.get(name, 0) + count
     return found
 
 
@@ -226,5 +216,6 @@ _FAULTS: dict[str, Callable[[Fault], None]] = {
     "nan": _nan,
     "error": _error,
     "disk": _disk,
+    "file": _file,
     "settings": _nothing,
 }
