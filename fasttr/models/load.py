@@ -153,6 +153,11 @@ def load_config(
                 f"{key}: there is no folder {name!r} here, and the hub does not answer or is not "
                 "asked (HF_HUB_OFFLINE): check the name and the network"
             ) from error
+        if "trust_remote_code" in str(error):
+            raise FasttrError(
+                f"{key}: {name} is code from its own repository, which is run with "
+                "trust_remote_code true alone"
+            ) from error
         raise FasttrError(f"{key}: cannot read {name!r}: {first_line(error)}") from error
     checks.check_not_quantised(config, key, name)
     checks.check_causal(config, key)
@@ -272,7 +277,11 @@ def _read_weights(config: ModelConfig, hf_config: Any) -> Any:
 
 
 def checkpoint_activations(model: Any, on: bool) -> None:
-    """Recompute activations in the backward, or keep them."""
+    """Recompute activations in the backward, or keep them; a model that cannot recompute says so
+    and keeps them."""
+    if on and not model.supports_gradient_checkpointing:
+        say(f"gradient_checkpointing: off, since {type(model).__name__} has none")
+        return
     # transformers renamed it: both names are tried, the newer first.
     is_new = hasattr(model, "activation_checkpointing_enable")
     name = "activation_checkpointing" if is_new else "gradient_checkpointing"
