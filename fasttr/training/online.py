@@ -259,7 +259,7 @@ class _OnlineLoop:
     def finish(self) -> TrainResult:
         run = self.run
         self.guard.verify()
-        check_weights(run.policy.model, run.output_dir)
+        check_weights(dict(run.policy.model.named_parameters()), run.output_dir)
         checkpoints.save_final(run)
         self.callbacks.on_train_end(run)
         totals = {

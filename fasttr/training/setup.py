@@ -3,6 +3,7 @@ taken up."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from fasttr.models.checks import check_ids
 from fasttr.models.choice import Candidate, choose_tier
 from fasttr.models.compiled import compile_layers
 from fasttr.models.given import pack_model, read_weights_into
-from fasttr.models.halves import add_remainders
+from fasttr.models.halves import add_remainders, add_remainders_of_rows
 from fasttr.models.load import (
     ModelConfig,
     check_loadable,
@@ -39,6 +40,7 @@ from fasttr.models.load import (
 from fasttr.models.packed import PackedModel
 from fasttr.models.router import coefficient_of
 from fasttr.models.vocabulary import check_rows, check_same_tokens, rows_wanted
+from fasttr.optim.adamw import LocalRows
 from fasttr.packing.ahead import PacksAhead
 from fasttr.packing.plan import Plan
 from fasttr.packing.tiers import longest_sequence
@@ -100,14 +102,17 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     _require_same(ranks, config, loss, plan)
     announce_plan(config, loss, plan, ranks)
     announce_settings(config, loss, trees)
-    with ranks.together():
-        policy, initial = _models(config, device, given, tokenizer, resume)
+    # Ranks that divide a model meet while it is loaded.
+    with contextlib.nullcontext() if ranks.is_sharded else ranks.together():
+        policy, initial = _models(config, device, given, tokenizer, resume, ranks)
     _check_ids(config, given, policy, initial, [trees, *eval_trees.values()])
     if config.eos_token is not None:
         _end_with(policy, tokenizer)
     # What is trained of an adapted model is small, and fp32.
     splits_weights = policy.bf16 and policy.adapter is None
-    optimizer = config.optimizer().optimizer(policy.model, bf16=splits_weights)
+    optimizer = config.optimizer().optimizer(
+        policy.model, bf16=splits_weights, rows=_rows_of(policy)
+    )
     # Not before: the optimizer decides which weights are bf16, and graphs are made for dtypes.
     compile_layers(policy, config.compile)
     run = Run(
@@ -275,23 +280,45 @@ def _with_loss(
     return config, config.loss
 
 
+def _rows_of(policy: PackedModel) -> LocalRows | None:
+    """What the optimizer of a divided model works on."""
+    if policy.shards is None:
+        return None
+    plain = {name.removeprefix("model."): p for name, p in policy.local_parameters().items()}
+    low = {name.removeprefix("model."): x for name, x in policy.shards.remainders.items()}
+    policy.shards.remainders = {}
+    return LocalRows(plain, low)
+
+
 def _models(
     config: TrainConfig,
     device: torch.device,
     given: Given,
     tokenizer: Any,
     resume: Resume | None,
+    ranks: Ranks,
 ) -> tuple[PackedModel, PackedModel | None]:
     """The policy, and a first reference of its own where one is named and still needed."""
     rows = rows_wanted(tokenizer) if config.resize_embeddings else None
-    wanted = dataclasses.replace(config.model(device), compile=False, embedding_rows=rows)
+    wanted = dataclasses.replace(
+        config.model(device),
+        compile=False,
+        embedding_rows=rows,
+        ranks=ranks,
+        layout=config.layout(device),
+    )
     policy = _policy(wanted, given.model, resume)
     if config.ref_model_name_or_path is None or (
         resume is not None and config.ref_update != "soft"
     ):
         return policy, None
-    named = dataclasses.replace(_named_reference(config, device), embedding_rows=rows)
-    return policy, load_model(named)
+    reference = dataclasses.replace(
+        _named_reference(config, device), embedding_rows=rows, ranks=ranks
+    )
+    # A soft one is taken apart into halves where the policy is.
+    halves = wanted.layout.halves and config.ref_update != "soft"
+    layout = wanted.layout._replace(halves=halves, keeps_remainders=False)
+    return policy, load_model(dataclasses.replace(reference, layout=layout))
 
 
 def _named_reference(config: TrainConfig, device: torch.device) -> ModelConfig:
@@ -337,7 +364,9 @@ def _policy(wanted: ModelConfig, model: Any, resume: Resume | None) -> PackedMod
     elif resume is not None:
         read_weights_into(model, resume.folder)
     packed = _packed(wanted, model)
-    if resume is not None:
+    if resume is not None and packed.shards is not None:
+        add_remainders_of_rows(packed.shards, resume.state.remainders)
+    elif resume is not None:
         add_remainders(packed.model, resume.state.remainders)
     return packed
 
