@@ -27,6 +27,7 @@ from fasttr.config.common import (
     StepSettings,
 )
 from fasttr.config.scale import AdapterSettings, LaunchSettings
+from fasttr.config.watching import SampleSettings, StoppingSettings
 from fasttr.data.load import DataConfig
 from fasttr.errors import FasttrError
 from fasttr.losses import DIVERGENCES, BaseLoss, Loss, Objective, WeightedSum, Wpo, make_loss
@@ -166,7 +167,9 @@ class ReferenceSettings:
 @dataclass(frozen=True)
 class TrainConfig(
     SavingSettings,
+    StoppingSettings,
     EvaluationSettings,
+    SampleSettings,
     LoggingSettings,
     LaunchSettings,
     ComputeSettings,
