@@ -52,7 +52,7 @@ from fasttr.training.announce import (
     announce_settings,
     announce_tier,
 )
-from fasttr.training.best import Best
+from fasttr.training.best import Best, Patience
 from fasttr.training.checkpoints import Resume, check_resume, find_resume, take_up
 from fasttr.training.run import Run
 
@@ -133,6 +133,7 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
         window_logps=LogpTable(len(trees), loss.completions),
         splits={name: EvaluationSplit.of(one, loss, plan) for name, one in eval_trees.items()},
         best=Best.of(config),
+        patience=Patience.of(config),
         averages=Averages(device),
         total_loss=torch.zeros((), device=device),
         ranks=ranks,
