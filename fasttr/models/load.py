@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fasttr.console import say
 from fasttr.data.tokens import adjust
 from fasttr.errors import FasttrError, first_line
 from fasttr.hub import go_offline_if_unreachable
@@ -22,6 +23,7 @@ from fasttr.models.halves import in_bf16, round_matrices
 from fasttr.models.packed import HeadSpec, PackedModel
 from fasttr.models.probe import probe
 from fasttr.models.router import RouterLoss
+from fasttr.models.vocabulary import add_rows
 from fasttr.packing.tiers import SHARED
 
 
@@ -46,6 +48,7 @@ class ModelConfig:
     tier: str = SHARED  # how tokens reach it; refused where the probe does not find it exact
     trust_remote_code: bool = False
     router_aux_loss_coef: float = 0.0  # 0: the router's loss is not computed
+    embedding_rows: int | None = None  # the embedding grows to as many; None: as it is
     key: str = "model_name_or_path"  # the setting that names it, for errors
 
     def read(self) -> Any:
@@ -67,6 +70,7 @@ def load_model(config: ModelConfig) -> PackedModel:
         setattr(hf_config, key, 0.0)
     model = _read_weights(config, hf_config)
     model.fasttr_config = original
+    grow_embedding(model, config)
     checks.check_finite(model, config.key, config.name)
     adapter = adapter_on(model, config)
     if config.bf16 and adapter is not None:
@@ -75,6 +79,13 @@ def load_model(config: ModelConfig) -> PackedModel:
         round_matrices(model)
     model.to(config.device).train()
     return finish_packed(model, config, adapter)
+
+
+def grow_embedding(model: Any, config: ModelConfig) -> None:
+    """Add the rows that are asked for; the model and the folder it is saved to say so."""
+    if config.embedding_rows is not None and add_rows(model, config.embedding_rows):
+        model.fasttr_config.get_text_config().vocab_size = config.embedding_rows
+        say(f"resize_embeddings: {config.name} has {config.embedding_rows} rows now")
 
 
 def adapter_on(model: Any, config: ModelConfig) -> lora.Adapter | None:
@@ -142,6 +153,11 @@ def load_config(
                 f"{key}: there is no folder {name!r} here, and the hub does not answer or is not "
                 "asked (HF_HUB_OFFLINE): check the name and the network"
             ) from error
+        if "trust_remote_code" in str(error):
+            raise FasttrError(
+                f"{key}: {name} is code from its own repository, which is run with "
+                "trust_remote_code true alone"
+            ) from error
         raise FasttrError(f"{key}: cannot read {name!r}: {first_line(error)}") from error
     checks.check_not_quantised(config, key, name)
     checks.check_causal(config, key)
@@ -182,6 +198,11 @@ def load_tokenizer(
                 "is run with trust_remote_code true alone"
             ) from error
         raise FasttrError(f"{key}: no tokenizer in {name!r}: {first_line(error)}") from error
+
+
+def has_tokenizer(name: str) -> bool:
+    """Whether a folder holds a tokenizer; a hub id is taken to have one."""
+    return not Path(name).is_dir() or (Path(name) / "tokenizer_config.json").is_file()
 
 
 def dropout_rates(owner: Any) -> list[str]:
@@ -256,7 +277,11 @@ def _read_weights(config: ModelConfig, hf_config: Any) -> Any:
 
 
 def checkpoint_activations(model: Any, on: bool) -> None:
-    """Recompute activations in the backward, or keep them."""
+    """Recompute activations in the backward, or keep them; a model that cannot recompute says so
+    and keeps them."""
+    if on and not model.supports_gradient_checkpointing:
+        say(f"gradient_checkpointing: off, since {type(model).__name__} has none")
+        return
     # transformers renamed it: both names are tried, the newer first.
     is_new = hasattr(model, "activation_checkpointing_enable")
     name = "activation_checkpointing" if is_new else "gradient_checkpointing"

@@ -19,6 +19,7 @@ from fasttr.losses.values import KlCoefficient, ValueLoss
 from fasttr.models.gather import gather_rows
 from fasttr.models.load import load_tokenizer
 from fasttr.models.reward import RewardModel, load_reward_model, read_calibration
+from fasttr.models.vocabulary import rows_wanted
 from fasttr.optim.adamw import after_step, take_up_schedule
 from fasttr.optim.update import (
     Update,
@@ -125,6 +126,7 @@ def read_critic(
         key=key,
         gradient_checkpointing=config.gradient_checkpointing,
         ld_alpha=None,
+        embedding_rows=rows_wanted(tokenizer) if config.resize_embeddings else None,
     )
     model = load_reward_model(wanted, config.seed)
     if saved is not None:

@@ -20,8 +20,9 @@ from fasttr.metrics.sums import Averages
 from fasttr.metrics.trackers import require_trackers
 from fasttr.models.checks import check_ids
 from fasttr.models.halves import add_remainders
-from fasttr.models.load import load_model
+from fasttr.models.load import ModelConfig, load_model
 from fasttr.models.packed import PackedModel
+from fasttr.models.vocabulary import rows_wanted
 from fasttr.packing.ahead import PacksAhead
 from fasttr.packing.tiers import SHARED
 from fasttr.reference.logp_table import LogpTable
@@ -66,13 +67,15 @@ def set_up(config: OnlineConfig, functions: Sequence[Any], rows: Any) -> OnlineR
     # What can be refused without a model is refused first.
     plan = _plan(config, _prompts(config, tokenizer, device, rows))
     check_renders(config.reward_names, tokenizer, plan.trees.raw)
+    embedding_rows = rows_wanted(tokenizer) if config.resize_embeddings else None
     loss: Any = config.policy_loss
     if resume is not None:
         trained_on: Any = plan
         check_resume(resume, config, loss, trained_on)
-    policy = _policy(config, device, resume, plan.trees)
+    of_policy = dataclasses.replace(config.model(device), embedding_rows=embedding_rows)
+    policy = _policy(of_policy, resume, plan.trees)
     sources = _sources(config, tokenizer, device, functions)
-    reference = ResidentReference(config.schedule, _reference(config, device))
+    reference = ResidentReference(config.schedule, _reference(config, device, embedding_rows))
     critic = None
     if config.is_ppo:
         saved = None if resume is None else resume.state.critic
@@ -118,17 +121,15 @@ def set_up(config: OnlineConfig, functions: Sequence[Any], rows: Any) -> OnlineR
     return run
 
 
-def _policy(
-    config: OnlineConfig, device: torch.device, resume: Resume | None, prompts: Prompts
-) -> PackedModel:
-    of_policy = config.model(device)
+def _policy(of_policy: ModelConfig, resume: Resume | None, prompts: Prompts) -> PackedModel:
+    name = of_policy.name
     if resume is not None:
         of_policy = dataclasses.replace(of_policy, name=str(resume.folder), revision="main")
     policy = load_model(of_policy)
     if resume is not None:
         add_remainders(policy.model, resume.state.remainders)
     largest = max(int(ids.max()) for ids in prompts.ids)
-    check_ids(policy, largest, "model_name_or_path", str(config.model_name_or_path))
+    check_ids(policy, largest, "model_name_or_path", name)
     return policy
 
 
@@ -188,13 +189,15 @@ def _sources(
     return sources
 
 
-def _reference(config: OnlineConfig, device: torch.device) -> PackedModel | None:
+def _reference(
+    config: OnlineConfig, device: torch.device, embedding_rows: int | None
+) -> PackedModel | None:
     if config.beta == 0:
         return None
     name = config.ref_model_name_or_path
     key = "ref_model_name_or_path" if name is not None else "model_name_or_path"
     wanted = config.model(device, name or config.model_name_or_path)
-    return load_model(dataclasses.replace(wanted, key=key))
+    return load_model(dataclasses.replace(wanted, key=key, embedding_rows=embedding_rows))
 
 
 def _announce(run: OnlineRun, plan: RolloutPlan) -> None:

@@ -32,11 +32,13 @@ from fasttr.models.load import (
     ModelConfig,
     check_loadable,
     dropout_rates,
+    has_tokenizer,
     load_model,
     load_tokenizer,
 )
 from fasttr.models.packed import PackedModel
 from fasttr.models.router import coefficient_of
+from fasttr.models.vocabulary import check_rows, check_same_tokens, rows_wanted
 from fasttr.packing.ahead import PacksAhead
 from fasttr.packing.plan import Plan
 from fasttr.packing.tiers import longest_sequence
@@ -99,7 +101,7 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     announce_plan(config, loss, plan, ranks)
     announce_settings(config, loss, trees)
     with ranks.together():
-        policy, initial = _models(config, device, given, resume)
+        policy, initial = _models(config, device, given, tokenizer, resume)
     _check_ids(config, given, policy, initial, [trees, *eval_trees.values()])
     if config.eos_token is not None:
         _end_with(policy, tokenizer)
@@ -170,7 +172,9 @@ def checked_tokenizer(
         assert source is not None
         revision = config.model_revision if source == config.model_name_or_path else "main"
         model = dataclasses.replace(config.model(device), name=source, revision=revision)
-        rates = dropout_rates(check_loadable(model))
+        hf_config = check_loadable(model)
+        key, name = model.key, source
+        rates = dropout_rates(hf_config)
         if rates and not config.disable_dropout:
             raise FasttrError(
                 f"disable_dropout: got false and the model has {', '.join(rates)}; it is off in "
@@ -180,11 +184,31 @@ def checked_tokenizer(
             source, revision, trust_remote_code=config.trust_remote_code
         )
     else:
+        if config.resize_embeddings:
+            raise FasttrError(
+                "resize_embeddings: got true with a model that is in memory; call its "
+                "resize_token_embeddings, and leave it out"
+            )
+        hf_config, key, name = given.model.config, "model", "the given model"
         tokenizer = given.tokenizer or _tokenizer_of(given.model, config)
     adjust(tokenizer, chat_template=config.chat_template, eos_token=config.eos_token)
+    if not config.resize_embeddings:
+        check_rows(hf_config, tokenizer, key, name)
     if config.ref_model_name_or_path is not None:
-        check_loadable(_named_reference(config, device))
+        _check_reference(config, _named_reference(config, device), tokenizer)
     return tokenizer
+
+
+def _check_reference(config: TrainConfig, reference: ModelConfig, tokenizer: Any) -> None:
+    """That a named first reference reads the tokens of the policy, and gives them log-probs."""
+    hf_config = check_loadable(reference)
+    if has_tokenizer(reference.name):
+        own = load_tokenizer(
+            reference.name, key=reference.key, trust_remote_code=config.trust_remote_code
+        )
+        check_same_tokens(tokenizer, own, reference.key, reference.name)
+    if not config.resize_embeddings:
+        check_rows(hf_config, tokenizer, reference.key, reference.name)
 
 
 def _tokenizer_of(model: Any, config: TrainConfig) -> Any:
@@ -252,16 +276,22 @@ def _with_loss(
 
 
 def _models(
-    config: TrainConfig, device: torch.device, given: Given, resume: Resume | None
+    config: TrainConfig,
+    device: torch.device,
+    given: Given,
+    tokenizer: Any,
+    resume: Resume | None,
 ) -> tuple[PackedModel, PackedModel | None]:
     """The policy, and a first reference of its own where one is named and still needed."""
-    wanted = dataclasses.replace(config.model(device), compile=False)
+    rows = rows_wanted(tokenizer) if config.resize_embeddings else None
+    wanted = dataclasses.replace(config.model(device), compile=False, embedding_rows=rows)
     policy = _policy(wanted, given.model, resume)
     if config.ref_model_name_or_path is None or (
         resume is not None and config.ref_update != "soft"
     ):
         return policy, None
-    return policy, load_model(_named_reference(config, device))
+    named = dataclasses.replace(_named_reference(config, device), embedding_rows=rows)
+    return policy, load_model(named)
 
 
 def _named_reference(config: TrainConfig, device: torch.device) -> ModelConfig:
