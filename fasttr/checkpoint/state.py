@@ -26,7 +26,7 @@ FORMAT = 2
 READABLE = (1, FORMAT)
 STATE_DIR = "fasttr"
 _FACTS = "state.json"
-_TENSOR_FILES = ("state", "optimizer", "reference", "remainders")
+_TENSOR_FILES = ("state", "optimizer", "reference", "remainders", "critic")
 # What every state.json holds: `capture` writes the first four, the trainer config and data.
 _WRITTEN = ("step", "updates", "window_scored", "num_tokens", "config", "data", "files")
 
@@ -39,6 +39,7 @@ class RunState(NamedTuple):
     optimizer: dict[str, Tensor]  # NAME.KEY, such as NAME.exp_avg of AdamW
     reference: dict[str, Tensor]  # weights of a soft reference, else empty
     remainders: dict[str, Tensor]  # what bf16 weights of the folder leave out, else empty
+    critic: dict[str, Tensor]  # a critic's weights and moments, else empty
 
 
 class Resumable(Protocol):
@@ -60,6 +61,8 @@ class Resumable(Protocol):
     def optimizer(self) -> torch.optim.Optimizer: ...
     @property
     def scheduler(self) -> Any: ...
+    @property
+    def critic_tensors(self) -> dict[str, Tensor]: ...
     @property
     def tables(self) -> Mapping[str, LogpTable]: ...
 
@@ -91,6 +94,7 @@ def capture(run: Resumable, facts: Mapping[str, Any]) -> RunState:
         optimizer=state_tensors(run.optimizer),
         reference=run.reference.named_tensors(),
         remainders=remainders(run.policy, run.optimizer),
+        critic=run.critic_tensors,
     )
 
 
@@ -121,7 +125,7 @@ def write_state(folder: Path, state: RunState) -> None:
 
     inner = folder / STATE_DIR
     inner.mkdir()
-    contents = (state.tensors, state.optimizer, state.reference, state.remainders)
+    _, *contents = state
     for name, tensors in zip(_TENSOR_FILES, contents, strict=True):
         if tensors:
             on_host = {key: x.detach().cpu().contiguous() for key, x in tensors.items()}
@@ -146,6 +150,7 @@ def read_state(folder: Path) -> RunState:
         optimizer=parts["optimizer"],
         reference=parts["reference"],
         remainders=parts["remainders"],
+        critic=parts["critic"],
     )
 
 

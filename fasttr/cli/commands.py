@@ -45,6 +45,11 @@ COMMANDS = {
         "on-policy training with leave-one-out advantages: as trl rloo",
         "run_rloo",
     ),
+    "ppo": Command(
+        "fasttr.cli.online",
+        "on-policy training with a critic beside the policy: proximal policy optimisation",
+        "run_ppo",
+    ),
     "ocrm": Command(
         "fasttr.cli.ocrm",
         "off-policy-corrected reward models, in stages; with --demo on generated data",
