@@ -7,7 +7,7 @@ import copy
 import importlib.util
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class ModelConfig:
     router_aux_loss_coef: float = 0.0  # 0: the router's loss is not computed
     embedding_rows: int | None = None  # the embedding grows to as many; None: as it is
     ranks: Ranks = ALONE  # among which its weights may be divided
-    layout: Layout = Layout()  # of weights that are
+    layout: Layout = field(default_factory=Layout)  # of weights that are
     key: str = "model_name_or_path"  # the setting that names it, for errors
 
     def read(self) -> Any:

@@ -61,7 +61,8 @@ class Shards:
     Attributes:
         parameters: by the names of a `PackedModel`: this process's rows of what is divided, and
             what is not, whole.
-        pieces: by the same names, which rows those are.
+        pieces: by the same names, which rows those are, of what is divided.
+        shapes: of those, whole.
         remainders: the lower halves of bf16 rows, int16, until the optimizer takes them.
     """
 
@@ -69,6 +70,7 @@ class Shards:
         self.ranks = ranks
         self.parameters: dict[str, nn.Parameter] = {}
         self.pieces: dict[str, Piece] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self.remainders: dict[str, Tensor] = {}
         self._packed = packed
         self._divided: dict[str, nn.Parameter] = {}
@@ -85,6 +87,7 @@ class Shards:
             self.parameters[name] = nn.Parameter(local.detach(), requires_grad=p.requires_grad)
             ranks = self.ranks
             self.pieces[name] = Piece.of(p.shape[0], ranks.shard, ranks.shard_size)
+            self.shapes[name] = tuple(p.shape)
 
     def reshard(self) -> None:
         """Let go of gathered weights, which a forward without a backward leaves: they would be read
@@ -153,8 +156,9 @@ def divide(
 ) -> Shards:
     """Divide a PackedModel among `ranks`, and read this one's rows from `source` onto `device`.
 
-    `Shards.settle` follows the first forward. Parameters may be empty ones on the device `meta`, but for those of an adapter, which keep their
-    values. Every rank calls this. A rank's error of reading is one of all.
+    `Shards.settle` follows the first forward. Parameters may be empty ones on the device `meta`,
+    but for those of an adapter, which keep their values. Every rank calls this. A rank's error of
+    reading is one of all.
     """
     model = packed.model
     divided = _names_to_divide(model)

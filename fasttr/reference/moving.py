@@ -212,38 +212,31 @@ class MovingReference:
     @contextlib.contextmanager
     def _lent(self, weights: dict[str, Tensor]) -> Iterator[None]:
         """Within, the policy's module computes with these weights."""
-        lent = {name: p for name, p in self.policy.local_parameters().items() if name in weights}
-        if self.policy.shards is not None:
-            with self._exchanged(weights, lent):
-                yield
-            return
-        own = {name: p.data for name, p in lent.items()}
+        policy = self.policy.local_parameters()
+        divided = set() if self.policy.shards is None else set(self.policy.shards.pieces)
+        exchanged = [name for name in weights if name in divided]
+        own = {name: policy[name].data for name in weights if name not in divided}
+        self._exchange(exchanged, weights)
         try:
-            for name, parameter in lent.items():
-                parameter.data = weights[name].to(parameter.device, non_blocking=True)
+            for name in own:
+                policy[name].data = weights[name].to(policy[name].device, non_blocking=True)
             yield
         finally:
-            for name, parameter in lent.items():
-                parameter.data = own[name]
-
-    @contextlib.contextmanager
-    def _exchanged(
-        self, weights: dict[str, Tensor], lent: dict[str, nn.Parameter]
-    ) -> Iterator[None]:
-        """Within, a divided policy computes with these weights, and its own lie in their place:
-        what is gathered for a layer is read from the memory of the rows themselves."""
-        self._exchange(weights, lent)
-        try:
-            yield
-        finally:
-            self._exchange(weights, lent)
+            for name, data in own.items():
+                policy[name].data = data
+            self._exchange(exchanged, weights)
 
     @torch.no_grad()
-    def _exchange(self, weights: dict[str, Tensor], lent: dict[str, nn.Parameter]) -> None:
+    def _exchange(self, names: list[str], weights: dict[str, Tensor]) -> None:
+        """Rows of a divided policy against those of `weights`: what is gathered for a layer is read
+        from the memory of the rows themselves."""
+        if not names:
+            return
         self.policy.reshard()
-        for name, parameter in lent.items():
-            own = parameter.detach().clone()
-            parameter.copy_(weights[name], non_blocking=True)
+        policy = self.policy.local_parameters()
+        for name in names:
+            own = policy[name].detach().clone()
+            policy[name].copy_(weights[name], non_blocking=True)
             weights[name].copy_(own, non_blocking=True)
 
 

@@ -75,7 +75,7 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     device = prepare_torch(config)
     require_trackers(config.report_to)
     config.optimizer().check_schedule()
-    resume = ranks.first_alone(lambda: find_resume(config), of_each_machine=False)
+    resume = ranks.first_alone(lambda: find_resume(config, ranks), of_each_machine=False)
     source = config.model_name_or_path
     if resume is not None and not config.use_peft:
         source = str(resume.folder)
@@ -366,7 +366,8 @@ def _policy(wanted: ModelConfig, model: Any, resume: Resume | None) -> PackedMod
         read_weights_into(model, resume.folder)
     packed = _packed(wanted, model)
     if resume is not None and packed.shards is not None:
-        add_remainders_of_rows(packed.shards, resume.state.remainders)
+        of_rows = resume.state.of_rows(packed.shards)
+        add_remainders_of_rows(packed.shards, of_rows.remainders)
     elif resume is not None:
         add_remainders(packed.model, resume.state.remainders)
     return packed
