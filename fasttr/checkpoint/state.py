@@ -149,14 +149,20 @@ def read_state(folder: Path) -> RunState:
     )
 
 
-def weights_digest(model: torch.nn.Module) -> str:
+def weights_digest(model: PackedModel) -> str:
     """A digest of all parameters that is cheap for large models: names, shapes, sums of values and
-    of magnitudes."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in model.named_parameters():
+    of magnitudes. Of a divided model every rank calls this."""
+    sums = []
+    for parameter in model.local_parameters().values():
         values = parameter.detach().double()
-        sums = (float(values.sum()), float(values.abs().sum()))
-        digest.update(repr((name, tuple(parameter.shape), sums)).encode())
+        sums += [float(values.sum()), float(values.abs().sum())]
+    if model.shards is not None:
+        # Rounded: the sums of other shards come in another order.
+        sums = [float(f"{total:.9g}") for total in model.shards.ranks.totals(sums)]
+    digest = hashlib.blake2b(digest_size=16)
+    for i, (name, parameter) in enumerate(model.named_parameters()):
+        of_one = (sums[2 * i], sums[2 * i + 1])
+        digest.update(repr((name, tuple(parameter.shape), of_one)).encode())
     return digest.hexdigest()
 
 

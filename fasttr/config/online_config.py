@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fasttr.config.train_config import LossSettings, TrainConfig
+from fasttr.config.watching import SampleSettings
 from fasttr.errors import FasttrError
 from fasttr.losses import Loss
 from fasttr.losses.policy_gradient import LEVELS, LOSS_TYPES, PolicyLoss
@@ -106,8 +107,8 @@ class OnlineConfig(RewardSourceSettings, RolloutSettings, PolicySettings, TrainC
         for name in FOREIGN:
             if name not in own and getattr(self, name) != defaults[name].default:
                 raise FasttrError(
-                    f"{name}: got {getattr(self, name)!r}; no loss of rollouts reads it: leave it "
-                    "out"
+                    f"{name}: got {getattr(self, name)!r}; runs on rollouts do not read it: leave "
+                    "it out"
                 )
         if isinstance(self.reward_funcs, str):
             object.__setattr__(self, "reward_funcs", [self.reward_funcs])
@@ -192,7 +193,7 @@ class OnlineConfig(RewardSourceSettings, RolloutSettings, PolicySettings, TrainC
 
 
 # Settings of a run on preferences that mean nothing here, or something else.
-FOREIGN = list(settings_of(LossSettings))
+FOREIGN = [*settings_of(LossSettings), *settings_of(SampleSettings)]
 OnlineConfig.__doc__ = described(OnlineConfig)
 # What a command sets where nothing is said.
 DEFAULTS: dict[str, dict[str, Any]] = {

@@ -137,6 +137,17 @@ METRICS = (
         "the last line",
     ),
 )
+# Of runs with log_completions.
+SAMPLE_METRICS = (
+    Metric(
+        "completions",
+        "prompt, completion, tokens and finished of each sample, in a line with event completions",
+        "",
+        "log_completions",
+    ),
+    Metric("completions/mean_length", "mean length of the samples", "tokens", "log_completions"),
+    Metric("completions/clipped_ratio", "share that did not end", "share", "log_completions"),
+)
 # Of runs on reward models, beside those that every run has.
 REWARD_METRICS = (
     Metric("mean_reward", "mean score of the completions", "of the reward", _REWARD),
@@ -190,7 +201,7 @@ ONLINE_METRICS = (
     Metric("perf/generation_share", "share of the time spent on rollouts", "share", _LINE),
 )
 NAMES = frozenset(metric.name for metric in METRICS)
-ALL_NAMES = NAMES | {metric.name for metric in (*REWARD_METRICS, *ONLINE_METRICS)}
+ALL_NAMES = NAMES | {metric.name for metric in (*SAMPLE_METRICS, *REWARD_METRICS, *ONLINE_METRICS)}
 
 
 def is_known(name: str) -> bool:

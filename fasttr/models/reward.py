@@ -29,6 +29,7 @@ from fasttr.models.load import (
     ModelConfig,
     checkpoint_activations,
     dropout_rates,
+    grow_embedding,
     load_config,
     tokenizer_of,
 )
@@ -148,9 +149,10 @@ def load_reward_model(config: ModelConfig, seed: int | None = None) -> RewardMod
         torch.manual_seed(seed or 0)
     model = _read_weights(config, hf_config, has_head=is_reward)
     model.fasttr_config = original
+    grow_embedding(model, config)
     # The folder that is written names another padding token: resumed, its row must go on learning.
     model.get_input_embeddings().padding_idx = None
-    checks.check_finite(model, config.key, config.name)
+    checks.check_finite(model.named_parameters(), config.key, config.name)
     model.to(config.device).train()
     if config.gradient_checkpointing:
         checkpoint_activations(model, True)

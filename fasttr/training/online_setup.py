@@ -22,6 +22,7 @@ from fasttr.models.checks import check_ids
 from fasttr.models.halves import add_remainders
 from fasttr.models.load import load_model
 from fasttr.models.packed import PackedModel
+from fasttr.models.vocabulary import rows_wanted
 from fasttr.packing.ahead import PacksAhead
 from fasttr.packing.tiers import SHARED
 from fasttr.reference.logp_table import LogpTable
@@ -51,7 +52,8 @@ def set_up(config: OnlineConfig, functions: Sequence[Any], rows: Any) -> OnlineR
     config = dataclasses.replace(
         config, max_tokens_per_batch=config.token_budget(device), attention_tier=SHARED
     )
-    of_policy = config.model(device)
+    embedding_rows = rows_wanted(tokenizer) if config.resize_embeddings else None
+    of_policy = dataclasses.replace(config.model(device), embedding_rows=embedding_rows)
     if resume is not None:
         of_policy = dataclasses.replace(of_policy, name=str(resume.folder), revision="main")
     policy = load_model(of_policy)
@@ -63,7 +65,7 @@ def set_up(config: OnlineConfig, functions: Sequence[Any], rows: Any) -> OnlineR
         trained_on: Any = plan
         check_resume(resume, config, loss, trained_on)
     sources = _sources(config, tokenizer, device, functions)
-    reference = ResidentReference(config.schedule, _reference(config, device))
+    reference = ResidentReference(config.schedule, _reference(config, device, embedding_rows))
     optimizer = config.optimizer().optimizer(policy.model, policy.bf16)
     ledger = OnlineLedger([one.name for one in sources])
     budget = config.token_budget(device)
@@ -162,13 +164,15 @@ def _sources(
     return sources
 
 
-def _reference(config: OnlineConfig, device: torch.device) -> PackedModel | None:
+def _reference(
+    config: OnlineConfig, device: torch.device, embedding_rows: int | None
+) -> PackedModel | None:
     if config.beta == 0:
         return None
     name = config.ref_model_name_or_path
     key = "ref_model_name_or_path" if name is not None else "model_name_or_path"
     wanted = config.model(device, name or config.model_name_or_path)
-    return load_model(dataclasses.replace(wanted, key=key))
+    return load_model(dataclasses.replace(wanted, key=key, embedding_rows=embedding_rows))
 
 
 def _announce(run: OnlineRun, plan: RolloutPlan) -> None:
