@@ -24,7 +24,7 @@ from fasttr.losses import Loss, as_loss
 from fasttr.metrics.ledger import PreferenceLedger
 from fasttr.metrics.sums import Averages
 from fasttr.metrics.trackers import require_trackers
-from fasttr.models.checks import check_ids
+from fasttr.models.checks import check_given, check_ids
 from fasttr.models.choice import Candidate, choose_tier
 from fasttr.models.compiled import compile_layers
 from fasttr.models.given import pack_model, read_weights_into
@@ -195,6 +195,7 @@ def checked_tokenizer(
                 "resize_embeddings: got true with a model that is in memory; call its "
                 "resize_token_embeddings, and leave it out"
             )
+        check_given(given.model, "model")
         hf_config, key, name = given.model.config, "model", "the given model"
         tokenizer = given.tokenizer or _tokenizer_of(given.model, config)
     adjust(tokenizer, chat_template=config.chat_template, eos_token=config.eos_token)
