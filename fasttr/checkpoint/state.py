@@ -28,7 +28,7 @@ FORMAT = 2
 READABLE = (1, FORMAT)
 STATE_DIR = "fasttr"
 _FACTS = "state.json"
-_TENSOR_FILES = ("state", "optimizer", "reference", "remainders")
+_TENSOR_FILES = ("state", "optimizer", "reference", "remainders", "critic")
 # What every state.json holds: `capture` writes the first four, the trainer config and data.
 _WRITTEN = ("step", "updates", "window_scored", "num_tokens", "config", "data", "files")
 
@@ -54,6 +54,7 @@ class RunState(NamedTuple):
     optimizer: Mapping[str, Tensor]  # NAME.KEY, such as NAME.exp_avg of AdamW
     reference: Mapping[str, Tensor]  # weights of a soft reference, else empty
     remainders: Mapping[str, Tensor]  # what bf16 weights of the folder leave out, else empty
+    critic: Mapping[str, Tensor]  # a critic's weights and moments, else empty
 
     def of_rows(self, shards: Shards) -> RunState:
         """A state that was read, as the rows of a divided model that lie here see it."""
@@ -83,6 +84,8 @@ class Resumable(Protocol):
     def optimizer(self) -> torch.optim.Optimizer: ...
     @property
     def scheduler(self) -> Any: ...
+    @property
+    def critic_tensors(self) -> dict[str, Tensor]: ...
     @property
     def tables(self) -> Mapping[str, LogpTable]: ...
 
@@ -114,6 +117,7 @@ def capture(run: Resumable, facts: Mapping[str, Any]) -> RunState:
         optimizer=state_tensors(run.optimizer),
         reference=run.reference.named_tensors(),
         remainders=remainders(run.policy, run.optimizer),
+        critic=run.critic_tensors,
     )
 
 
@@ -146,7 +150,7 @@ def write_state(folder: Path, state: RunState) -> None:
 
     inner = folder / STATE_DIR
     inner.mkdir()
-    contents = (state.tensors, state.optimizer, state.reference, state.remainders)
+    _, *contents = state
     for name, tensors in zip(_TENSOR_FILES, contents, strict=True):
         if tensors:
             on_host = {key: x.detach().cpu().contiguous() for key, x in tensors.items()}
@@ -175,6 +179,7 @@ def read_state(folder: Path, share: Share = ALL_FILES) -> RunState:
         optimizer=parts["optimizer"],
         reference=parts["reference"],
         remainders=parts["remainders"],
+        critic=parts["critic"],
     )
 
 

@@ -28,6 +28,7 @@ from fasttr.config.common import (
     StepSettings,
 )
 from fasttr.config.scale import AdapterSettings, LaunchSettings
+from fasttr.config.watching import SampleSettings, StoppingSettings
 from fasttr.data.load import DataConfig
 from fasttr.distributed.launchers import Sharding, of_environment
 from fasttr.errors import FasttrError
@@ -169,7 +170,9 @@ class ReferenceSettings:
 @dataclass(frozen=True)
 class TrainConfig(
     SavingSettings,
+    StoppingSettings,
     EvaluationSettings,
+    SampleSettings,
     LoggingSettings,
     LaunchSettings,
     ComputeSettings,

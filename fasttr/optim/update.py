@@ -146,6 +146,16 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+def masters(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The fp32 weights of a model by name: bf16 ones with the remainders that the optimizer has."""
+    whole = optimizer.master if isinstance(optimizer, MasterAdamW) else _as_it_is
+    return {name: whole(p) for name, p in model.named_parameters()}
+
+
+def _as_it_is(parameter: Tensor) -> Tensor:
+    return parameter.data
+
+
 def _clock(saved: Tensor, betas: tuple[float, float]) -> Tensor:
     """SplitAdamW's clock: steps, beta1^steps, beta2^steps; torch's AdamW counts steps alone."""
     if saved.numel() == 3:

@@ -107,6 +107,8 @@ def take_up(run: Run, resume: Resume) -> None:
             "that length"
         )
     _take_up_best(run, facts.get("best"))
+    if run.patience is not None and facts.get("patience") is not None:
+        run.patience.best, run.patience.waited = facts["patience"]
     say(f"resumed from {resume.folder} at step {run.step}")
 
 
@@ -210,13 +212,14 @@ def _save(run: Run, callbacks: Callbacks, state: states.RunState | None) -> Path
 
 
 def _facts(run: Run) -> dict[str, Any]:
-    best = run.best
+    best, patience = run.best, run.patience
     return {
         "config": run.config.as_dict(),
         "loss": _name_of(run.loss),
         "data": run.trees.fingerprint,
         "total_steps": run.plan.total_steps,
         "best": None if best is None or best.step is None else [best.value, best.step],
+        "patience": None if patience is None else [patience.best, patience.waited],
     }
 
 

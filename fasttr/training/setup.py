@@ -24,7 +24,7 @@ from fasttr.losses import Loss, as_loss
 from fasttr.metrics.ledger import PreferenceLedger
 from fasttr.metrics.sums import Averages
 from fasttr.metrics.trackers import require_trackers
-from fasttr.models.checks import check_ids
+from fasttr.models.checks import check_given, check_ids
 from fasttr.models.choice import Candidate, choose_tier
 from fasttr.models.compiled import compile_layers
 from fasttr.models.given import pack_model, read_weights_into
@@ -33,11 +33,13 @@ from fasttr.models.load import (
     ModelConfig,
     check_loadable,
     dropout_rates,
+    has_tokenizer,
     load_model,
     load_tokenizer,
 )
 from fasttr.models.packed import PackedModel
 from fasttr.models.router import coefficient_of
+from fasttr.models.vocabulary import check_rows, check_same_tokens, rows_wanted
 from fasttr.optim.adamw import LocalRows
 from fasttr.packing.ahead import PacksAhead
 from fasttr.packing.plan import Plan
@@ -50,7 +52,7 @@ from fasttr.training.announce import (
     announce_settings,
     announce_tier,
 )
-from fasttr.training.best import Best
+from fasttr.training.best import Best, Patience
 from fasttr.training.checkpoints import Resume, check_resume, find_resume, take_up
 from fasttr.training.run import Run
 
@@ -104,7 +106,7 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     announce_settings(config, loss, trees)
     # Ranks that divide a model meet while it is loaded.
     with contextlib.nullcontext() if ranks.is_sharded else ranks.together():
-        policy, initial = _models(config, device, given, resume, ranks)
+        policy, initial = _models(config, device, given, tokenizer, resume, ranks)
     _check_ids(config, given, policy, initial, [trees, *eval_trees.values()])
     if config.eos_token is not None:
         _end_with(policy, tokenizer)
@@ -133,6 +135,7 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
         window_logps=LogpTable(len(trees), loss.completions),
         splits={name: EvaluationSplit.of(one, loss, plan) for name, one in eval_trees.items()},
         best=Best.of(config),
+        patience=Patience.of(config),
         averages=Averages(device),
         total_loss=torch.zeros((), device=device),
         ranks=ranks,
@@ -187,7 +190,9 @@ def checked_tokenizer(
         assert source is not None
         revision = config.model_revision if source == config.model_name_or_path else "main"
         model = dataclasses.replace(config.model(device), name=source, revision=revision)
-        rates = dropout_rates(check_loadable(model))
+        hf_config = check_loadable(model)
+        key, name = model.key, source
+        rates = dropout_rates(hf_config)
         if rates and not config.disable_dropout:
             raise FasttrError(
                 f"disable_dropout: got false and the model has {', '.join(rates)}; it is off in "
@@ -197,11 +202,32 @@ def checked_tokenizer(
             source, revision, trust_remote_code=config.trust_remote_code
         )
     else:
+        if config.resize_embeddings:
+            raise FasttrError(
+                "resize_embeddings: got true with a model that is in memory; call its "
+                "resize_token_embeddings, and leave it out"
+            )
+        check_given(given.model, "model")
+        hf_config, key, name = given.model.config, "model", "the given model"
         tokenizer = given.tokenizer or _tokenizer_of(given.model, config)
     adjust(tokenizer, chat_template=config.chat_template, eos_token=config.eos_token)
+    if not config.resize_embeddings:
+        check_rows(hf_config, tokenizer, key, name)
     if config.ref_model_name_or_path is not None:
-        check_loadable(_named_reference(config, device))
+        _check_reference(config, _named_reference(config, device), tokenizer)
     return tokenizer
+
+
+def _check_reference(config: TrainConfig, reference: ModelConfig, tokenizer: Any) -> None:
+    """That a named first reference reads the tokens of the policy, and gives them log-probs."""
+    hf_config = check_loadable(reference)
+    if has_tokenizer(reference.name):
+        own = load_tokenizer(
+            reference.name, key=reference.key, trust_remote_code=config.trust_remote_code
+        )
+        check_same_tokens(tokenizer, own, reference.key, reference.name)
+    if not config.resize_embeddings:
+        check_rows(hf_config, tokenizer, reference.key, reference.name)
 
 
 def _tokenizer_of(model: Any, config: TrainConfig) -> Any:
@@ -279,18 +305,30 @@ def _rows_of(policy: PackedModel) -> LocalRows | None:
 
 
 def _models(
-    config: TrainConfig, device: torch.device, given: Given, resume: Resume | None, ranks: Ranks
+    config: TrainConfig,
+    device: torch.device,
+    given: Given,
+    tokenizer: Any,
+    resume: Resume | None,
+    ranks: Ranks,
 ) -> tuple[PackedModel, PackedModel | None]:
     """The policy, and a first reference of its own where one is named and still needed."""
+    rows = rows_wanted(tokenizer) if config.resize_embeddings else None
     wanted = dataclasses.replace(
-        config.model(device), compile=False, ranks=ranks, layout=config.layout(device)
+        config.model(device),
+        compile=False,
+        embedding_rows=rows,
+        ranks=ranks,
+        layout=config.layout(device),
     )
     policy = _policy(wanted, given.model, resume)
     if config.ref_model_name_or_path is None or (
         resume is not None and config.ref_update != "soft"
     ):
         return policy, None
-    reference = dataclasses.replace(_named_reference(config, device), ranks=ranks)
+    reference = dataclasses.replace(
+        _named_reference(config, device), embedding_rows=rows, ranks=ranks
+    )
     # A soft one is taken apart into halves where the policy is.
     halves = wanted.layout.halves and config.ref_update != "soft"
     layout = wanted.layout._replace(halves=halves, keeps_remainders=False)
