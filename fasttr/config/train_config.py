@@ -36,6 +36,7 @@ from fasttr.losses import DIVERGENCES, BaseLoss, Loss, Objective, WeightedSum, W
 from fasttr.metrics.trackers import TrackerConfig
 from fasttr.models.load import ModelConfig
 from fasttr.models.lora import AdapterConfig
+from fasttr.models.quantised import Quantisation
 from fasttr.models.sharded import Layout
 from fasttr.optim.adamw import OptimizerConfig
 from fasttr.packing.plan import Plan
@@ -288,6 +289,7 @@ class TrainConfig(
             max_length=self.max_length,
             ld_alpha=self.ld_alpha,
             adapter=self.adapter() if name is None else None,
+            quantisation=self.quantisation() if name is None else None,
             compile=self.compile,
             tier=SHARED if self.attention_tier == AUTO else self.attention_tier,
             trust_remote_code=self.trust_remote_code,
@@ -295,6 +297,12 @@ class TrainConfig(
             chat_template=self.chat_template,
             eos_token=self.eos_token,
         )
+
+    def quantisation(self) -> Quantisation | None:
+        """How the frozen matrices under an adapter are held, if not as they are."""
+        if not self.load_in_4bit:
+            return None
+        return Quantisation(self.bnb_4bit_quant_type, self.use_bnb_nested_quant)
 
     def adapter(self) -> AdapterConfig | None:
         """What is trained of the policy in place of its own weights, if anything."""

@@ -149,6 +149,7 @@ def _is_finished(run: Run) -> bool:
 
 def save(run: Run, callbacks: Callbacks) -> Path:
     """Write checkpoint-STEP and return it, unless it was just written."""
+    settle(run, callbacks)
     folder = folders.folder_of(run.output_dir, run.step)
     is_there = run.ranks.is_first and run.saved_step == run.step and folder.is_dir()
     if run.ranks.largest([int(is_there)]) == [1]:
@@ -195,18 +196,39 @@ def best_folder(run: Run) -> Path | None:
 
 
 def _save(run: Run, callbacks: Callbacks, state: states.RunState | None) -> Path:
-    folder = folders.folder_of(run.output_dir, run.step)
-    if run.policy.shards is not None:
-        divided.save_checkpoint(run.output_dir, run.step, run.policy, run.tokenizer, state)
-    else:
+    settle(run, callbacks)
+    if state is not None:
+        run.saved_step = run.step
+    if run.policy.shards is None:
         with run.ranks.together():
             if run.ranks.is_first:
                 folders.save_checkpoint(run.output_dir, run.step, run.policy, run.tokenizer, state)
-    if state is not None:
-        run.saved_step = run.step
+        return _after(run, callbacks, run.step)
+    asked = run.config.save_in_background
+    in_background = run.device.type == "cuda" if asked is None else asked
+    run.writing = divided.begin_checkpoint(
+        run.output_dir, run.step, run.policy, run.tokenizer, state, in_background
+    )
+    run.writing_step = run.step
+    if not in_background:
+        settle(run, callbacks)
+    return folders.folder_of(run.output_dir, run.step)
+
+
+def settle(run: Run, callbacks: Callbacks) -> None:
+    """Wait for a checkpoint that is under way and put it into its place."""
+    if run.writing is not None:
+        writing, run.writing = run.writing, None
+        writing.finish()
+        _after(run, callbacks, run.writing_step)
+
+
+def _after(run: Run, callbacks: Callbacks, step: int) -> Path:
+    """What follows when a checkpoint is there."""
     with run.ranks.together():
         if run.ranks.is_first:
             folders.rotate(run.output_dir, run.config.save_total_limit, best_folder(run))
+    folder = folders.folder_of(run.output_dir, step)
     callbacks.on_save(run, folder)
     return folder
 

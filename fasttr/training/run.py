@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fasttr.batch import TreeSource
+from fasttr.checkpoint.divided import Writing
 from fasttr.config.train_config import TrainConfig
 from fasttr.distributed.ranks import ALONE, Ranks
 from fasttr.evaluation.split import EvaluationSplit
@@ -53,6 +54,8 @@ class Run:
     window_scored: bool = False
     num_tokens: int = 0
     saved_step: int | None = None  # of the newest checkpoint with a state
+    writing: Writing | None = None  # a checkpoint that is under way
+    writing_step: int = 0  # of that one
     requests: set[str] = field(default_factory=set)  # what callbacks asked for, until it is done
 
     @property
