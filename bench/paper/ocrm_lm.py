@@ -1,5 +1,5 @@
-"""`python -m bench.paper.ocrm_lm`: off-policy-corrected reward models and what they are compared with,
-on a small language model and the generated task, through `fasttr ocrm`'s own steps.
+"""`python -m bench.paper.ocrm_lm`: off-policy-corrected reward models and what they are compared
+with, on a small language model and the generated task, through `fasttr ocrm`'s own steps.
 
 A model of two layers is fitted to the task, whose completions run past the asked length now and
 then, and writes pairs; labels are Bradley-Terry on the gold reward. Policies are trained by RLOO,

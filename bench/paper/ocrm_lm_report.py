@@ -128,7 +128,7 @@ def plot(found: Found, path: Path) -> None:
         if arm not in COLOURS:
             marker = f"${arm[0]}$" if "@" not in arm else "x"
             kl, gold = _mean(ends(found, arm, "kl")), _mean(ends(found, arm))
-            by_kl.plot(kl, gold, marker, markersize=7, color=INK, label=arm)
+            by_kl.plot(kl, gold, marker=marker, ls="", markersize=7, color=INK, label=arm)
             continue
         runs = [[(line["stage"], line["kl"], line["gold"]) for line in x] for x in seeds.values()]
         shortest = min(map(len, runs))
