@@ -202,11 +202,11 @@ def test_the_rule_helps_hurts_and_not_shown():
     gains = {"sft": 0.1, "cold": -0.1, "habit": 0.0, "tail": 0.0}
     found = effects.effects(made_up(gains), effects.PRIMARY)
     words = {level: report.word(found["soft 3", level], effects.PRIMARY) for _, level in found}
-    assert words["writer sft"] == words["sft, late"] == "helps"
-    assert words["writer cold"] == words["cold, early"] == "hurts"
+    assert words["writer sft"] == words["sft x late"] == "helps"
+    assert words["writer cold"] == words["cold x early"] == "hurts"
     assert words["all"] == words["writer tail"] == "not shown to differ"
     assert found["soft 3", "writer sft"].mean == pytest.approx(0.1, abs=0.02)
-    assert found["soft 3", "sft, late"].seeds == 9
+    assert found["soft 3", "sft x late"].seeds == 9
     fewer = effects.Outcome("mass", effects.at_equal_kl, "gold", good=-1)
     assert report.word(found["soft 3", "writer sft"], fewer) == "hurts"
 

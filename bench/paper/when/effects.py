@@ -79,13 +79,14 @@ class Outcome(NamedTuple):
 
 
 PRIMARY = Outcome("gold reward at equal KL", at_equal_kl, "gold", +1)
+KL = Outcome("KL after the same steps", at_the_end, "kl", 0)
 OUTCOMES = (
     PRIMARY,
     Outcome("gold reward after the same steps", at_the_end, "gold", +1),
     Outcome("gold reward, each stopped by its held-out margin", when_stopped, "gold", +1),
     Outcome("mass out of distribution at equal KL", at_equal_kl, "outside", -1),
     Outcome("mass out of distribution after the same steps", at_the_end, "outside", -1),
-    Outcome("KL after the same steps", at_the_end, "kl", 0),
+    KL,
     Outcome("length after the same steps", at_the_end, "length", 0),
     Outcome("log-ratio of the chosen after the same steps", at_the_end, "chosen", 0),
     Outcome("log-ratio of the rejected after the same steps", at_the_end, "rejected", 0),
@@ -125,7 +126,7 @@ def cells() -> dict[str, Level]:
     found: dict[str, Level] = {}
     for writer in FACTORS["writer"]:
         for part in FACTORS["part"]:
-            found[f"{writer}, {part}"] = _both(_is("writer", writer), _is("part", part))
+            found[f"{writer} x {part}"] = _both(_is("writer", writer), _is("part", part))
     return found
 
 

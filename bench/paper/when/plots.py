@@ -45,7 +45,7 @@ OVER_STEPS = {
     "length": "length",
     "accuracy": "accuracy",
 }
-KL_TICKS = (0, 0.5, 1, 2, 4, 8, 16, 32)
+KL_TICKS = (0, 0.2, 1, 2, 4, 8, 16, 32)
 
 
 def plot_paths(records: Sequence[Record], path: Path) -> None:
@@ -53,7 +53,8 @@ def plot_paths(records: Sequence[Record], path: Path) -> None:
     the steps. Lines are means over settings, bars standard errors at the end."""
     rows = [(key, part) for key in AGAINST_KL for part in PARTS]
     n_rows = len(rows) + len(OVER_STEPS)
-    figure, axes = new_figure(n_rows, len(WRITERS), (3.1 * len(WRITERS) + 0.4, 1.75 * n_rows + 0.8))
+    size = (3.1 * len(WRITERS) + 0.4, 1.75 * n_rows + 0.8)
+    figure, axes = new_figure(n_rows, len(WRITERS), size, sharey="none")
     for column, writer in enumerate(WRITERS):
         here = [record for record in records if record.setting.writer == writer]
         for ax, (key, part) in zip(axes[:, column], rows, strict=False):
@@ -77,11 +78,13 @@ def plot_paths(records: Sequence[Record], path: Path) -> None:
 
 
 def _against_kl(ax: Any, records: Sequence[Record], key: str) -> None:
+    furthest = 0.1
     for arm in ARMS:
         kl, values = (_stacked(records, arm, column) for column in ("kl", key))
         if len(kl) == 0:
             continue
         x, y = np.maximum(kl.mean(axis=0), 0), values.mean(axis=0)
+        furthest = max(furthest, x.max())
         ax.plot(x, y, marker="o", markersize=2.2, **_style(arm))
         if len(kl) > 1:
             of_mean = len(kl) ** 0.5
@@ -91,7 +94,7 @@ def _against_kl(ax: Any, records: Sequence[Record], key: str) -> None:
             ax.errorbar(x[-1], y[-1], **bars, color=colour, linewidth=0.7, alpha=0.6)
     ax.set_xscale("function", functions=(lambda v: np.sqrt(np.maximum(v, 0)), np.square))
     ax.set_xticks(KL_TICKS, [f"{tick:g}" for tick in KL_TICKS])
-    ax.set_xlim(left=0)
+    ax.set_xlim(0, 1.1 * furthest)
     finish_axes(ax)
 
 
@@ -152,7 +155,7 @@ def plot_effects(found: Mapping[Outcome, Mapping[tuple[str, str], Effect]], path
 
 def _boundaries(names: Sequence[str]) -> list[float]:
     """Between the levels of one factor and those of the next."""
-    groups = ["cell" if ", " in name else name.split()[0] for name in names]
+    groups = ["cell" if " x " in name else name.split()[0] for name in names]
     return [i - 0.5 for i in range(1, len(groups)) if groups[i] != groups[i - 1]]
 
 

@@ -12,6 +12,7 @@ import torch
 
 from bench.paper.when.design import FACTORS
 from bench.paper.when.effects import (
+    KL,
     MISS,
     OUTCOMES,
     PRIMARY,
@@ -37,6 +38,8 @@ ENDS = {
     "rejected": 2,
     "accuracy": 3,
 }  # column -> digits
+
+NOT_SHOWN = "not shown to differ"
 
 
 def write(records: Sequence[Record], scale: Scale, out: Path) -> str:
@@ -83,8 +86,8 @@ def _compact(record: Record) -> dict[str, Any]:
 def word(effect: Effect, outcome: Outcome) -> str:
     """The rule: what an interval that leaves zero out says."""
     if outcome.good == 0:
-        return {1: "higher", -1: "lower", 0: "not shown to differ"}[effect.sign]
-    return {1: "helps", -1: "hurts", 0: "not shown to differ"}[effect.sign * outcome.good]
+        return {1: "higher", -1: "lower", 0: NOT_SHOWN}[effect.sign]
+    return {1: "helps", -1: "hurts", 0: NOT_SHOWN}[effect.sign * outcome.good]
 
 
 def verdict(found: Mapping[Outcome, Found], controls: Found) -> list[str]:
@@ -101,26 +104,43 @@ def verdict(found: Mapping[Outcome, Found], controls: Found) -> list[str]:
     for control in CONTROLS:
         effect = controls[control, "fixed"]
         lines.append(f"{PRIMARY.name}: {control}: {_than(effect)} fixed ({effect.text()})")
+    lines.append(f"arms are told apart best, by their KL after the same steps: {apart(found[KL])}")
     seeds = max(effect.seeds for effect in found[PRIMARY].values())
     lines.append(
         f"intervals: {seeds} seeds; those of one outcome, and those against the controls, hold "
-        f"together at {1 - MISS:.0%} (largest |t| of a family under changes of sign by seed); "
-        '"helps" and "hurts": the interval leaves zero out'
+        f"together at {1 - MISS:.0%} (largest |t| of a family under changes of sign by seed); a "
+        "word is said where the interval leaves zero out, and what is not named is not shown to "
+        "differ"
     )
     return lines
 
 
+def apart(found: Found) -> str:
+    """The writer and part where moving references differ most from the fixed one, in units of half
+    an interval, mean over them. It says nothing of which is better."""
+
+    def distance(cell: str) -> float:
+        of = [found[arm, cell] for arm in MOVING]
+        half = [max(effect.high - effect.mean, 1e-9) for effect in of]
+        return float(np.mean(np.abs([effect.mean for effect in of]) / half))
+
+    return max(cells(), key=distance)
+
+
 def _of_arm(arm: str, of: Found, outcome: Outcome) -> str:
+    """What is shown over all settings, and at which levels and in which cells."""
     by_word: dict[str, list[str]] = {}
     for level in (*levels(), *cells()):
         by_word.setdefault(word(of[arm, level], outcome), []).append(readable(level))
-    parts = [f"{said}: {', '.join(where)}" for said, where in sorted(by_word.items())]
     everywhere = of[arm, "all"]
-    return f"**{arm}: {word(everywhere, outcome)}** ({everywhere.text()}). " + "; ".join(parts)
+    shown = [f"{said}: {', '.join(by_word[said])}" for said in sorted(by_word) if said != NOT_SHOWN]
+    return f"**{arm}: {word(everywhere, outcome)}** ({everywhere.text()})" + "".join(
+        f"; {part}" for part in shown or ["nor in any level or cell"]
+    )
 
 
 def _than(effect: Effect) -> str:
-    return {1: "more than", -1: "less than", 0: "not shown to differ from"}[effect.sign]
+    return {1: "more than", -1: "less than", 0: f"{NOT_SHOWN} from"}[effect.sign]
 
 
 def effect_table(found: Found) -> str:
