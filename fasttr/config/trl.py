@@ -379,8 +379,6 @@ def _unknown(key: str) -> str:
 # What people of other tools write, with what it is here.
 _OTHER_WORDS = {
     "device": "a run takes the GPU when there is one; use_cpu: true keeps it on the CPU",
-    "early_stopping_patience": "runs are not stopped early; keep the best checkpoint with "
-    "load_best_model_at_end: true",
     "model": "a file of settings is flat: write model_name_or_path: NAME",
     "dataset": "a file of settings is flat: write dataset_name: NAME",
     "data": "a file of settings is flat: write dataset_name: NAME",

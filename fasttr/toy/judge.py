@@ -43,8 +43,8 @@ class Judged(NamedTuple):
 def judge(policy: str | Path, initial: str | Path, prompts: Sequence[str], seed: int) -> Judged:
     """Draw one completion a prompt from the model in folder `policy` and judge them."""
     tokenizer = load_tokenizer(str(policy))
-    models = (load_model(ModelConfig(str(folder))) for folder in (policy, initial))
-    return judge_model(*models, tokenizer, prompts, seed)
+    model, anchor = (load_model(ModelConfig(str(folder))) for folder in (policy, initial))
+    return judge_model(model, anchor, tokenizer, prompts, seed)
 
 
 def judge_model(

@@ -22,7 +22,7 @@ from fasttr.packing.ahead import PacksAhead
 from fasttr.packing.plan import Plan
 from fasttr.reference.logp_table import LogpTable
 from fasttr.reference.moving import MovingReference
-from fasttr.training.best import Best
+from fasttr.training.best import Best, Patience
 
 REQUESTS = ("stop", "save", "evaluate")
 
@@ -46,6 +46,7 @@ class Run:
     best: Best | None  # None: no checkpoint is called the best
     averages: Averages  # since the last line of metrics
     total_loss: Tensor  # () over all steps
+    patience: Patience | None = None  # None: the run is not stopped early
     ranks: Ranks = ALONE  # this process among those of the run
     is_resumed: bool = False
     step: int = 0  # optimizer steps done
@@ -61,6 +62,11 @@ class Run:
     @property
     def output_dir(self) -> Path:
         return self.config.output_folder
+
+    @property
+    def critic_tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of a critic, where there is one."""
+        return {}
 
     @property
     def tables(self) -> dict[str, LogpTable]:
