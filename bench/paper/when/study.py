@@ -75,11 +75,10 @@ def make(tasks: list[Task], workers: int) -> None:
     unfinished = [task for task in tasks if task.missing]
     firsts = {task.sft: task for task in reversed(unfinished) if not task.sft.exists()}
     total = sum(len(task.missing) for task in unfinished)
-    with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=len(firsts), desc="initial policies", unit="model"))
+    with tqdm(total=len(firsts), desc="initial policies", unit="model") as bar:
         for _ in _shared_out(make_sft, list(reversed(firsts.values())), workers):
             bar.update()
-        bar = stack.enter_context(tqdm(total=total, desc="runs", unit="run"))
+    with tqdm(total=total, desc="runs", unit="run") as bar:
         for made in _shared_out(make_runs, unfinished, workers):
             bar.update(made)
 
