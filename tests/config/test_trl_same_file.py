@@ -33,7 +33,8 @@ COMMON = {
 MOVING = {"sync_ref_model": True, "ref_model_sync_steps": 3, "ref_model_mixup_alpha": 0.6}
 ALL = ("loss", "grad_norm", "learning_rate", "num_tokens", "entropy", "logits/chosen")
 PAIRS = (*ALL, "logps/chosen", "logps/rejected", "rewards/margins", "mean_token_accuracy")
-UNPAIRED = (*ALL, "kl", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected")
+UNPAIRED = (*ALL, "kl", "logps/chosen", "logps/rejected")
+UNPAIRED += ("rewards/chosen", "rewards/rejected", "rewards/margins")
 COMPLETIONS = ("loss", "grad_norm", "learning_rate")
 
 
