@@ -259,7 +259,7 @@ class _Loop:
         line["grad_norm"] = float(metrics.gradient_norm)
         line["learning_rate"] = metrics.learning_rate
         line["num_tokens"] = run.num_tokens
-        line["epoch"] = run.step / run.plan.steps_per_epoch
+        line["epoch"] = run.plan.epochs(run.step)
         if run.loss.needs_reference:
             line["ref/updates"] = run.reference.updates
             line["ref/age_steps"] = run.step - 1 - window.start
@@ -287,9 +287,8 @@ class _Loop:
             )
         line: dict[str, float] = {}
         for name, split in run.splits.items():
-            found = evaluate(
-                run.policy, split, run.objective, run.ledger, name=name, ranks=run.ranks
-            )
+            objective = split.objective or run.objective
+            found = evaluate(run.policy, split, objective, run.ledger, name=name, ranks=run.ranks)
             announce_evaluation(run, found, name)
             line |= found
         self.log.write(run.step, line)
