@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bench.paper.when.report import write
-
 from bench.paper.when.design import SEEDS
+from bench.paper.when.report import write
 from bench.paper.when.runs import Scale
 from bench.paper.when.study import bind, make, read, tasks_of
 from fasttr.errors import FasttrError
