@@ -341,9 +341,11 @@ def _legend(figure: Any, ax: Any) -> None:
 def legend_columns(labels: list[str], characters: float) -> int:
     """The most columns of a legend whose widest labels fit side by side, each with its handle."""
     for columns in range(len(labels), 1, -1):
-        rows = -(-len(labels) // columns)
-        of_columns = [labels[first : first + rows] for first in range(0, len(labels), rows)]
-        if sum(max(map(len, of_one)) + 8 for of_one in of_columns) <= characters:
+        # matplotlib fills column after column, the first ones with one more.
+        ends = [-(-len(labels) * (column + 1) // columns) for column in range(columns)]
+        starts = [0, *ends[:-1]]
+        widest = [max(map(len, labels[a:b])) for a, b in zip(starts, ends, strict=True)]
+        if sum(width + 8 for width in widest) <= characters:
             return columns
     return 1
 
