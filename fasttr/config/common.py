@@ -72,6 +72,12 @@ class ModelSettings:
     trust_remote_code: bool = setting(
         False, None, "run the code that a model's folder brings", in_eval=True
     )
+    resize_embeddings: bool = setting(
+        False,
+        None,
+        "give a model whose tokenizer knows more tokens than its embedding has rows the missing "
+        "ones, each the mean of the others",
+    )
     use_liger_kernel: bool | None = setting(
         None,
         None,

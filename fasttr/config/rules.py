@@ -193,6 +193,11 @@ def _check_adapter(config: Any) -> None:
                 "merge_adapter: got true without an adapter; wanted use_peft true, or leave it out"
             )
         return
+    if config.resize_embeddings:
+        raise FasttrError(
+            "resize_embeddings: got true with use_peft, whose folder would not hold the new rows; "
+            "wanted a model that is resized and saved before"
+        )
     if config.model_name_or_path is not None and is_adapter(config.model_name_or_path):
         raise FasttrError(
             f"model_name_or_path: {config.model_name_or_path} is an adapter itself, and an adapter "

@@ -95,6 +95,9 @@ def evaluate(
     with model.weights_still():
         for host_batch in split.packs(ranks):
             batch = host_batch.to(model.device)
+            if not batch.rows:
+                model(batch)
+                continue
             ref_logp = None
             if split.ref_logps is not None:
                 ref_logp = split.ref_logps.get(batch.rows).to(model.device)

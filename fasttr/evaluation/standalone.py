@@ -36,6 +36,7 @@ from fasttr.models.checks import check_ids
 from fasttr.models.choice import Candidate, choose_tier
 from fasttr.models.load import ModelConfig, load_model, load_tokenizer, tokenizer_of
 from fasttr.models.packed import PackedModel
+from fasttr.models.vocabulary import check_rows, check_same_tokens
 from fasttr.packing.tiers import longest_sequence
 from fasttr.reference.logp_table import LogpTable, fill_logps
 
@@ -91,8 +92,11 @@ def measure(config: TrainConfig, anchor: str | None = None) -> Measured:
         of_anchor = dataclasses.replace(config.model(device, anchor), key=ANCHOR_KEY)
     candidates = _candidates(config, model, of_anchor)
     tokenizer = tokenizer_of(model)
-    if anchor is not None:
-        _require_same_tokens(tokenizer, anchor)
+    check_rows(model.read(), tokenizer, model.key, model.name)
+    if of_anchor is not None:
+        of_its_own = load_tokenizer(of_anchor.name, key=ANCHOR_KEY)
+        check_same_tokens(tokenizer, of_its_own, ANCHOR_KEY, of_anchor.name)
+        check_rows(of_anchor.read(), tokenizer, ANCHOR_KEY, of_anchor.name)
     rows = RowReader(config, tokenizer).any_split(config.loss)
     config, loss = _loss_of(config, rows, has_anchor=anchor is not None)
     trees = as_loss_reads(rows, loss, config)
@@ -158,14 +162,6 @@ def _loaded(config: ModelConfig, tier: str, trees: TreeSource) -> PackedModel:
     model = load_model(dataclasses.replace(config, tier=tier, is_trained=False))
     check_ids(model, trees.largest_id, config.key, config.name)
     return model
-
-
-def _require_same_tokens(tokenizer: Any, anchor: str) -> None:
-    if load_tokenizer(anchor, key=ANCHOR_KEY).get_vocab() != tokenizer.get_vocab():
-        raise FasttrError(
-            f"{ANCHOR_KEY}: {anchor} has another vocabulary, so its log-probs are of other tokens; "
-            "wanted a model with the same tokenizer"
-        )
 
 
 def _loss_of(

@@ -178,6 +178,7 @@ REWARD_METRICS = (
 )
 _CLIP = "losses with a clip range"
 _LENGTH = "of the completions of a rollout"
+_PPO = "ppo"
 # Of runs on rollouts; NAME is that of a source of rewards.
 ONLINE_METRICS = (
     Metric("reward", "mean of the weighted rewards of a rollout", "of the reward", "always"),
@@ -187,7 +188,7 @@ ONLINE_METRICS = (
     Metric("rewards/NAME/std", "its standard deviation", "of the reward", "always"),
     Metric(
         "kl",
-        "estimate of KL(policy || reference) a token: the log-ratio with rloo, else k3",
+        "estimate of KL(policy || reference) a token: the log-ratio with rloo and ppo, else k3",
         "nats",
         "beta above 0",
     ),
@@ -204,6 +205,17 @@ ONLINE_METRICS = (
     Metric("completions/mean_terminated_length", "mean length of those that ended", "tokens", ""),
     Metric("completions/min_terminated_length", "least length of those that ended", "tokens", ""),
     Metric("completions/max_terminated_length", "largest length of those that ended", "tokens", ""),
+    Metric("value", "mean value that the critic gave a rollout's tokens", "of the reward", _PPO),
+    Metric("value_loss", "the critic's loss a token, before vf_coef", "squared reward", _PPO),
+    Metric("value_clip_ratio", "share of tokens where the value's clip decides", "share", _PPO),
+    Metric(
+        "explained_variance",
+        "1 - Var(target - value) / Var(target) over a rollout's tokens: 1 is a perfect critic, 0 "
+        "one that is constant",
+        "share",
+        _PPO,
+    ),
+    Metric("kl_coef", "factor of the KL in the reward", "of the reward a nat", _PPO),
     Metric("perf/generation_share", "share of the time spent on rollouts", "share", _LINE),
 )
 NAMES = frozenset(metric.name for metric in METRICS)

@@ -18,7 +18,7 @@ from fasttr.models.lora import factor_names
 from fasttr.models.packed import PackedModel
 from fasttr.optim.named import OPTIMIZERS
 from fasttr.packing.plan import Plan, unshared_tokens
-from fasttr.packing.shares import balance
+from fasttr.packing.shares import balance, lockstep_balance
 from fasttr.packing.tiers import (
     SHARED,
     bins_of_groups,
@@ -99,12 +99,21 @@ def _announce_ranks(config: TrainConfig, plan: Plan, ranks: Ranks) -> None:
     found = []
     for step in range(min(plan.total_steps, 8)):
         costs = tree_sizes(plan.trees, plan.rows(step)).tolist()
-        found.append(balance(costs, ranks.world))
+        if ranks.is_sharded:
+            found.append(lockstep_balance(costs, ranks.world, plan.max_tokens_per_batch))
+        else:
+            found.append(balance(costs, ranks.world))
     share = sum(found) / max(len(found), 1)
     advice = ""
     if share < 0.9:
         advice = f"; raise train_batch_size, {config.train_batch_size} rows cannot be dealt evenly"
     say(f"{ranks.world} processes, whose shares of a step are {share:.0%} of even{advice}")
+    if ranks.is_sharded:
+        copies = ranks.world // ranks.shard_size
+        say(
+            f"weights: divided among {ranks.shard_size} processes, {copies} "
+            f"{'copy' if copies == 1 else 'copies'} in all"
+        )
 
 
 def announce_tier(choice: Choice, trees: TreeSource, config: TrainConfig) -> None:

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fasttr import files
+from fasttr.checkpoint import divided
 from fasttr.checkpoint import folder as folders
 from fasttr.checkpoint import state as states
 from fasttr.config.train_config import TrainConfig
 from fasttr.console import say
+from fasttr.distributed.ranks import ALONE, Ranks
 from fasttr.errors import FasttrError
 from fasttr.losses import Loss
 from fasttr.metrics import log
@@ -29,7 +31,7 @@ class Resume(NamedTuple):
     state: states.RunState
 
 
-def find_resume(config: TrainConfig) -> Resume | None:
+def find_resume(config: TrainConfig, ranks: Ranks = ALONE) -> Resume | None:
     """The checkpoint to go on from, or None for a fresh start in a folder that holds no run."""
     asked, output_dir = config.resume_from_checkpoint, config.output_folder
     if output_dir.exists() and not output_dir.is_dir():
@@ -43,8 +45,9 @@ def find_resume(config: TrainConfig) -> Resume | None:
             )
     files.remove_torn(output_dir, "checkpoint-*")
     folders.remove_torn_final(output_dir)
+    share = states.Share(ranks.rank, ranks.world)
     if isinstance(asked, str):
-        return Resume(Path(asked), states.read_state(Path(asked)))
+        return Resume(Path(asked), states.read_state(Path(asked), share))
     if asked:
         newest = folders.newest_with_state(output_dir)
         if newest is None and folders.list_checkpoints(output_dir):
@@ -59,7 +62,7 @@ def find_resume(config: TrainConfig) -> Resume | None:
                 "beginning"
             )
             return None
-        return Resume(newest, states.read_state(newest))
+        return Resume(newest, states.read_state(newest, share))
     _require_no_run(config)
     return None
 
@@ -176,6 +179,9 @@ def save_final(run: Run) -> None:
         if best is not None:
             run.policy.adapter.read(best)
         run.policy.merge_adapter()
+    if run.policy.shards is not None and not is_copied:
+        divided.save_final(run.output_dir, run.policy, run.tokenizer)
+        return
     with run.ranks.together():
         if is_copied and run.ranks.is_first:
             assert best is not None
@@ -192,9 +198,12 @@ def best_folder(run: Run) -> Path | None:
 
 def _save(run: Run, callbacks: Callbacks, state: states.RunState | None) -> Path:
     folder = folders.folder_of(run.output_dir, run.step)
-    with run.ranks.together():
-        if run.ranks.is_first:
-            folders.save_checkpoint(run.output_dir, run.step, run.policy, run.tokenizer, state)
+    if run.policy.shards is not None:
+        divided.save_checkpoint(run.output_dir, run.step, run.policy, run.tokenizer, state)
+    else:
+        with run.ranks.together():
+            if run.ranks.is_first:
+                folders.save_checkpoint(run.output_dir, run.step, run.policy, run.tokenizer, state)
     if state is not None:
         run.saved_step = run.step
     with run.ranks.together():

@@ -105,7 +105,9 @@ def to_the_end(
     """Set a run up, alone in its folder, and train until it is over; `loop` is another than that of
     rows that are there from the start. FasttrError for several processes, or an adapter, where the
     run is not one that `takes_ranks`."""
-    with joined(config.use_cpu, config.ddp_timeout) as ranks, silent(not ranks.is_first):
+    wanted = config.sharding()
+    launched = joined(config.use_cpu, config.ddp_timeout, wanted.shard_size)
+    with launched as ranks, silent(not ranks.is_first):
         if not takes_ranks:
             _require_plain(config, ranks)
         told = [*callbacks, *(hub_callbacks(config) if ranks.is_first else ())]
@@ -335,7 +337,8 @@ class _Loop:
     def finish(self) -> TrainResult:
         run = self.run
         self.guard.verify()
-        check_weights(run.policy.model, run.output_dir)
+        with run.ranks.together():
+            check_weights(run.policy.local_parameters(), run.output_dir)
         if self.completions is not None and self.completions.drawn_at != run.step:
             self.sample(at_once=True)
         checkpoints.save_final(run)
@@ -371,8 +374,9 @@ def save_and_leave(run: Run, callbacks: Callbacks, signum: int) -> None:
 
 
 def _give_back(run: Run) -> None:
-    """The model as it was found, with its trained weights in fp32."""
-    update.give_back(run.optimizer)
+    """The model as it was found, with its trained weights in fp32; a divided one stays so."""
+    if run.policy.shards is None:
+        update.give_back(run.optimizer)
     give_back(run.policy)
 
 

@@ -35,6 +35,7 @@ from fasttr.models.reward import (
     score_all,
     set_padding,
 )
+from fasttr.models.vocabulary import rows_wanted
 from fasttr.packing.ahead import PacksAhead
 from fasttr.packing.plan import Plan
 from fasttr.packing.tiers import SHARED
@@ -105,7 +106,10 @@ def _set_up(config: RewardConfig, given: Given) -> Run:
         check_resume(resume, config, loss, plan)
     announce_plan(config, loss, plan)
     _require_padding(tokenizer, config, trees)
-    policy = _model(config.model(device), config.seed, resume)
+    wanted = config.model(device)
+    if config.resize_embeddings:
+        wanted = dataclasses.replace(wanted, embedding_rows=rows_wanted(tokenizer))
+    policy = _model(wanted, config.seed, resume)
     for rows in (trees, split_trees):
         if rows is not None:
             key, name = "model_name_or_path", str(config.model_name_or_path)

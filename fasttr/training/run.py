@@ -64,6 +64,11 @@ class Run:
         return self.config.output_folder
 
     @property
+    def critic_tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of a critic, where there is one."""
+        return {}
+
+    @property
     def tables(self) -> dict[str, LogpTable]:
         """The log-probs that resuming needs, by their names in a checkpoint."""
         found = {"scores": self.window_logps}

@@ -3,6 +3,7 @@ taken up."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -27,16 +28,19 @@ from fasttr.models.checks import check_ids
 from fasttr.models.choice import Candidate, choose_tier
 from fasttr.models.compiled import compile_layers
 from fasttr.models.given import pack_model, read_weights_into
-from fasttr.models.halves import add_remainders
+from fasttr.models.halves import add_remainders, add_remainders_of_rows
 from fasttr.models.load import (
     ModelConfig,
     check_loadable,
     dropout_rates,
+    has_tokenizer,
     load_model,
     load_tokenizer,
 )
 from fasttr.models.packed import PackedModel
 from fasttr.models.router import coefficient_of
+from fasttr.models.vocabulary import check_rows, check_same_tokens, rows_wanted
+from fasttr.optim.adamw import LocalRows
 from fasttr.packing.ahead import PacksAhead
 from fasttr.packing.plan import Plan
 from fasttr.packing.tiers import longest_sequence
@@ -71,7 +75,7 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     device = prepare_torch(config)
     require_trackers(config.report_to)
     config.optimizer().check_schedule()
-    resume = ranks.first_alone(lambda: find_resume(config), of_each_machine=False)
+    resume = ranks.first_alone(lambda: find_resume(config, ranks), of_each_machine=False)
     source = config.model_name_or_path
     if resume is not None and not config.use_peft:
         source = str(resume.folder)
@@ -98,14 +102,17 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     _require_same(ranks, config, loss, plan)
     announce_plan(config, loss, plan, ranks)
     announce_settings(config, loss, trees)
-    with ranks.together():
-        policy, initial = _models(config, device, given, resume)
+    # Ranks that divide a model meet while it is loaded.
+    with contextlib.nullcontext() if ranks.is_sharded else ranks.together():
+        policy, initial = _models(config, device, given, tokenizer, resume, ranks)
     _check_ids(config, given, policy, initial, [trees, *eval_trees.values()])
     if config.eos_token is not None:
         _end_with(policy, tokenizer)
     # What is trained of an adapted model is small, and fp32.
     splits_weights = policy.bf16 and policy.adapter is None
-    optimizer = config.optimizer().optimizer(policy.model, bf16=splits_weights)
+    optimizer = config.optimizer().optimizer(
+        policy.model, bf16=splits_weights, rows=_rows_of(policy)
+    )
     # Not before: the optimizer decides which weights are bf16, and graphs are made for dtypes.
     compile_layers(policy, config.compile)
     run = Run(
@@ -171,7 +178,9 @@ def checked_tokenizer(
         assert source is not None
         revision = config.model_revision if source == config.model_name_or_path else "main"
         model = dataclasses.replace(config.model(device), name=source, revision=revision)
-        rates = dropout_rates(check_loadable(model))
+        hf_config = check_loadable(model)
+        key, name = model.key, source
+        rates = dropout_rates(hf_config)
         if rates and not config.disable_dropout:
             raise FasttrError(
                 f"disable_dropout: got false and the model has {', '.join(rates)}; it is off in "
@@ -181,11 +190,31 @@ def checked_tokenizer(
             source, revision, trust_remote_code=config.trust_remote_code
         )
     else:
+        if config.resize_embeddings:
+            raise FasttrError(
+                "resize_embeddings: got true with a model that is in memory; call its "
+                "resize_token_embeddings, and leave it out"
+            )
+        hf_config, key, name = given.model.config, "model", "the given model"
         tokenizer = given.tokenizer or _tokenizer_of(given.model, config)
     adjust(tokenizer, chat_template=config.chat_template, eos_token=config.eos_token)
+    if not config.resize_embeddings:
+        check_rows(hf_config, tokenizer, key, name)
     if config.ref_model_name_or_path is not None:
-        check_loadable(_named_reference(config, device))
+        _check_reference(config, _named_reference(config, device), tokenizer)
     return tokenizer
+
+
+def _check_reference(config: TrainConfig, reference: ModelConfig, tokenizer: Any) -> None:
+    """That a named first reference reads the tokens of the policy, and gives them log-probs."""
+    hf_config = check_loadable(reference)
+    if has_tokenizer(reference.name):
+        own = load_tokenizer(
+            reference.name, key=reference.key, trust_remote_code=config.trust_remote_code
+        )
+        check_same_tokens(tokenizer, own, reference.key, reference.name)
+    if not config.resize_embeddings:
+        check_rows(hf_config, tokenizer, reference.key, reference.name)
 
 
 def _tokenizer_of(model: Any, config: TrainConfig) -> Any:
@@ -252,17 +281,45 @@ def _with_loss(
     return config, config.loss
 
 
+def _rows_of(policy: PackedModel) -> LocalRows | None:
+    """What the optimizer of a divided model works on."""
+    if policy.shards is None:
+        return None
+    plain = {name.removeprefix("model."): p for name, p in policy.local_parameters().items()}
+    low = {name.removeprefix("model."): x for name, x in policy.shards.remainders.items()}
+    policy.shards.remainders = {}
+    return LocalRows(plain, low)
+
+
 def _models(
-    config: TrainConfig, device: torch.device, given: Given, resume: Resume | None
+    config: TrainConfig,
+    device: torch.device,
+    given: Given,
+    tokenizer: Any,
+    resume: Resume | None,
+    ranks: Ranks,
 ) -> tuple[PackedModel, PackedModel | None]:
     """The policy, and a first reference of its own where one is named and still needed."""
-    wanted = dataclasses.replace(config.model(device), compile=False)
+    rows = rows_wanted(tokenizer) if config.resize_embeddings else None
+    wanted = dataclasses.replace(
+        config.model(device),
+        compile=False,
+        embedding_rows=rows,
+        ranks=ranks,
+        layout=config.layout(device),
+    )
     policy = _policy(wanted, given.model, resume)
     if config.ref_model_name_or_path is None or (
         resume is not None and config.ref_update != "soft"
     ):
         return policy, None
-    return policy, load_model(_named_reference(config, device))
+    reference = dataclasses.replace(
+        _named_reference(config, device), embedding_rows=rows, ranks=ranks
+    )
+    # A soft one is taken apart into halves where the policy is.
+    halves = wanted.layout.halves and config.ref_update != "soft"
+    layout = wanted.layout._replace(halves=halves, keeps_remainders=False)
+    return policy, load_model(dataclasses.replace(reference, layout=layout))
 
 
 def _named_reference(config: TrainConfig, device: torch.device) -> ModelConfig:
@@ -308,7 +365,10 @@ def _policy(wanted: ModelConfig, model: Any, resume: Resume | None) -> PackedMod
     elif resume is not None:
         read_weights_into(model, resume.folder)
     packed = _packed(wanted, model)
-    if resume is not None:
+    if resume is not None and packed.shards is not None:
+        of_rows = resume.state.of_rows(packed.shards)
+        add_remainders_of_rows(packed.shards, of_rows.remainders)
+    elif resume is not None:
         add_remainders(packed.model, resume.state.remainders)
     return packed
 

@@ -269,7 +269,7 @@ def test_the_table_of_metrics_and_the_lines_of_runs_hold_each_other(
 ):
     names = {name for line in lines(uninterrupted) for name in line} - {"step", "event"}
     assert {name for name in names if not is_known(name)} == set()
-    listed = {metric.name.replace("NAME", "vowels") for metric in ONLINE_METRICS}
+    listed = {one.name.replace("NAME", "vowels") for one in ONLINE_METRICS if one.when != "ppo"}
     assert listed <= names
 
 
