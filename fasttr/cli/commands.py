@@ -64,7 +64,13 @@ COMMANDS = {
         "fasttr.cli.init",
         "write a small untrained model with a tokenizer, so that anything runs without a download",
     ),
-    "plot": Command("fasttr.cli.plot", "draw the metrics of a run: fasttr plot RUN"),
+    "plot": Command(
+        "fasttr.cli.plot", "draw the metrics of a run, or of several: fasttr plot RUN..."
+    ),
+    "report": Command(
+        "fasttr.cli.report",
+        "one HTML file about a run, or about several and how they differ: fasttr report RUN...",
+    ),
     "env": Command("fasttr.cli.env", "versions, devices and usable back ends"),
     "demo": Command(
         "fasttr.cli.demo",

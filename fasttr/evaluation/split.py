@@ -10,6 +10,7 @@ Legend: N completions of a pack, B rows, m completions of a row.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -155,6 +156,9 @@ class _AgainstAnchor(NamedTuple):
             share = float((chosen > rejected).float().mean())
             found["rewards/accuracies"] = share
             found["rewards/accuracies_stderr"] = binomial_stderr(share, len(chosen))
+            if len(chosen) > 1:
+                spread = float((chosen - rejected).double().std())
+                found["rewards/margins_stderr"] = loss.beta * spread / math.sqrt(len(chosen))
         return {f"anchor/{name}": value for name, value in found.items()}
 
     def _sides(self, loss: Loss) -> tuple[Tensor, Tensor]:

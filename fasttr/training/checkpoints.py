@@ -21,6 +21,7 @@ from fasttr.losses import Loss
 from fasttr.metrics import log
 from fasttr.packing.plan import Plan
 from fasttr.training.callbacks import Callbacks
+from fasttr.training.facts import write_facts
 from fasttr.training.run import Run
 
 _CONFIG = "train_config.json"
@@ -129,6 +130,7 @@ def _own_output_dir(run: Run) -> None:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         files.write_json(output_dir / _CONFIG, run.config.as_dict())
+        write_facts(run, output_dir)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise FasttrError(f"output_dir: cannot write {run.config.output_dir!r}: {error}") from error
     if run.is_resumed:
