@@ -74,6 +74,8 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     """
     device = prepare_torch(config)
     require_trackers(config.report_to)
+    if ranks.is_sharded:
+        _require_divisible(config)
     config.optimizer().check_schedule()
     resume = ranks.first_alone(lambda: find_resume(config, ranks), of_each_machine=False)
     source = config.model_name_or_path
@@ -144,6 +146,16 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     if resume is not None:
         take_up(run, resume)
     return run
+
+
+def _require_divisible(config: TrainConfig) -> None:
+    """What cannot be done on rows of a weight is refused before a model is read."""
+    config.optimizer().check_rows()
+    for name in ("merge_adapter", "compile"):
+        if getattr(config, name):
+            raise FasttrError(
+                f"{name}: got true with shard_size above 1; it needs whole weights: leave it out"
+            )
 
 
 def _require_same(ranks: Ranks, config: TrainConfig, loss: Loss, plan: Plan) -> None:
