@@ -21,10 +21,12 @@ from fasttr.losses import Loss
 from fasttr.metrics import log
 from fasttr.packing.plan import Plan
 from fasttr.training.callbacks import Callbacks
+from fasttr.training.card import model_card
 from fasttr.training.facts import write_facts
 from fasttr.training.run import Run
 
 _CONFIG = "train_config.json"
+CARD = "README.md"
 
 
 class Resume(NamedTuple):
@@ -186,13 +188,15 @@ def save_final(run: Run) -> None:
         run.policy.merge_adapter()
     if run.policy.shards is not None and not is_copied:
         divided.save_final(run.output_dir, run.policy, run.tokenizer)
-        return
-    with run.ranks.together():
-        if is_copied and run.ranks.is_first:
-            assert best is not None
-            folders.copy_final(best, run.output_dir)
-        elif run.ranks.is_first:
-            folders.save_final(run.output_dir, run.policy, run.tokenizer)
+    else:
+        with run.ranks.together():
+            if is_copied and run.ranks.is_first:
+                assert best is not None
+                folders.copy_final(best, run.output_dir)
+            elif run.ranks.is_first:
+                folders.save_final(run.output_dir, run.policy, run.tokenizer)
+    if not is_copied:  # the card came with the best checkpoint
+        _write_card(run, run.output_dir)
 
 
 def best_folder(run: Run) -> Path | None:
@@ -209,6 +213,7 @@ def _save(run: Run, callbacks: Callbacks, state: states.RunState | None) -> Path
         with run.ranks.together():
             if run.ranks.is_first:
                 folders.save_checkpoint(run.output_dir, run.step, run.policy, run.tokenizer, state)
+    _write_card(run, folder)
     if state is not None:
         run.saved_step = run.step
     with run.ranks.together():
@@ -216,6 +221,13 @@ def _save(run: Run, callbacks: Callbacks, state: states.RunState | None) -> Path
             folders.rotate(run.output_dir, run.config.save_total_limit, best_folder(run))
     callbacks.on_save(run, folder)
     return folder
+
+
+def _write_card(run: Run, folder: Path) -> None:
+    with run.ranks.together():
+        if run.ranks.is_first:
+            with folders.disk_errors(folder):
+                files.write_text(folder / CARD, model_card(run))
 
 
 def _facts(run: Run) -> dict[str, Any]:
