@@ -16,6 +16,7 @@ from fasttr.errors import FasttrError, all_of, did_you_mean
 from fasttr.settings import settings_of
 
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+_EVAL_BATCH = "per_device_eval_batch_size"
 _ADAPTER = (
     "lora_r",
     "lora_alpha",
@@ -59,6 +60,7 @@ def translate(
         translation.rename_precision,
         translation.rename_launch,
         translation.rename_batch,
+        translation.rename_evaluation,
         translation.rename_reference,
         translation.rename_model,
         translation.rename_data,
@@ -198,14 +200,28 @@ class _Translation:
         self.ours["train_batch_size"] = rows * times * world
         if self.method.averages_the_step:
             return
-        # TRL takes KTO's estimate over all devices, of completions that each of them rotates.
-        losses = self.ours.get("loss_type", self.method.defaults.get("loss_type"))
-        of_all = losses == "kto" and world > 1
+        of_all = self._is_kto and world > 1
         self.ours.setdefault("group_size", rows * world if of_all else rows)
         if of_all:
             self.ours.setdefault("mismatch_size", rows)
         if times * world > 1:
             self.ours.setdefault("micro_batch_size", rows)
+
+    def rename_evaluation(self) -> None:
+        """A file in TRL's measures evaluates in batches, 8 rows of a device where it says nothing:
+        a loss that couples rows sees those together."""
+        if not any(key in self.given for key in (*_BATCH, _EVAL_BATCH)):
+            return
+        rows = self.given.get(_EVAL_BATCH, TABLE[_EVAL_BATCH].default)
+        if rows < 1:
+            raise FasttrError(f"{_EVAL_BATCH}: got {rows!r}; wanted a whole number from 1")
+        world = _processes(self.ours.get("num_processes")) if self._is_kto else 1
+        self.ours.setdefault("eval_group_size", rows * world)
+
+    @property
+    def _is_kto(self) -> bool:
+        """TRL takes KTO's estimate over all devices, of completions that each of them rotates."""
+        return self.ours.get("loss_type", self.method.defaults.get("loss_type")) == "kto"
 
     def rename_launch(self) -> None:
         """Processes and shards; what stands beside them in a file of settings wins."""

@@ -253,7 +253,7 @@ class _Loop:
         checkpoint is written."""
         run = self.run
         asked = [int(request in run.requests) for request in REQUESTS]
-        is_writing = run.writing is not None and not run.writing.is_done
+        is_writing = run.pending is not None and not run.pending.writing.is_done
         found = run.ranks.largest([*asked, int(is_writing), self.stop.signum or 0])
         *asked, is_writing_somewhere, self._agreed_signum = found
         if not is_writing_somewhere:
@@ -273,7 +273,7 @@ class _Loop:
         line["grad_norm"] = float(metrics.gradient_norm)
         line["learning_rate"] = metrics.learning_rate
         line["num_tokens"] = run.num_tokens
-        line["epoch"] = run.step / run.plan.steps_per_epoch
+        line["epoch"] = run.plan.epochs(run.step)
         if run.loss.needs_reference:
             line["ref/updates"] = run.reference.updates
             line["ref/age_steps"] = run.step - 1 - window.start

@@ -133,7 +133,10 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
         optimizer=optimizer,
         scheduler=config.optimizer().scheduler(optimizer, plan.total_steps),
         window_logps=LogpTable(len(trees), loss.completions),
-        splits={name: EvaluationSplit.of(one, loss, plan) for name, one in eval_trees.items()},
+        splits={
+            name: EvaluationSplit.of(one, loss, plan, config.eval_group_size or config.group_size)
+            for name, one in eval_trees.items()
+        },
         best=Best.of(config),
         patience=Patience.of(config),
         averages=Averages(device),

@@ -280,9 +280,14 @@ def test_the_mixer_of_alignment_handbook_becomes_a_mixture():
 
 def test_accumulation_that_is_written_makes_micro_batches():
     ours, _ = translate({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3})
-    assert ours == {"train_batch_size": 12, "group_size": 4, "micro_batch_size": 4}
+    assert ours == {
+        "train_batch_size": 12,
+        "group_size": 4,
+        "micro_batch_size": 4,
+        "eval_group_size": 8,
+    }
     ours, _ = translate({"per_device_train_batch_size": 4})
-    assert ours == {"train_batch_size": 4, "group_size": 4}
+    assert ours == {"train_batch_size": 4, "group_size": 4, "eval_group_size": 8}
 
 
 def test_the_table_for_readers_holds_every_key():
