@@ -16,7 +16,7 @@ from fasttr.config.train_config import TrainConfig
 from fasttr.config.trl_table import SECTIONS, TABLE
 from fasttr.data.formats import find_format
 from fasttr.losses import LOSSES
-from fasttr.metrics.names import METRICS
+from fasttr.metrics.names import METRICS, SAMPLE_METRICS
 from fasttr.settings import settings_of
 
 # (columns of a row, dataset_format, sides, how it is read, accepted by TRL 1.16)
@@ -136,7 +136,9 @@ def settings_table() -> str:
 def metrics_table() -> str:
     """Every metric of metrics.jsonl."""
     lines = head("metric", "meaning", "unit", "when")
-    lines += [row(f"`{one.name}`", one.meaning, one.unit, one.when) for one in METRICS]
+    lines += [
+        row(f"`{one.name}`", one.meaning, one.unit, one.when) for one in (*METRICS, *SAMPLE_METRICS)
+    ]
     return "\n".join(lines)
 
 

@@ -89,7 +89,8 @@ def parse_online(command: str, args: list[str]) -> OnlineConfig:
     foreign = [name for name in FOREIGN if name in values]
     if foreign:
         raise FasttrError(
-            f"{foreign[0]}: got {values[foreign[0]]!r}; no loss of rollouts reads it: leave it out"
+            f"{foreign[0]}: got {values[foreign[0]]!r}; runs on rollouts do not read it: "
+            "leave it out"
         )
     ours, more = trl.translate(values)
     read = {name: x for name, x in ours.items() if name not in FOREIGN}

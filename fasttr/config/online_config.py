@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fasttr.config.train_config import LossSettings, TrainConfig
+from fasttr.config.watching import SampleSettings
 from fasttr.errors import FasttrError
 from fasttr.losses import Loss
 from fasttr.losses.advantages import KL_ESTIMATORS
@@ -148,8 +149,8 @@ class OnlineConfig(  # type: ignore[misc]
         for name in FOREIGN:
             if name not in own and getattr(self, name) != defaults[name].default:
                 raise FasttrError(
-                    f"{name}: got {getattr(self, name)!r}; no loss of rollouts reads it: leave it "
-                    "out"
+                    f"{name}: got {getattr(self, name)!r}; runs on rollouts do not read it: leave "
+                    "it out"
                 )
         if isinstance(self.reward_funcs, str):
             object.__setattr__(self, "reward_funcs", [self.reward_funcs])
@@ -277,7 +278,7 @@ class OnlineConfig(  # type: ignore[misc]
 
 
 # Settings of a run on preferences that mean nothing here, or something else.
-FOREIGN = list(settings_of(LossSettings))
+FOREIGN = [*settings_of(LossSettings), *settings_of(SampleSettings)]
 UNREAD_BY_PPO = (
     "scale_rewards",
     "normalize_advantages",

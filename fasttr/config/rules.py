@@ -39,6 +39,7 @@ def check(config: Any) -> None:
         _check_trackers,
         _check_optimizer,
         _check_best,
+        _check_stopping,
         _check_adapter,
         _check_named_loss,
         _check_groups,
@@ -261,6 +262,21 @@ def _check_best(config: Any) -> None:
     _check_comparable(config, asks)
     if config.save_strategy != "best":
         _check_saved_where_evaluated(config, asks)
+
+
+def _check_stopping(config: Any) -> None:
+    """Early stopping follows one metric of the evaluations."""
+    if config.early_stopping_patience is None:
+        return
+    asks = f"early_stopping_patience: got {config.early_stopping_patience}"
+    if config.eval_strategy == "no":
+        raise FasttrError(f"{asks} with eval_strategy no; wanted steps or epoch")
+    if config.metric_for_best_model is None:
+        wanted = "loss, rewards/accuracies"
+        if config.ref_update != "none":
+            wanted = "eval_anchor/rewards/accuracies"
+        raise FasttrError(f"{asks} without metric_for_best_model; wanted one, such as {wanted}")
+    _check_comparable(config, asks)
 
 
 def _check_comparable(config: Any, asks: str) -> None:

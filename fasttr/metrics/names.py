@@ -115,6 +115,12 @@ METRICS = (
         "eval_anchor/rewards/margins", "beta times the difference of the two", "nats", _REFERENCE
     ),
     Metric(
+        "eval_anchor/rewards/margins_stderr",
+        "standard error of that margin",
+        "nats",
+        "losses of pairs with a reference",
+    ),
+    Metric(
         "eval_anchor/rewards/accuracies",
         "share of pairs whose chosen side gained more on the initial policy",
         "share",
@@ -136,6 +142,17 @@ METRICS = (
         "1/s",
         "the last line",
     ),
+)
+# Of runs with log_completions.
+SAMPLE_METRICS = (
+    Metric(
+        "completions",
+        "prompt, completion, tokens and finished of each sample, in a line with event completions",
+        "",
+        "log_completions",
+    ),
+    Metric("completions/mean_length", "mean length of the samples", "tokens", "log_completions"),
+    Metric("completions/clipped_ratio", "share that did not end", "share", "log_completions"),
 )
 # Of runs on reward models, beside those that every run has.
 REWARD_METRICS = (
@@ -202,7 +219,7 @@ ONLINE_METRICS = (
     Metric("perf/generation_share", "share of the time spent on rollouts", "share", _LINE),
 )
 NAMES = frozenset(metric.name for metric in METRICS)
-ALL_NAMES = NAMES | {metric.name for metric in (*REWARD_METRICS, *ONLINE_METRICS)}
+ALL_NAMES = NAMES | {metric.name for metric in (*SAMPLE_METRICS, *REWARD_METRICS, *ONLINE_METRICS)}
 
 
 def is_known(name: str) -> bool:

@@ -142,11 +142,12 @@ def load_reward_model(config: ModelConfig, seed: int | None = None) -> RewardMod
     grow_embedding(model, config)
     # The folder that is written names another padding token: resumed, its row must go on learning.
     model.get_input_embeddings().padding_idx = None
-    checks.check_finite(model, config.key, config.name)
+    checks.check_finite(model.named_parameters(), config.key, config.name)
     model.to(config.device).train()
     if config.gradient_checkpointing:
         checkpoint_activations(model, True)
     backend = attention.backend_for(config.attn_implementation, config.device, config.bf16)
+    attention.announce_slow(model.config, backend)
     packed = RewardModel(model, attention_backend=backend, bf16=config.bf16)
     _check_score(packed, config)
     return packed

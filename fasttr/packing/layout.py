@@ -74,6 +74,17 @@ def pack(trees: Sequence[Tree], group_sizes: Sequence[int] | None = None) -> Pac
     )
 
 
+def idle_pack(tree: Tree) -> PackedBatch:
+    """A pack without a row: two tokens, so that a rank with nothing to do goes through every layer
+    when the others do. `tree` shows how the pack's trees are made."""
+    token = np.zeros(1, dtype=np.int32)
+    stand_in = tree._replace(prompt_ids=token, completions=(token,))
+    if tree.prompt_skips is not None:
+        stand_in = stand_in._replace(prompt_skips=(0,))
+    one = {name: np.zeros(1, dtype=np.float32) for name in tree.per_completion}
+    return pack([stand_in._replace(per_completion=one)])._replace(rows=())
+
+
 class _Parts(NamedTuple):
     """Prompts and completions in the order in which they lie in the pack, all int64."""
 

@@ -26,12 +26,14 @@ from fasttr.models.policy import policy_loss
 from fasttr.optim.update import begin_step
 from fasttr.packing.plan import unshared_tokens
 from fasttr.training import checkpoints
+from fasttr.training.announce import announce_step
 from fasttr.training.callbacks import Callback, Callbacks
 from fasttr.training.critic import ValueSums
 from fasttr.training.experience import Collector, Experience
 from fasttr.training.intervals import Intervals
 from fasttr.training.loop import TrainResult, save_and_leave, to_the_end
 from fasttr.training.online_setup import OnlineRun, set_up
+from fasttr.training.pace import Pace
 from fasttr.training.step import StepMetrics, finish_step
 from fasttr.training.stopping import FiniteGuard, StopSignal, check_weights
 
@@ -182,7 +184,8 @@ class _OnlineLoop:
         self.intervals = Intervals.of(run.config, run.plan)
         self.guard = FiniteGuard(run.output_dir)
         self.throughput = Throughput(run.policy.model, run.device)
-        self.began_at = self.line_at = time.perf_counter()
+        self.pace = Pace(run.step)
+        self.line_at = time.perf_counter()
         self.generating = 0.0  # seconds since the last line
         self.last_line: dict[str, float] = {}
 
@@ -198,6 +201,7 @@ class _OnlineLoop:
         )
         with bar:
             while run.step < plan.total_steps:
+                self.pace.step_begins()
                 since = time.perf_counter()
                 experience = run.collector.collect(run.step // plan.steps_per_rollout)
                 self.generating += time.perf_counter() - since
@@ -258,16 +262,7 @@ class _OnlineLoop:
         self.generating, self.line_at = 0.0, now
         self.guard.verify()
         self.log.write(run.step, line)
-        parts = [f"step {run.step}/{run.plan.total_steps}"]
-        for name, form in (("reward", "+.4f"), ("kl", ".4f")):
-            if name in line:
-                parts.append(f"{name} {line[name]:{form}}")
-        parts += [
-            f"length {line['completions/mean_length']:.1f}",
-            f"grad {line['grad_norm']:.3g}",
-            f"generating {line['perf/generation_share']:.0%}",
-        ]
-        say("  ".join(parts))
+        announce_step(run, line, self.pace)
         self.last_line = line
 
     def save(self) -> None:
@@ -281,14 +276,14 @@ class _OnlineLoop:
     def finish(self) -> TrainResult:
         run = self.run
         self.guard.verify()
-        check_weights(run.policy.model, run.output_dir)
+        check_weights(dict(run.policy.model.named_parameters()), run.output_dir)
         if run.critic is not None:
-            check_weights(run.critic.model.model, run.output_dir)
+            check_weights(dict(run.critic.model.model.named_parameters()), run.output_dir)
         checkpoints.save_final(run)
         self.callbacks.on_train_end(run)
         totals = {
             "train_loss": float(run.total_loss) / max(run.step, 1),
-            "train_runtime": time.perf_counter() - self.began_at,
+            "train_runtime": self.pace.elapsed,
         }
         self.log.write(run.step, totals)
         say(f"done: {run.step} steps in {totals['train_runtime']:.1f} s; all in {run.output_dir}")

@@ -43,7 +43,7 @@ from fasttr.reference.logp_table import LogpTable
 from fasttr.reference.moving import MovingReference
 from fasttr.reference.schedule import Fixed
 from fasttr.training.announce import announce_plan
-from fasttr.training.best import Best
+from fasttr.training.best import Best, Patience
 from fasttr.training.callbacks import Callback
 from fasttr.training.checkpoints import Resume, check_resume, find_resume, take_up
 from fasttr.training.loop import TrainResult, to_the_end
@@ -133,6 +133,7 @@ def _set_up(config: RewardConfig, given: Given) -> Run:
         window_logps=LogpTable(0, m),
         splits=_splits(split_trees, plan),
         best=Best.of(config),
+        patience=Patience.of(config),
         averages=Averages(device, ledger.names),
         total_loss=torch.zeros((), device=device),
     )

@@ -22,7 +22,7 @@ from fasttr.packing.ahead import PacksAhead
 from fasttr.packing.plan import Plan
 from fasttr.reference.logp_table import LogpTable
 from fasttr.reference.moving import MovingReference
-from fasttr.training.best import Best
+from fasttr.training.best import Best, Patience
 
 REQUESTS = ("stop", "save", "evaluate")
 
@@ -46,12 +46,14 @@ class Run:
     best: Best | None  # None: no checkpoint is called the best
     averages: Averages  # since the last line of metrics
     total_loss: Tensor  # () over all steps
+    patience: Patience | None = None  # None: the run is not stopped early
     ranks: Ranks = ALONE  # this process among those of the run
     is_resumed: bool = False
     step: int = 0  # optimizer steps done
     window_scored: bool = False
     num_tokens: int = 0
     saved_step: int | None = None  # of the newest checkpoint with a state
+    last_evaluation: dict[str, float] = field(default_factory=dict)
     requests: set[str] = field(default_factory=set)  # what callbacks asked for, until it is done
 
     @property

@@ -3,6 +3,7 @@ taken up."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -23,11 +24,11 @@ from fasttr.losses import Loss, as_loss
 from fasttr.metrics.ledger import PreferenceLedger
 from fasttr.metrics.sums import Averages
 from fasttr.metrics.trackers import require_trackers
-from fasttr.models.checks import check_ids
+from fasttr.models.checks import check_given, check_ids
 from fasttr.models.choice import Candidate, choose_tier
 from fasttr.models.compiled import compile_layers
 from fasttr.models.given import pack_model, read_weights_into
-from fasttr.models.halves import add_remainders
+from fasttr.models.halves import add_remainders, add_remainders_of_rows
 from fasttr.models.load import (
     ModelConfig,
     check_loadable,
@@ -39,6 +40,7 @@ from fasttr.models.load import (
 from fasttr.models.packed import PackedModel
 from fasttr.models.router import coefficient_of
 from fasttr.models.vocabulary import check_rows, check_same_tokens, rows_wanted
+from fasttr.optim.adamw import LocalRows
 from fasttr.packing.ahead import PacksAhead
 from fasttr.packing.plan import Plan
 from fasttr.packing.tiers import longest_sequence
@@ -50,7 +52,7 @@ from fasttr.training.announce import (
     announce_settings,
     announce_tier,
 )
-from fasttr.training.best import Best
+from fasttr.training.best import Best, Patience
 from fasttr.training.checkpoints import Resume, check_resume, find_resume, take_up
 from fasttr.training.run import Run
 
@@ -72,8 +74,10 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     """
     device = prepare_torch(config)
     require_trackers(config.report_to)
+    if ranks.is_sharded:
+        _require_divisible(config)
     config.optimizer().check_schedule()
-    resume = ranks.first_alone(lambda: find_resume(config), of_each_machine=False)
+    resume = ranks.first_alone(lambda: find_resume(config, ranks), of_each_machine=False)
     source = config.model_name_or_path
     if resume is not None and not config.use_peft:
         source = str(resume.folder)
@@ -100,14 +104,17 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     _require_same(ranks, config, loss, plan)
     announce_plan(config, loss, plan, ranks)
     announce_settings(config, loss, trees)
-    with ranks.together():
-        policy, initial = _models(config, device, given, tokenizer, resume)
+    # Ranks that divide a model meet while it is loaded.
+    with contextlib.nullcontext() if ranks.is_sharded else ranks.together():
+        policy, initial = _models(config, device, given, tokenizer, resume, ranks)
     _check_ids(config, given, policy, initial, [trees, *eval_trees.values()])
     if config.eos_token is not None:
         _end_with(policy, tokenizer)
     # What is trained of an adapted model is small, and fp32.
     splits_weights = policy.bf16 and policy.adapter is None
-    optimizer = config.optimizer().optimizer(policy.model, bf16=splits_weights)
+    optimizer = config.optimizer().optimizer(
+        policy.model, bf16=splits_weights, rows=_rows_of(policy)
+    )
     # Not before: the optimizer decides which weights are bf16, and graphs are made for dtypes.
     compile_layers(policy, config.compile)
     run = Run(
@@ -126,8 +133,12 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
         optimizer=optimizer,
         scheduler=config.optimizer().scheduler(optimizer, plan.total_steps),
         window_logps=LogpTable(len(trees), loss.completions),
-        splits={name: EvaluationSplit.of(one, loss, plan) for name, one in eval_trees.items()},
+        splits={
+            name: EvaluationSplit.of(one, loss, plan, config.eval_group_size or config.group_size)
+            for name, one in eval_trees.items()
+        },
         best=Best.of(config),
+        patience=Patience.of(config),
         averages=Averages(device),
         total_loss=torch.zeros((), device=device),
         ranks=ranks,
@@ -135,6 +146,16 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     if resume is not None:
         take_up(run, resume)
     return run
+
+
+def _require_divisible(config: TrainConfig) -> None:
+    """What cannot be done on rows of a weight is refused before a model is read."""
+    config.optimizer().check_rows()
+    for name in ("merge_adapter", "compile"):
+        if getattr(config, name):
+            raise FasttrError(
+                f"{name}: got true with shard_size above 1; it needs whole weights: leave it out"
+            )
 
 
 def _require_same(ranks: Ranks, config: TrainConfig, loss: Loss, plan: Plan) -> None:
@@ -189,6 +210,7 @@ def checked_tokenizer(
                 "resize_embeddings: got true with a model that is in memory; call its "
                 "resize_token_embeddings, and leave it out"
             )
+        check_given(given.model, "model")
         hf_config, key, name = given.model.config, "model", "the given model"
         tokenizer = given.tokenizer or _tokenizer_of(given.model, config)
     adjust(tokenizer, chat_template=config.chat_template, eos_token=config.eos_token)
@@ -275,23 +297,45 @@ def _with_loss(
     return config, config.loss
 
 
+def _rows_of(policy: PackedModel) -> LocalRows | None:
+    """What the optimizer of a divided model works on."""
+    if policy.shards is None:
+        return None
+    plain = {name.removeprefix("model."): p for name, p in policy.local_parameters().items()}
+    low = {name.removeprefix("model."): x for name, x in policy.shards.remainders.items()}
+    policy.shards.remainders = {}
+    return LocalRows(plain, low)
+
+
 def _models(
     config: TrainConfig,
     device: torch.device,
     given: Given,
     tokenizer: Any,
     resume: Resume | None,
+    ranks: Ranks,
 ) -> tuple[PackedModel, PackedModel | None]:
     """The policy, and a first reference of its own where one is named and still needed."""
     rows = rows_wanted(tokenizer) if config.resize_embeddings else None
-    wanted = dataclasses.replace(config.model(device), compile=False, embedding_rows=rows)
+    wanted = dataclasses.replace(
+        config.model(device),
+        compile=False,
+        embedding_rows=rows,
+        ranks=ranks,
+        layout=config.layout(device),
+    )
     policy = _policy(wanted, given.model, resume)
     if config.ref_model_name_or_path is None or (
         resume is not None and config.ref_update != "soft"
     ):
         return policy, None
-    named = dataclasses.replace(_named_reference(config, device), embedding_rows=rows)
-    return policy, load_model(named)
+    reference = dataclasses.replace(
+        _named_reference(config, device), embedding_rows=rows, ranks=ranks
+    )
+    # A soft one is taken apart into halves where the policy is.
+    halves = wanted.layout.halves and config.ref_update != "soft"
+    layout = wanted.layout._replace(halves=halves, keeps_remainders=False)
+    return policy, load_model(dataclasses.replace(reference, layout=layout))
 
 
 def _named_reference(config: TrainConfig, device: torch.device) -> ModelConfig:
@@ -337,7 +381,10 @@ def _policy(wanted: ModelConfig, model: Any, resume: Resume | None) -> PackedMod
     elif resume is not None:
         read_weights_into(model, resume.folder)
     packed = _packed(wanted, model)
-    if resume is not None:
+    if resume is not None and packed.shards is not None:
+        of_rows = resume.state.of_rows(packed.shards)
+        add_remainders_of_rows(packed.shards, of_rows.remainders)
+    elif resume is not None:
         add_remainders(packed.model, resume.state.remainders)
     return packed
 
