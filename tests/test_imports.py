@@ -22,6 +22,7 @@ FLOORS = [
     {"config"},
     {"evaluation"},
     {"training"},
+    {"report"},
     {"toy"},
     {"cli"},
     {"__init__", "__main__"},

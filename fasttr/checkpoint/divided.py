@@ -144,9 +144,14 @@ def _save_with_config(policy: PackedModel, own: dict[str, Tensor], path: Path) -
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    # transformers clears a folder of weights that it has not written, those of other ranks too.
+    apart = path.parent / ".config"
     with own_config(policy.model):
-        policy.model.save_pretrained(path.parent, state_dict=own, max_shard_size=_ONE_FILE)
-    os.replace(path.parent / "model.safetensors", path)
+        policy.model.save_pretrained(apart, state_dict=own, max_shard_size=_ONE_FILE)
+    os.replace(apart / "model.safetensors", path)
+    for other in apart.iterdir():
+        os.replace(other, path.parent / other.name)
+    apart.rmdir()
     if policy.bf16:
         _say_bf16(path.parent / "config.json")
 

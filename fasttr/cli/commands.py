@@ -64,7 +64,18 @@ COMMANDS = {
         "fasttr.cli.init",
         "write a small untrained model with a tokenizer, so that anything runs without a download",
     ),
-    "plot": Command("fasttr.cli.plot", "draw the metrics of a run: fasttr plot RUN"),
+    "plot": Command(
+        "fasttr.cli.plot", "draw the metrics of a run, or of several: fasttr plot RUN..."
+    ),
+    "sweep": Command(
+        "fasttr.cli.sweep",
+        "a run for every combination of settings: fasttr sweep --beta 0.05,0.1 --ref_update "
+        "none,soft",
+    ),
+    "report": Command(
+        "fasttr.cli.report",
+        "one HTML file about a run, or about several and how they differ: fasttr report RUN...",
+    ),
     "env": Command("fasttr.cli.env", "versions, devices and usable back ends"),
     "demo": Command(
         "fasttr.cli.demo",

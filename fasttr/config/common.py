@@ -94,7 +94,10 @@ class ModelSettings:
         None, None, "end of a completion, instead of the tokenizer's own", in_eval=True
     )
     gradient_checkpointing: bool = setting(
-        True, None, "recompute activations in the backward pass: less memory, same values"
+        True,
+        None,
+        "recompute activations in the backward pass: less memory, same values",
+        may_change=True,
     )
 
 

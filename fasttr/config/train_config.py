@@ -142,6 +142,11 @@ class LossSettings:
         "train_batch_size",
         in_eval=True,
     )
+    eval_group_size: int | None = setting(
+        None,
+        whole(1),
+        "rows of an evaluation whose losses are computed together; none means group_size",
+    )
     mismatch_size: int | None = setting(
         None,
         whole(1),

@@ -115,6 +115,12 @@ METRICS = (
         "eval_anchor/rewards/margins", "beta times the difference of the two", "nats", _REFERENCE
     ),
     Metric(
+        "eval_anchor/rewards/margins_stderr",
+        "standard error of that margin",
+        "nats",
+        "losses of pairs with a reference",
+    ),
+    Metric(
         "eval_anchor/rewards/accuracies",
         "share of pairs whose chosen side gained more on the initial policy",
         "share",

@@ -159,10 +159,13 @@ def finish_packed(
         _apply_liger(model)
     if config.gradient_checkpointing:
         checkpoint_activations(model, True)
+    backend = attention.backend_for(config.attn_implementation, config.device, config.bf16)
+    if config.tier == SHARED:
+        attention.announce_slow(model.config, backend)
     packed = PackedModel(
         model,
         HeadSpec.of(model.config),
-        attention.backend_for(config.attn_implementation, config.device, config.bf16),
+        backend,
         config.bf16,
         config.ld_alpha,
         tier=config.tier,

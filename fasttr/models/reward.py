@@ -147,6 +147,7 @@ def load_reward_model(config: ModelConfig, seed: int | None = None) -> RewardMod
     if config.gradient_checkpointing:
         checkpoint_activations(model, True)
     backend = attention.backend_for(config.attn_implementation, config.device, config.bf16)
+    attention.announce_slow(model.config, backend)
     packed = RewardModel(model, attention_backend=backend, bf16=config.bf16)
     _check_score(packed, config)
     return packed

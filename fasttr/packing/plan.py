@@ -63,6 +63,14 @@ class Plan:
             return self.max_steps
         return math.ceil(self.num_train_epochs * self.steps_per_epoch)
 
+    def epochs(self, steps: int) -> float:
+        """Passes over the rows after so many steps, by micro-batches as in TRL: a smaller last one
+        counts as the others."""
+        whole, within = divmod(steps, self.steps_per_epoch)
+        size = self.micro_batch_size or self.train_batch_size
+        of_a_step = self.train_batch_size // size
+        return whole + within * of_a_step / math.ceil(self.rows_per_epoch / size)
+
     def rows(self, step: int) -> np.ndarray:
         """Data-set rows of optimizer step `step` (counted from 0), in TRL's order."""
         epoch, within = divmod(step, self.steps_per_epoch)

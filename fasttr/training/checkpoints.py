@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,12 @@ from fasttr.losses import Loss
 from fasttr.metrics import log
 from fasttr.packing.plan import Plan
 from fasttr.training.callbacks import Callbacks
+from fasttr.training.card import model_card
+from fasttr.training.facts import write_facts
 from fasttr.training.run import Run
+
+_CONFIG = "train_config.json"
+CARD = "README.md"
 
 
 class Resume(NamedTuple):
@@ -67,7 +73,9 @@ def find_resume(config: TrainConfig, ranks: Ranks = ALONE) -> Resume | None:
 
 
 def check_resume(resume: Resume, config: TrainConfig, loss: Loss, plan: Plan) -> None:
-    """Raise FasttrError when the checkpoint is of another run than the one that takes it up."""
+    """Raise FasttrError when the checkpoint is of another run than the one that takes it up, or
+    what lies in its output folder is."""
+    _require_own_folder(resume, config)
     facts = resume.state.facts
     changed = config.differences(facts["config"])
     if changed:
@@ -123,7 +131,8 @@ def _own_output_dir(run: Run) -> None:
     output_dir = run.output_dir
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        files.write_json(output_dir / "train_config.json", run.config.as_dict())
+        files.write_json(output_dir / _CONFIG, run.config.as_dict())
+        write_facts(run, output_dir)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise FasttrError(f"output_dir: cannot write {run.config.output_dir!r}: {error}") from error
     if run.is_resumed:
@@ -179,13 +188,15 @@ def save_final(run: Run) -> None:
         run.policy.merge_adapter()
     if run.policy.shards is not None and not is_copied:
         divided.save_final(run.output_dir, run.policy, run.tokenizer)
-        return
-    with run.ranks.together():
-        if is_copied and run.ranks.is_first:
-            assert best is not None
-            folders.copy_final(best, run.output_dir)
-        elif run.ranks.is_first:
-            folders.save_final(run.output_dir, run.policy, run.tokenizer)
+    else:
+        with run.ranks.together():
+            if is_copied and run.ranks.is_first:
+                assert best is not None
+                folders.copy_final(best, run.output_dir)
+            elif run.ranks.is_first:
+                folders.save_final(run.output_dir, run.policy, run.tokenizer)
+    if not is_copied:  # the card came with the best checkpoint
+        _write_card(run, run.output_dir)
 
 
 def best_folder(run: Run) -> Path | None:
@@ -202,6 +213,7 @@ def _save(run: Run, callbacks: Callbacks, state: states.RunState | None) -> Path
         with run.ranks.together():
             if run.ranks.is_first:
                 folders.save_checkpoint(run.output_dir, run.step, run.policy, run.tokenizer, state)
+    _write_card(run, folder)
     if state is not None:
         run.saved_step = run.step
     with run.ranks.together():
@@ -209,6 +221,13 @@ def _save(run: Run, callbacks: Callbacks, state: states.RunState | None) -> Path
             folders.rotate(run.output_dir, run.config.save_total_limit, best_folder(run))
     callbacks.on_save(run, folder)
     return folder
+
+
+def _write_card(run: Run, folder: Path) -> None:
+    with run.ranks.together():
+        if run.ranks.is_first:
+            with folders.disk_errors(folder):
+                files.write_text(folder / CARD, model_card(run))
 
 
 def _facts(run: Run) -> dict[str, Any]:
@@ -243,6 +262,20 @@ def _check_scored(resume: Resume, config: TrainConfig, plan: Plan) -> None:
                     f"weights are gone: wanted at most {step}, or a new run"
                 )
         return  # a later window is scored by the policy as it then is
+
+
+def _require_own_folder(resume: Resume, config: TrainConfig) -> None:
+    """A checkpoint that lies elsewhere is gone on from in an empty folder, or again in the one that
+    the same run had begun: not over another run's log and model."""
+    if resume.folder.resolve().parent == config.output_folder.resolve():
+        return
+    try:
+        begun = json.loads((config.output_folder / _CONFIG).read_text(encoding="utf-8"))
+        is_own = not config.differences(begun)
+    except (OSError, ValueError, AttributeError, TypeError):  # absent, torn, or of another kind
+        is_own = False
+    if not is_own:
+        _require_no_run(config)
 
 
 def _take_up_best(run: Run, saved: list[Any] | None) -> None:

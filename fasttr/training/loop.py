@@ -268,7 +268,7 @@ class _Loop:
         line["grad_norm"] = float(metrics.gradient_norm)
         line["learning_rate"] = metrics.learning_rate
         line["num_tokens"] = run.num_tokens
-        line["epoch"] = run.step / run.plan.steps_per_epoch
+        line["epoch"] = run.plan.epochs(run.step)
         if run.loss.needs_reference:
             line["ref/updates"] = run.reference.updates
             line["ref/age_steps"] = run.step - 1 - window.start

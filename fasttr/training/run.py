@@ -53,6 +53,7 @@ class Run:
     window_scored: bool = False
     num_tokens: int = 0
     saved_step: int | None = None  # of the newest checkpoint with a state
+    last_evaluation: dict[str, float] = field(default_factory=dict)
     requests: set[str] = field(default_factory=set)  # what callbacks asked for, until it is done
 
     @property

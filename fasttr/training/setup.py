@@ -24,7 +24,7 @@ from fasttr.losses import Loss, as_loss
 from fasttr.metrics.ledger import PreferenceLedger
 from fasttr.metrics.sums import Averages
 from fasttr.metrics.trackers import require_trackers
-from fasttr.models.checks import check_ids
+from fasttr.models.checks import check_given, check_ids
 from fasttr.models.choice import Candidate, choose_tier
 from fasttr.models.compiled import compile_layers
 from fasttr.models.given import pack_model, read_weights_into
@@ -74,6 +74,8 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     """
     device = prepare_torch(config)
     require_trackers(config.report_to)
+    if ranks.is_sharded:
+        _require_divisible(config)
     config.optimizer().check_schedule()
     resume = ranks.first_alone(lambda: find_resume(config, ranks), of_each_machine=False)
     source = config.model_name_or_path
@@ -131,7 +133,10 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
         optimizer=optimizer,
         scheduler=config.optimizer().scheduler(optimizer, plan.total_steps),
         window_logps=LogpTable(len(trees), loss.completions),
-        splits={name: EvaluationSplit.of(one, loss, plan) for name, one in eval_trees.items()},
+        splits={
+            name: EvaluationSplit.of(one, loss, plan, config.eval_group_size or config.group_size)
+            for name, one in eval_trees.items()
+        },
         best=Best.of(config),
         patience=Patience.of(config),
         averages=Averages(device),
@@ -141,6 +146,16 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     if resume is not None:
         take_up(run, resume)
     return run
+
+
+def _require_divisible(config: TrainConfig) -> None:
+    """What cannot be done on rows of a weight is refused before a model is read."""
+    config.optimizer().check_rows()
+    for name in ("merge_adapter", "compile"):
+        if getattr(config, name):
+            raise FasttrError(
+                f"{name}: got true with shard_size above 1; it needs whole weights: leave it out"
+            )
 
 
 def _require_same(ranks: Ranks, config: TrainConfig, loss: Loss, plan: Plan) -> None:
@@ -195,6 +210,7 @@ def checked_tokenizer(
                 "resize_embeddings: got true with a model that is in memory; call its "
                 "resize_token_embeddings, and leave it out"
             )
+        check_given(given.model, "model")
         hf_config, key, name = given.model.config, "model", "the given model"
         tokenizer = given.tokenizer or _tokenizer_of(given.model, config)
     adjust(tokenizer, chat_template=config.chat_template, eos_token=config.eos_token)
