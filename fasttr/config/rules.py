@@ -53,10 +53,15 @@ def check(config: Any) -> None:
 
 def _check_optimizer(config: Any) -> None:
     check_optimizer(config.optim, config.optim_args)
-    if config.adam_moments != "fp32" and not OPTIMIZERS[config.optim].is_adamw:
+    if config.adam_moments not in (None, "fp32") and not OPTIMIZERS[config.optim].is_adamw:
         raise FasttrError(
             f"adam_moments: got {config.adam_moments} with optim {config.optim}, which has its "
             "own; leave it out, or take adamw_torch"
+        )
+    if config.activation_memory_budget is not None and config.gradient_checkpointing:
+        raise FasttrError(
+            f"activation_memory_budget: got {config.activation_memory_budget:g} with "
+            "gradient_checkpointing true, which keeps nothing of a layer; leave one of them out"
         )
     if config.dtype == "bfloat16" and config.bf16 is False:
         raise FasttrError(

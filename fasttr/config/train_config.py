@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -49,6 +49,15 @@ from fasttr.settings import (
     settings_of,
     whole,
 )
+
+# What the memory plan says where a configuration does not; and what was meant before there was one.
+PLANNED = (
+    "adam_moments",
+    "gradient_checkpointing",
+    "activation_memory_budget",
+    "max_tokens_per_batch",
+)
+BEFORE_PLANS = {"adam_moments": "fp32", "gradient_checkpointing": True}
 
 # What losses read beside their names.
 LOSS_SETTINGS = (
@@ -277,7 +286,7 @@ class TrainConfig(
             device=device,
             bf16=self.computes_in_bf16(device),
             attn_implementation=self.attn_implementation,
-            gradient_checkpointing=self.gradient_checkpointing and name is None,
+            gradient_checkpointing=self.gradient_checkpointing is not False and name is None,
             use_liger_kernel=self.use_liger_kernel,
             max_length=self.max_length,
             ld_alpha=self.ld_alpha,
@@ -322,7 +331,7 @@ class TrainConfig(
             schedule=self.lr_scheduler_type,
             schedule_kwargs=self.lr_scheduler_kwargs,
             warmup_steps=self.warmup_steps,
-            moments=self.adam_moments,
+            moments=self.adam_moments or "fp32",
             keeps_masters=self.dtype != "bfloat16",
             seed=self.seed,
         )
@@ -360,6 +369,13 @@ class TrainConfig(
     def token_budget(self, device: torch.device) -> int:
         return self.max_tokens_per_batch or (8192 if device.type == "cuda" else 1024)
 
+    def as_planned_in(self, saved: dict[str, Any]) -> Self:
+        """The configuration with what a checkpoint's memory plan chose where it says nothing: the
+        run goes on as it began, on whatever device."""
+        saved = {**BEFORE_PLANS, **saved}
+        unsaid = [name for name in PLANNED if getattr(self, name) is None]
+        return dataclasses.replace(self, **{name: saved.get(name) for name in unsaid})
+
     def group_rows(self, loss: Loss) -> int:
         """Rows that must share a pack: the group of a loss that couples rows, a micro-batch whose
         router has a loss, else one."""
@@ -388,7 +404,8 @@ class TrainConfig(
         """What binds a resumed run and differs from the configuration it was saved with."""
         now = self.as_dict()
         # A setting that is younger than the checkpoint had what is its default now.
-        saved = {**{name: one.default for name, one in settings_of(type(self)).items()}, **saved}
+        defaults = {name: one.default for name, one in settings_of(type(self)).items()}
+        saved = {**defaults, **BEFORE_PLANS, **saved}
         bound = self.bound_on_resume()
         if self.evaluates and self.eval_steps is None:
             bound.append("logging_steps")  # it says when to evaluate

@@ -16,7 +16,7 @@ import torch
 
 from fasttr.batch import PackedBatch, Tree, TreeSource, own_prompt_lengths
 from fasttr.distributed.ranks import ALONE, Ranks
-from fasttr.packing.layout import first_fit_decreasing, pack
+from fasttr.packing.layout import balanced_bins, pack
 from fasttr.packing.shares import even_shares
 from fasttr.packing.tiers import SHARED, bins_of_groups, tree_sizes, unshared
 
@@ -207,7 +207,7 @@ def pack_by_prompt(
             sizes.append(tokens + int(trees.prompt_lengths[rows[place]]))
         newest = prompt
     packs = []
-    for members in first_fit_decreasing(sizes, budget):
+    for members in balanced_bins(sizes, budget):
         places = [place for run in members for place in runs[run]]
         packs.append(pack([_weighted(trees[int(rows[p])], weights, p) for p in places]))
     return packs

@@ -16,6 +16,7 @@ from fasttr.evaluation.split import EvaluationSplit
 from fasttr.losses import Loss
 from fasttr.losses.objective import AnyObjective
 from fasttr.metrics.ledger import Ledger
+from fasttr.memory.choose import Plan as MemoryPlan
 from fasttr.metrics.sums import Averages
 from fasttr.models.packed import PackedModel
 from fasttr.packing.ahead import PacksAhead
@@ -47,6 +48,7 @@ class Run:
     averages: Averages  # since the last line of metrics
     total_loss: Tensor  # () over all steps
     ranks: Ranks = ALONE  # this process among those of the run
+    memory: MemoryPlan | None = None  # what was planned before weights were read
     is_resumed: bool = False
     step: int = 0  # optimizer steps done
     window_scored: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,17 +21,20 @@ from fasttr.environment import device_for
 from fasttr.errors import FasttrError
 from fasttr.evaluation.split import EvaluationSplit
 from fasttr.losses import Loss, as_loss
+from fasttr.memory.choose import Plan as MemoryPlan
+from fasttr.memory.plan import NO_REFERENCE
 from fasttr.metrics.ledger import PreferenceLedger
 from fasttr.metrics.sums import Averages
 from fasttr.metrics.trackers import require_trackers
 from fasttr.models.checks import check_ids
-from fasttr.models.choice import Candidate, choose_tier
+from fasttr.models.choice import Candidate, Choice, choose_tier
 from fasttr.models.compiled import compile_layers
 from fasttr.models.given import pack_model, read_weights_into
 from fasttr.models.halves import add_remainders
 from fasttr.models.load import (
     ModelConfig,
     check_loadable,
+    checkpoint_activations,
     dropout_rates,
     load_model,
     load_tokenizer,
@@ -50,6 +54,7 @@ from fasttr.training.announce import (
 )
 from fasttr.training.best import Best
 from fasttr.training.checkpoints import Resume, check_resume, find_resume, take_up
+from fasttr.training.memory import Rows, plan_memory, unless_compiled
 from fasttr.training.run import Run
 
 
@@ -76,6 +81,8 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     if resume is not None and not config.use_peft:
         source = str(resume.folder)
     tokenizer = checked_tokenizer(config, given, device, source)
+    if resume is not None:
+        config = config.as_planned_in(resume.state.facts["config"])
     candidates = _candidates(config, given, device, source)
     coefficient = coefficient_of(candidates[0].config, config.router_aux_loss_coef)
     config = dataclasses.replace(config, router_aux_loss_coef=coefficient)
@@ -90,8 +97,20 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     if config.evaluates:
         eval_rows = ranks.first_alone(lambda: reader.evaluation(loss, given.eval_dataset))
         eval_trees = {name: as_loss_reads(one, loss, config) for name, one in eval_rows.items()}
-    config = dataclasses.replace(config, max_tokens_per_batch=config.token_budget(device))
-    config = _with_tier(config, candidates, [trees, *eval_trees.values()])
+    splits = [trees, *eval_trees.values()]
+    choice = _tier(config, candidates, splits)
+    config = dataclasses.replace(config, attention_tier=choice.tier)
+    rows_of_packs = Rows.of(config, splits, config.group_rows(loss))
+    config, memory = plan_memory(
+        config,
+        device,
+        candidates[0].config,
+        rows_of_packs,
+        reference=None if loss.needs_reference else NO_REFERENCE,
+        ranks=ranks,
+        build=None if given.model is None else type(given.model)._from_config,
+    )
+    announce_tier(choice, trees, config)
     plan = config.plan(trees, loss, device)
     if resume is not None:
         check_resume(resume, config, loss, plan)
@@ -100,14 +119,17 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     announce_settings(config, loss, trees)
     with ranks.together():
         policy, initial = _models(config, device, given, resume)
-    _check_ids(config, given, policy, initial, [trees, *eval_trees.values()])
+    _check_ids(config, given, policy, initial, splits)
     if config.eos_token is not None:
         _end_with(policy, tokenizer)
     # What is trained of an adapted model is small, and fp32.
     splits_weights = policy.bf16 and policy.adapter is None
     optimizer = config.optimizer().optimizer(policy.model, bf16=splits_weights)
     # Not before: the optimizer decides which weights are bf16, and graphs are made for dtypes.
-    compile_layers(policy, config.compile)
+    compiled = compile_layers(policy, config.compile, budget=config.activation_memory_budget)
+    if unless_compiled(config, memory, compiled):
+        say("memory: whole layers are made again in the backward, since they are not compiled")
+        checkpoint_activations(policy.model, True)
     run = Run(
         config=config,
         device=device,
@@ -119,7 +141,12 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
         packs=PacksAhead(functools.partial(plan.packs, ranks=ranks), plan.total_steps),
         policy=policy,
         reference=MovingReference(
-            config.schedule, policy, initial, optimizer=optimizer, bound=config.ref_rank_bound()
+            config.schedule,
+            policy,
+            initial,
+            optimizer=optimizer,
+            fits_beside=_rests_beside(memory),
+            bound=config.ref_rank_bound(),
         ),
         optimizer=optimizer,
         scheduler=config.optimizer().scheduler(optimizer, plan.total_steps),
@@ -129,6 +156,7 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
         averages=Averages(device),
         total_loss=torch.zeros((), device=device),
         ranks=ranks,
+        memory=memory,
     )
     if resume is not None:
         take_up(run, resume)
@@ -227,14 +255,17 @@ def _candidates(
     return candidates
 
 
-def _with_tier(
-    config: TrainConfig, candidates: list[Candidate], splits: list[TreeSource]
-) -> TrainConfig:
-    """The configuration with a tier that is exact for the longest row."""
+def _tier(config: TrainConfig, candidates: list[Candidate], splits: list[TreeSource]) -> Choice:
+    """A tier that is exact for the longest row."""
     longest = max(longest_sequence(trees) for trees in splits)
-    choice = choose_tier(config.attention_tier, candidates, longest)
-    announce_tier(choice, splits[0], config)
-    return dataclasses.replace(config, attention_tier=choice.tier)
+    return choose_tier(config.attention_tier, candidates, longest)
+
+
+def _rests_beside(memory: MemoryPlan | None) -> Callable[[PackedModel], bool] | None:
+    """Where a plan had a choice, a soft reference rests where it says."""
+    if memory is None or memory.room is None:
+        return None
+    return lambda _: not memory.choices.rests_on_host
 
 
 def _with_loss(
