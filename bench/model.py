@@ -188,8 +188,8 @@ def memory_table() -> str:
     title = (
         "Model, not a measurement: what the memory plan chooses for full fine-tuning (and LoRA) "
         f"with a soft reference, compiled layers, steps of {PAIRS} pairs of at most {LONGEST} "
-        f"tokens, {USABLE:.0%} of a card: moments, share of activations kept, tokens a pack, GiB at "
-        "once. All but the adapter's reference rest on the host where it says so."
+        f"tokens, {USABLE:.0%} of a card: moments, share of activations kept, tokens a pack, GiB "
+        "at once."
     )
     return titled(title, columns, rows)
 
@@ -226,6 +226,4 @@ def _plan_cell(plan: Plan) -> str:
     choices = plan.choices
     moments = "own" if plan.setup.state_bytes is not None else choices.moments
     where = ", reference on the host" if choices.rests_on_host else ""
-    return (
-        f"{moments}, {choices.recompute.budget:g}, {choices.tokens / 1e3:.1f}k, {peak}{where}"
-    )
+    return f"{moments}, {choices.recompute.budget:g}, {choices.tokens / 1e3:.1f}k, {peak}{where}"

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from fasttr.cluster.rates import Machine
 from fasttr.cluster.step import (
     COMPILED,
+    EAGER,
     Model,
     Stage,
     Work,
@@ -132,7 +133,7 @@ def stage_of(memory: Plan) -> Stage:
     weight = 4 if setup.keeps_masters else 2
     return Stage(
         name=str(choices.recompute),
-        elementwise=COMPILED,
+        elementwise=COMPILED if setup.compiled else EAGER,
         products_again=made.products,
         elementwise_again=made.elementwise,
         # Weights and moments are read and written, the gradient is read for its norm and again.

@@ -92,6 +92,7 @@ def measured(machine: Machine, path: str) -> Machine:
     }
     if not rates:
         raise FasttrError(f"results: {path} has none of {', '.join(_MEASURED)}")
+    source = f"{', '.join(rates)} measured in {path}"
     if "products" in rates:
         rates["attention"] = machine.attention * rates["products"] / machine.products
-    return machine._replace(**rates, source=f"{', '.join(rates)} measured in {path}")
+    return machine._replace(**rates, source=source)

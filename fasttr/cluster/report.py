@@ -10,6 +10,7 @@ from fasttr.cluster.rates import CARDS, Machine, measured
 from fasttr.cluster.settings import PlanSettings
 from fasttr.cluster.step import Work
 from fasttr.errors import FasttrError, did_you_mean, first_line
+from fasttr.memory.activations import Recompute
 from fasttr.memory.choose import USABLE, Wishes, choose
 from fasttr.memory.plan import GIB, Reference, Setup
 from fasttr.memory.shapes import SHAPES
@@ -87,14 +88,14 @@ def config_of(name: str) -> Any:
 
 
 def setup_of(settings: PlanSettings, sizes: ModelSizes, mode: Mode) -> Setup:
-    """A run of these settings on the cards of a mode, compiled and in bf16."""
+    """A run of these settings on the cards of a mode, in bf16; divided weights are not compiled."""
     growth = 6.0 if mode.is_adapter else 1.0
     return Setup(
         sizes=sizes,
         bf16=True,
         chunk_rows=head_rows(sizes.vocabulary, CARDS[settings.card].memory),
         keeps_masters=settings.dtype == "float32",
-        compiled=True,
+        compiled=mode.shard == 1,
         reference=Reference(is_soft=settings.ref_update == "soft", rank_growth=growth),
         world=mode.cards,
         shard=mode.shard,
@@ -134,7 +135,7 @@ def _row(found: Estimate) -> tuple[str, ...]:
         peak,
         choices.moments,
         f"{choices.tokens:,}",
-        f"{choices.recompute.budget:g}",
+        _kept(choices.recompute),
         f"{memory.bytes.on_host / GIB:.1f}",
         f"{found.seconds:.3g}",
         f"{found.waiting / found.seconds:.0%}",
@@ -142,6 +143,11 @@ def _row(found: Estimate) -> tuple[str, ...]:
         f"{found.tokens_per_second:,.0f}",
         f"{found.mfu:.0%}",
     )
+
+
+def _kept(recompute: Recompute) -> str:
+    """Of the activations of a layer."""
+    return "inputs" if recompute.whole_layers else f"{recompute.budget:g}"
 
 
 def aligned(rows: list[tuple[str, ...]]) -> list[str]:

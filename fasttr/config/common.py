@@ -72,6 +72,12 @@ class ModelSettings:
     trust_remote_code: bool = setting(
         False, None, "run the code that a model's folder brings", in_eval=True
     )
+    resize_embeddings: bool = setting(
+        False,
+        None,
+        "give a model whose tokenizer knows more tokens than its embedding has rows the missing "
+        "ones, each the mean of the others",
+    )
     use_liger_kernel: bool | None = setting(
         None,
         None,
@@ -92,12 +98,14 @@ class ModelSettings:
         None,
         "recompute whole layers in the backward pass: less memory, same values; none means as the "
         "memory plan says on CUDA, and true on a CPU",
+        may_change=True,
     )
     activation_memory_budget: float | None = setting(
         None,
         between(0, 1),
         "share of its activations that a compiled layer keeps for the backward pass, as torch has "
         "it: down to 0.8 no product is made again; none means as the memory plan says",
+        may_change=True,
     )
 
 

@@ -39,6 +39,7 @@ def check(config: Any) -> None:
         _check_trackers,
         _check_optimizer,
         _check_best,
+        _check_stopping,
         _check_adapter,
         _check_named_loss,
         _check_groups,
@@ -57,6 +58,11 @@ def _check_optimizer(config: Any) -> None:
         raise FasttrError(
             f"adam_moments: got {config.adam_moments} with optim {config.optim}, which has its "
             "own; leave it out, or take adamw_torch"
+        )
+    if config.ref_on_host and (config.ref_update != "soft" or config.ref_update_every == 1):
+        raise FasttrError(
+            f"ref_on_host: got true with ref_update {config.ref_update} every "
+            f"{config.ref_update_every}; wanted a soft reference that rests for more than a step"
         )
     if config.activation_memory_budget is not None and config.gradient_checkpointing:
         raise FasttrError(
@@ -197,6 +203,11 @@ def _check_adapter(config: Any) -> None:
                 "merge_adapter: got true without an adapter; wanted use_peft true, or leave it out"
             )
         return
+    if config.resize_embeddings:
+        raise FasttrError(
+            "resize_embeddings: got true with use_peft, whose folder would not hold the new rows; "
+            "wanted a model that is resized and saved before"
+        )
     if config.model_name_or_path is not None and is_adapter(config.model_name_or_path):
         raise FasttrError(
             f"model_name_or_path: {config.model_name_or_path} is an adapter itself, and an adapter "
@@ -261,6 +272,21 @@ def _check_best(config: Any) -> None:
     _check_comparable(config, asks)
     if config.save_strategy != "best":
         _check_saved_where_evaluated(config, asks)
+
+
+def _check_stopping(config: Any) -> None:
+    """Early stopping follows one metric of the evaluations."""
+    if config.early_stopping_patience is None:
+        return
+    asks = f"early_stopping_patience: got {config.early_stopping_patience}"
+    if config.eval_strategy == "no":
+        raise FasttrError(f"{asks} with eval_strategy no; wanted steps or epoch")
+    if config.metric_for_best_model is None:
+        wanted = "loss, rewards/accuracies"
+        if config.ref_update != "none":
+            wanted = "eval_anchor/rewards/accuracies"
+        raise FasttrError(f"{asks} without metric_for_best_model; wanted one, such as {wanted}")
+    _check_comparable(config, asks)
 
 
 def _check_comparable(config: Any, asks: str) -> None:

@@ -71,6 +71,21 @@ class LaunchSettings:
         "accelerate it must be theirs, and none takes what there is",
         may_change=True,
     )
+    shard_size: int | None = setting(
+        None,
+        whole(0),
+        "processes that divide one copy of the weights among them (FSDP2); 1 keeps it whole in "
+        "each, 0 divides it among all, a machine's number makes a copy on each machine, and none "
+        "is what accelerate asks for, else 1",
+        may_change=True,
+    )
+    reshard_after_forward: bool = setting(
+        True,
+        None,
+        "with divided weights, let go of a layer after the forward and gather it again for the "
+        "backward; false is faster and needs room for the whole model",
+        may_change=True,
+    )
     ddp_timeout: int = setting(
         1800,
         whole(1),

@@ -8,6 +8,7 @@ hands on small ones: what reads rows, loads a model or steps an optimizer never 
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -27,12 +28,15 @@ from fasttr.config.common import (
     StepSettings,
 )
 from fasttr.config.scale import AdapterSettings, LaunchSettings
+from fasttr.config.watching import SampleSettings, StoppingSettings
 from fasttr.data.load import DataConfig
+from fasttr.distributed.launchers import Sharding, of_environment
 from fasttr.errors import FasttrError
 from fasttr.losses import DIVERGENCES, BaseLoss, Loss, Objective, WeightedSum, Wpo, make_loss
 from fasttr.metrics.trackers import TrackerConfig
 from fasttr.models.load import ModelConfig
 from fasttr.models.lora import AdapterConfig
+from fasttr.models.sharded import Layout
 from fasttr.optim.adamw import OptimizerConfig
 from fasttr.packing.plan import Plan
 from fasttr.packing.tiers import AUTO, SHARED
@@ -52,6 +56,7 @@ from fasttr.settings import (
 
 # What the memory plan says where a configuration does not; and what was meant before there was one.
 PLANNED = (
+    "ref_on_host",
     "adam_moments",
     "gradient_checkpointing",
     "activation_memory_budget",
@@ -147,6 +152,11 @@ class LossSettings:
         "train_batch_size",
         in_eval=True,
     )
+    eval_group_size: int | None = setting(
+        None,
+        whole(1),
+        "rows of an evaluation whose losses are computed together; none means group_size",
+    )
     mismatch_size: int | None = setting(
         None,
         whole(1),
@@ -167,6 +177,13 @@ class ReferenceSettings:
     )
     ref_update_alpha: float = setting(0.6, between(0, 1), "share of the policy in a soft update")
     ref_update_every: int = setting(512, whole(1), "optimizer steps between updates")
+    ref_on_host: bool | None = setting(
+        None,
+        None,
+        "a soft reference rests in pinned memory of the host between windows; none means where "
+        "the memory plan of a GPU has no room for it. Where it rests may change its last bit",
+        may_change=True,
+    )
     ref_model_name_or_path: str | None = setting(
         None, None, "another model as the first reference; none means the policy at its start"
     )
@@ -175,7 +192,9 @@ class ReferenceSettings:
 @dataclass(frozen=True)
 class TrainConfig(
     SavingSettings,
+    StoppingSettings,
     EvaluationSettings,
+    SampleSettings,
     LoggingSettings,
     LaunchSettings,
     ComputeSettings,
@@ -334,6 +353,25 @@ class TrainConfig(
             moments=self.adam_moments or "fp32",
             keeps_masters=self.dtype != "bfloat16",
             seed=self.seed,
+        )
+
+    def sharding(self) -> Sharding:
+        """How the weights are divided: as the settings say, else as accelerate does."""
+        found = of_environment(os.environ)
+        if self.shard_size is not None:
+            return Sharding(self.shard_size, self.reshard_after_forward)
+        return found._replace(
+            reshard_after_forward=found.reshard_after_forward and self.reshard_after_forward
+        )
+
+    def layout(self, device: torch.device) -> Layout:
+        """How the rows of divided weights are kept."""
+        bf16 = self.computes_in_bf16(device)
+        is_adapted = self.use_peft
+        return Layout(
+            halves=bf16 if is_adapted else self.optimizer().splits(bf16),
+            keeps_remainders=not is_adapted and self.dtype != "bfloat16",
+            reshards=self.sharding().reshard_after_forward,
         )
 
     def plan(self, trees: TreeSource, loss: Loss, device: torch.device) -> Plan:

@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -222,7 +223,7 @@ def _encode_dataset(
                 features=encoder.features(),
                 num_proc=config.num_proc,
                 new_fingerprint=digest.hexdigest(),
-                desc=f"Tokenizing {config.split}",
+                desc=f"Tokenizing {Path(config.name).name} ({config.split})",
             )
         )
     except OSError as error:

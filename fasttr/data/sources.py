@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import gzip
+import hashlib
 import itertools
 import json
 import os
@@ -120,6 +121,9 @@ def _read(place: _Place, split: str, streaming: bool, cache_dir: str | None) -> 
 
     builder = datasets.load_dataset_builder(**place.where, cache_dir=cache_dir)
     _check_builder(place, builder)
+    if place.path.is_dir() and not place.names_files:
+        of_these_files = _cache_of(builder.config.data_files, cache_dir)
+        builder = datasets.load_dataset_builder(**place.where, cache_dir=of_these_files)
     if streaming:
         by_split = builder.as_streaming_dataset()
         _require_split(place.name, split, sorted(by_split))
@@ -127,6 +131,20 @@ def _read(place: _Place, split: str, streaming: bool, cache_dir: str | None) -> 
     builder.download_and_prepare()
     _require_split(place.name, split, sorted(builder.info.splits or {}))
     return builder.as_dataset(split=split)
+
+
+def _cache_of(data_files: Any, cache_dir: str | None) -> str:
+    """A cache for these files as they are now.
+
+    Where a folder's README lists its files, `datasets` knows what it prepared by the folder's name
+    and that list: a changed file, or another folder of the same name, would give the old rows.
+    """
+    import datasets
+
+    states = [(file, os.stat(file)) for files in data_files.values() for file in map(str, files)]
+    text = repr([(file, state.st_size, state.st_mtime_ns) for file, state in states])
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return os.path.join(cache_dir or datasets.config.HF_DATASETS_CACHE, f"files-{digest}")
 
 
 def _require_split(name: str, split: str, there: list[str]) -> None:

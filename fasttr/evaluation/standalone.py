@@ -20,11 +20,11 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fasttr.batch import PackedBatch, TreeSource
 from fasttr.config.rows import RowReader, as_loss_reads
 from fasttr.config.train_config import TrainConfig
+from fasttr.console import Progress
 from fasttr.environment import device_for
 from fasttr.errors import FasttrError
 from fasttr.evaluation.split import EvaluationSplit, evaluate
@@ -36,6 +36,7 @@ from fasttr.models.checks import check_ids
 from fasttr.models.choice import Candidate, choose_tier
 from fasttr.models.load import ModelConfig, load_model, load_tokenizer, tokenizer_of
 from fasttr.models.packed import PackedModel
+from fasttr.models.vocabulary import check_rows, check_same_tokens
 from fasttr.packing.tiers import longest_sequence
 from fasttr.reference.logp_table import LogpTable, fill_logps
 
@@ -91,8 +92,11 @@ def measure(config: TrainConfig, anchor: str | None = None) -> Measured:
         of_anchor = dataclasses.replace(config.model(device, anchor), key=ANCHOR_KEY)
     candidates = _candidates(config, model, of_anchor)
     tokenizer = tokenizer_of(model)
-    if anchor is not None:
-        _require_same_tokens(tokenizer, anchor)
+    check_rows(model.read(), tokenizer, model.key, model.name)
+    if of_anchor is not None:
+        of_its_own = load_tokenizer(of_anchor.name, key=ANCHOR_KEY)
+        check_same_tokens(tokenizer, of_its_own, ANCHOR_KEY, of_anchor.name)
+        check_rows(of_anchor.read(), tokenizer, ANCHOR_KEY, of_anchor.name)
     rows = RowReader(config, tokenizer).any_split(config.loss)
     config, loss = _loss_of(config, rows, has_anchor=anchor is not None)
     trees = as_loss_reads(rows, loss, config)
@@ -101,13 +105,13 @@ def measure(config: TrainConfig, anchor: str | None = None) -> Measured:
     anchor_logps = None
     if of_anchor is not None:  # one model at a time
         anchor_logps = LogpTable(len(trees), loss.completions)
-        with _Bar(config, "Scoring the anchor", trees) as bar:
+        with _Bar(config, "scoring by the anchor", trees) as bar:
             fill_logps(_loaded(of_anchor, tier, trees), bar.passing(split), anchor_logps)
         if loss.needs_reference:
             split = dataclasses.replace(split, ref_logps=anchor_logps)
     policy = _loaded(model, tier, trees).requires_grad_(False)
     logps = LogpTable(len(trees), loss.completions)
-    with _Bar(config, "Evaluating", trees) as bar:
+    with _Bar(config, "evaluating", trees) as bar:
         ledger = PreferenceLedger(loss)
         found = evaluate(policy, split, config.objective(loss), ledger, bar.after(logps))
     metrics = {name.removeprefix("eval_"): value for name, value in found.items()}
@@ -160,14 +164,6 @@ def _loaded(config: ModelConfig, tier: str, trees: TreeSource) -> PackedModel:
     return model
 
 
-def _require_same_tokens(tokenizer: Any, anchor: str) -> None:
-    if load_tokenizer(anchor, key=ANCHOR_KEY).get_vocab() != tokenizer.get_vocab():
-        raise FasttrError(
-            f"{ANCHOR_KEY}: {anchor} has another vocabulary, so its log-probs are of other tokens; "
-            "wanted a model with the same tokenizer"
-        )
-
-
 def _loss_of(
     config: TrainConfig, rows: TreeSource, *, has_anchor: bool
 ) -> tuple[TrainConfig, Loss]:
@@ -188,17 +184,16 @@ def _said_of(config: TrainConfig, loss: Loss) -> dict[str, Any]:
 
 
 class _Bar:
-    """A progress bar over rows."""
+    """Progress over rows."""
 
     def __init__(self, config: TrainConfig, what: str, trees: TreeSource):
-        hidden = config.disable_tqdm or None
-        self._bar = tqdm(total=len(trees), desc=what, unit="row", leave=False, disable=hidden)
+        self._bar = Progress(what, len(trees), "row", hides_bar=config.disable_tqdm)
 
     def __enter__(self) -> _Bar:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
+    def __exit__(self, *error: object) -> None:
+        self._bar.__exit__(*error)
 
     def passing(self, split: EvaluationSplit) -> Any:
         for batch in split.packs():

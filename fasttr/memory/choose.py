@@ -12,12 +12,14 @@ from typing import NamedTuple
 
 from fasttr.memory.activations import Recompute
 from fasttr.memory.plan import Bytes, Choices, Setup, bytes_of
+from fasttr.memory.states import MOMENT_BYTES
 
 WANTED_TOKENS = 16384  # of a pack: from there on products run at their full rate
 FEWER_TOKENS = 8192
 MOST_TOKENS = 65536
 STEP = 128  # tokens that packs are counted in
 BUDGETS = (1.0, 0.8, 0.4, 0.2, 0.0)  # of activations
+WORTHWHILE = 0.02  # of a device: moments that take less, as an adapter's, stay exact
 USABLE = 0.95  # of a device: the rest is its context, buffers of libraries, and holes
 
 
@@ -28,6 +30,7 @@ class Wishes(NamedTuple):
     gradient_checkpointing: bool | None = None
     budget: float | None = None  # activation_memory_budget
     tokens: int | None = None  # max_tokens_per_batch
+    rests_on_host: bool | None = None  # a soft reference
     longest: int = 1  # tokens of the longest row, which a pack must hold
     step_tokens: int = MOST_TOKENS  # that no step has more of
 
@@ -58,7 +61,10 @@ def choose(setup: Setup, wishes: Wishes, room: float) -> Plan:
     """The first choice of the order that fits into `room` bytes; the last one, which does not fit,
     where none does."""
     last = None
+    exact = MOMENT_BYTES["fp32"] * setup.sizes.parameters.trained / setup.shard
     for stage in _stages(setup, wishes):
+        if exact < WORTHWHILE * room:
+            stage = stage._replace(moments="fp32")
         last = _largest(setup, wishes, stage, room)
         if last.fits:
             return last
@@ -94,10 +100,11 @@ def _largest(setup: Setup, wishes: Wishes, stage: _Stage, room: float) -> Plan:
     """The largest packs of a stage that fit; where none of its least size does, that one."""
     recompute = _recompute(setup, wishes, stage.budget)
     moments = wishes.moments or stage.moments
+    rests = stage.rests_on_host if wishes.rests_on_host is None else wishes.rests_on_host
 
     def of(tokens: int) -> Plan:
         adds = setup.world > 1 or tokens < wishes.step_tokens
-        return planned(setup, Choices(moments, recompute, tokens, stage.rests_on_host, adds), room)
+        return planned(setup, Choices(moments, recompute, tokens, rests, adds), room)
 
     if wishes.tokens is not None:
         return of(wishes.tokens)

@@ -14,19 +14,20 @@ from typing import NamedTuple
 from fasttr.distributed.ranks import BUCKET
 from fasttr.memory import activations, states
 from fasttr.memory.activations import Recompute
-from fasttr.memory.sizes import ModelSizes
+from fasttr.memory.sizes import ModelSizes, Parameters
 from fasttr.memory.states import BF16, FP32, Storage
 
 GIB = 2**30
 
 
 class Reference(NamedTuple):
-    """Where log-probs of a reference come from."""
+    """Where log-probs of a reference come from, and what else is beside the policy."""
 
     is_soft: bool = False  # weights of its own: an average
     follows: bool = False  # it moves after every step, in the optimizer's sweep: beside the policy
     has_initial: bool = False  # another model scores the first window
     is_resident: bool = False  # a frozen copy in fp32 beside the policy, in on-policy training
+    has_critic: bool = False  # a model of the policy's size with an optimizer of its own
     rank_growth: float = 1.0  # of an adapter's average, over the policy's rank
 
 
@@ -102,6 +103,7 @@ def bytes_of(setup: Setup, choices: Choices) -> Bytes:
         "weights": states.weight_bytes(held, storage),
         "moments": states.state_bytes(held, storage),
         "reference": soft + (resident if setup.reference.is_resident else 0.0),
+        "critic": _critic(held) if setup.reference.has_critic else 0.0,
     }
     lying = sum(still.values())
     gradients = states.gradient_bytes(held, storage)
@@ -132,6 +134,11 @@ def bytes_of(setup: Setup, choices: Choices) -> Bytes:
         "loading": _while_loading(setup, storage, still),
     }
     return Bytes(still, gradients, kept, phases, on_host)
+
+
+def _critic(held: Parameters) -> float:
+    """Weights, gradients and both moments in fp32."""
+    return (3 * FP32 + FP32) * float(held.all)
 
 
 def _gradients_of_a_layer(sizes: ModelSizes, storage: Storage) -> float:

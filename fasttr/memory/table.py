@@ -26,6 +26,7 @@ def table(plan: Plan, device: str, total: float | None) -> list[str]:
         ("gradients", found.gradients, _gradients(plan)),
         ("moments", found.still["moments"], _moments(plan)),
         ("reference", found.still["reference"], _reference(plan)),
+        ("critic", found.still["critic"], "with its gradients and moments"),
         (
             "activations",
             found.activations,
@@ -35,6 +36,8 @@ def table(plan: Plan, device: str, total: float | None) -> list[str]:
         ("at once", found.peak, "" if plan.fits else "which does not fit"),
     ]
     for name, size, note in rows:
+        if name == "critic" and not size:
+            continue
         lines.append(f"  {name:<12}{_gib(size):>11}  {note}".rstrip())
     return lines
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from fasttr.batch import Tree
 from fasttr.errors import FasttrError, first_line
 from fasttr.models.packed import PackedModel
+from fasttr.models.sharded import Opaque
 from fasttr.packing.layout import pack
 
 
@@ -102,8 +104,8 @@ def check_positions(config: Any, longest: int, name: str) -> None:
         )
 
 
-def check_finite(model: nn.Module, key: str, name: str) -> None:
-    for weight, parameter in model.named_parameters():
+def check_finite(parameters: Iterable[tuple[str, Tensor]], key: str, name: str) -> None:
+    for weight, parameter in parameters:
         if not bool(torch.isfinite(parameter).all()):
             raise FasttrError(
                 f"{key}: {name} holds NaN or infinity in {weight}; wanted finite weights"
@@ -144,9 +146,7 @@ def head_error(packed: PackedModel) -> float:
     model = packed.model
     ids = torch.arange(8) % model.config.get_text_config().vocab_size
     batch = pack([Tree(0, ids[:1].numpy(), (ids[1:].numpy(),))]).to(packed.device)
-    with packed.autocast():
-        output = model(**packed.rows.inputs(batch))
-    own_logits = packed.rows.flat(output.logits, batch)[:-1]
+    own_logits = packed.own_logits(Opaque(batch))[:-1]
     own_logits = own_logits.to(torch.promote_types(own_logits.dtype, torch.float32))
     own_logps = torch.log_softmax(own_logits, dim=-1).gather(1, batch.target[:, None])[:, 0]
     worst = (packed(batch).token_logp - own_logps).abs().max()

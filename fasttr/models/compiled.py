@@ -55,6 +55,8 @@ def compile_layers(
 def _obstacle(packed: PackedModel) -> str | None:
     if packed.tier != SHARED:
         return f"the model's own attention in tier {packed.tier} has a graph for every length"
+    if packed.shards is not None:
+        return "its weights are divided among processes"
     if packed.router is not None:
         return "the router's logits are read on their way through the layers"
     return None if layers_of(packed) else "no decoder layers were found in it"

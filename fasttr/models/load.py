@@ -7,21 +7,27 @@ import copy
 import importlib.util
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fasttr.console import say
 from fasttr.data.tokens import adjust
+from fasttr.distributed.ranks import ALONE, Ranks
 from fasttr.errors import FasttrError, first_line
 from fasttr.hub import go_offline_if_unreachable
 from fasttr.models import attention, checks, lora
 from fasttr.models.compiled import compile_layers
+from fasttr.models.empty import empty_model, files_of, make_room
 from fasttr.models.halves import in_bf16, round_matrices
 from fasttr.models.packed import HeadSpec, PackedModel
 from fasttr.models.probe import probe
 from fasttr.models.router import RouterLoss
+from fasttr.models.sharded import Layout, divide
+from fasttr.models.slices import FiniteOnly, InMemory, Source
+from fasttr.models.vocabulary import add_rows
 from fasttr.packing.tiers import SHARED
 
 
@@ -46,6 +52,9 @@ class ModelConfig:
     tier: str = SHARED  # how tokens reach it; refused where the probe does not find it exact
     trust_remote_code: bool = False
     router_aux_loss_coef: float = 0.0  # 0: the router's loss is not computed
+    embedding_rows: int | None = None  # the embedding grows to as many; None: as it is
+    ranks: Ranks = ALONE  # among which its weights may be divided
+    layout: Layout = field(default_factory=Layout)  # of weights that are
     key: str = "model_name_or_path"  # the setting that names it, for errors
 
     def read(self) -> Any:
@@ -65,9 +74,12 @@ def load_model(config: ModelConfig) -> PackedModel:
     original = copy.deepcopy(hf_config)
     for key in dropout_rates(hf_config):
         setattr(hf_config, key, 0.0)
+    if config.ranks.is_sharded:
+        return _load_divided(config, hf_config, original)
     model = _read_weights(config, hf_config)
     model.fasttr_config = original
-    checks.check_finite(model, config.key, config.name)
+    grow_embedding(model, config)
+    checks.check_finite(model.named_parameters(), config.key, config.name)
     adapter = adapter_on(model, config)
     if config.bf16 and adapter is not None:
         lora.store_frozen_in_bf16(model)
@@ -77,6 +89,50 @@ def load_model(config: ModelConfig) -> PackedModel:
     return finish_packed(model, config, adapter)
 
 
+def grow_embedding(model: Any, config: ModelConfig) -> None:
+    """Add the rows that are asked for; the model and the folder it is saved to say so."""
+    if config.embedding_rows is not None and add_rows(model, config.embedding_rows):
+        model.fasttr_config.get_text_config().vocab_size = config.embedding_rows
+        say(f"resize_embeddings: {config.name} has {config.embedding_rows} rows now")
+
+
+def _load_divided(config: ModelConfig, hf_config: Any, original: Any) -> PackedModel:
+    """Every rank reads its own rows where the files are as the model wants them; else the whole
+    model, of which it keeps its rows."""
+    implementation = attention.register() if config.tier == SHARED else None
+    model = empty_model(hf_config, implementation, config.trust_remote_code)
+    source: Source | None = None
+    # New rows are the mean of all; a magnitude of DoRA starts as the norm of a whole weight.
+    needs_all = config.embedding_rows or (config.adapter and config.adapter.use_dora)
+    if not lora.is_adapter(config.name) and not needs_all:
+        source = files_of(config.name, config.revision, model, config.ranks)
+    if source is None:
+        with config.ranks.together():
+            model = _read_weights(config, hf_config)
+    elif config.adapter is not None:
+        make_room(model)
+    _take_generation_config(model, config)
+    model.fasttr_config = original
+    grow_embedding(model, config)
+    adapter = adapter_on(model, config)
+    model.train()
+    if source is None:
+        source = InMemory(model)
+    elif adapter is not None:
+        source = files_of(config.name, config.revision, model, config.ranks)
+    return finish_packed(model, config, adapter, source)
+
+
+def _take_generation_config(model: Any, config: ModelConfig) -> None:
+    """That of the folder, which a model without values has not read."""
+    from transformers import GenerationConfig
+
+    with contextlib.suppress(OSError):  # a folder may have none
+        model.generation_config = GenerationConfig.from_pretrained(
+            config.name, revision=config.revision
+        )
+
+
 def adapter_on(model: Any, config: ModelConfig) -> lora.Adapter | None:
     """The adapter that is to be trained, now in the model; None where the model itself is."""
     if config.adapter is None:
@@ -84,8 +140,14 @@ def adapter_on(model: Any, config: ModelConfig) -> lora.Adapter | None:
     return lora.add_adapter(model, config.adapter, config.name, config.revision)
 
 
-def finish_packed(model: Any, config: ModelConfig, adapter: lora.Adapter | None) -> PackedModel:
-    """A model whose attention is packed and whose weights are on their device, as a PackedModel."""
+def finish_packed(
+    model: Any,
+    config: ModelConfig,
+    adapter: lora.Adapter | None,
+    source: Source | None = None,
+) -> PackedModel:
+    """A model whose attention is packed and whose weights are on their device, as a PackedModel;
+    or divided among `config.ranks`, with the weights of `source`."""
     if config.use_liger_kernel and config.device.type != "cuda":
         raise FasttrError(
             f"use_liger_kernel: got true on {config.device.type}; Liger's kernels need CUDA: "
@@ -97,10 +159,13 @@ def finish_packed(model: Any, config: ModelConfig, adapter: lora.Adapter | None)
         _apply_liger(model)
     if config.gradient_checkpointing:
         checkpoint_activations(model, True)
+    backend = attention.backend_for(config.attn_implementation, config.device, config.bf16)
+    if config.tier == SHARED:
+        attention.announce_slow(model.config, backend)
     packed = PackedModel(
         model,
         HeadSpec.of(model.config),
-        attention.backend_for(config.attn_implementation, config.device, config.bf16),
+        backend,
         config.bf16,
         config.ld_alpha,
         tier=config.tier,
@@ -109,7 +174,12 @@ def finish_packed(model: Any, config: ModelConfig, adapter: lora.Adapter | None)
         else None,
         adapter=adapter,
     )
+    if source is not None:
+        finite = FiniteOnly(source, config.key, config.name)
+        packed.shards = divide(packed, finite, config.ranks, config.layout, config.device)
     checks.check_head(packed, config.key, config.name)
+    if packed.shards is not None:
+        packed.shards.settle()
     compile_layers(packed, config.compile)
     return packed
 
@@ -141,6 +211,11 @@ def load_config(
             raise FasttrError(
                 f"{key}: there is no folder {name!r} here, and the hub does not answer or is not "
                 "asked (HF_HUB_OFFLINE): check the name and the network"
+            ) from error
+        if "trust_remote_code" in str(error):
+            raise FasttrError(
+                f"{key}: {name} is code from its own repository, which is run with "
+                "trust_remote_code true alone"
             ) from error
         raise FasttrError(f"{key}: cannot read {name!r}: {first_line(error)}") from error
     checks.check_not_quantised(config, key, name)
@@ -182,6 +257,11 @@ def load_tokenizer(
                 "is run with trust_remote_code true alone"
             ) from error
         raise FasttrError(f"{key}: no tokenizer in {name!r}: {first_line(error)}") from error
+
+
+def has_tokenizer(name: str) -> bool:
+    """Whether a folder holds a tokenizer; a hub id is taken to have one."""
+    return not Path(name).is_dir() or (Path(name) / "tokenizer_config.json").is_file()
 
 
 def dropout_rates(owner: Any) -> list[str]:
@@ -256,7 +336,11 @@ def _read_weights(config: ModelConfig, hf_config: Any) -> Any:
 
 
 def checkpoint_activations(model: Any, on: bool) -> None:
-    """Recompute activations in the backward, or keep them."""
+    """Recompute activations in the backward, or keep them; a model that cannot recompute says so
+    and keeps them."""
+    if on and not model.supports_gradient_checkpointing:
+        say(f"gradient_checkpointing: off, since {type(model).__name__} has none")
+        return
     # transformers renamed it: both names are tried, the newer first.
     is_new = hasattr(model, "activation_checkpointing_enable")
     name = "activation_checkpointing" if is_new else "gradient_checkpointing"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,16 +10,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fasttr import files
+from fasttr.checkpoint import divided
 from fasttr.checkpoint import folder as folders
 from fasttr.checkpoint import state as states
 from fasttr.config.train_config import TrainConfig
 from fasttr.console import say
+from fasttr.distributed.ranks import ALONE, Ranks
 from fasttr.errors import FasttrError
 from fasttr.losses import Loss
 from fasttr.metrics import log
 from fasttr.packing.plan import Plan
 from fasttr.training.callbacks import Callbacks
+from fasttr.training.facts import write_facts
 from fasttr.training.run import Run
+
+_CONFIG = "train_config.json"
 
 
 class Resume(NamedTuple):
@@ -28,7 +34,7 @@ class Resume(NamedTuple):
     state: states.RunState
 
 
-def find_resume(config: TrainConfig) -> Resume | None:
+def find_resume(config: TrainConfig, ranks: Ranks = ALONE) -> Resume | None:
     """The checkpoint to go on from, or None for a fresh start in a folder that holds no run."""
     asked, output_dir = config.resume_from_checkpoint, config.output_folder
     if output_dir.exists() and not output_dir.is_dir():
@@ -42,8 +48,9 @@ def find_resume(config: TrainConfig) -> Resume | None:
             )
     files.remove_torn(output_dir, "checkpoint-*")
     folders.remove_torn_final(output_dir)
+    share = states.Share(ranks.rank, ranks.world)
     if isinstance(asked, str):
-        return Resume(Path(asked), states.read_state(Path(asked)))
+        return Resume(Path(asked), states.read_state(Path(asked), share))
     if asked:
         newest = folders.newest_with_state(output_dir)
         if newest is None and folders.list_checkpoints(output_dir):
@@ -58,13 +65,15 @@ def find_resume(config: TrainConfig) -> Resume | None:
                 "beginning"
             )
             return None
-        return Resume(newest, states.read_state(newest))
+        return Resume(newest, states.read_state(newest, share))
     _require_no_run(config)
     return None
 
 
 def check_resume(resume: Resume, config: TrainConfig, loss: Loss, plan: Plan) -> None:
-    """Raise FasttrError when the checkpoint is of another run than the one that takes it up."""
+    """Raise FasttrError when the checkpoint is of another run than the one that takes it up, or
+    what lies in its output folder is."""
+    _require_own_folder(resume, config)
     facts = resume.state.facts
     changed = config.differences(facts["config"])
     if changed:
@@ -104,6 +113,8 @@ def take_up(run: Run, resume: Resume) -> None:
             "that length"
         )
     _take_up_best(run, facts.get("best"))
+    if run.patience is not None and facts.get("patience") is not None:
+        run.patience.best, run.patience.waited = facts["patience"]
     say(f"resumed from {resume.folder} at step {run.step}")
 
 
@@ -118,7 +129,8 @@ def _own_output_dir(run: Run) -> None:
     output_dir = run.output_dir
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        files.write_json(output_dir / "train_config.json", run.config.as_dict())
+        files.write_json(output_dir / _CONFIG, run.config.as_dict())
+        write_facts(run, output_dir)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise FasttrError(f"output_dir: cannot write {run.config.output_dir!r}: {error}") from error
     if run.is_resumed:
@@ -172,6 +184,9 @@ def save_final(run: Run) -> None:
         if best is not None:
             run.policy.adapter.read(best)
         run.policy.merge_adapter()
+    if run.policy.shards is not None and not is_copied:
+        divided.save_final(run.output_dir, run.policy, run.tokenizer)
+        return
     with run.ranks.together():
         if is_copied and run.ranks.is_first:
             assert best is not None
@@ -188,9 +203,12 @@ def best_folder(run: Run) -> Path | None:
 
 def _save(run: Run, callbacks: Callbacks, state: states.RunState | None) -> Path:
     folder = folders.folder_of(run.output_dir, run.step)
-    with run.ranks.together():
-        if run.ranks.is_first:
-            folders.save_checkpoint(run.output_dir, run.step, run.policy, run.tokenizer, state)
+    if run.policy.shards is not None:
+        divided.save_checkpoint(run.output_dir, run.step, run.policy, run.tokenizer, state)
+    else:
+        with run.ranks.together():
+            if run.ranks.is_first:
+                folders.save_checkpoint(run.output_dir, run.step, run.policy, run.tokenizer, state)
     if state is not None:
         run.saved_step = run.step
     with run.ranks.together():
@@ -201,13 +219,14 @@ def _save(run: Run, callbacks: Callbacks, state: states.RunState | None) -> Path
 
 
 def _facts(run: Run) -> dict[str, Any]:
-    best = run.best
+    best, patience = run.best, run.patience
     return {
         "config": run.config.as_dict(),
         "loss": _name_of(run.loss),
         "data": run.trees.fingerprint,
         "total_steps": run.plan.total_steps,
         "best": None if best is None or best.step is None else [best.value, best.step],
+        "patience": None if patience is None else [patience.best, patience.waited],
     }
 
 
@@ -231,6 +250,20 @@ def _check_scored(resume: Resume, config: TrainConfig, plan: Plan) -> None:
                     f"weights are gone: wanted at most {step}, or a new run"
                 )
         return  # a later window is scored by the policy as it then is
+
+
+def _require_own_folder(resume: Resume, config: TrainConfig) -> None:
+    """A checkpoint that lies elsewhere is gone on from in an empty folder, or again in the one that
+    the same run had begun: not over another run's log and model."""
+    if resume.folder.resolve().parent == config.output_folder.resolve():
+        return
+    try:
+        begun = json.loads((config.output_folder / _CONFIG).read_text(encoding="utf-8"))
+        is_own = not config.differences(begun)
+    except (OSError, ValueError, AttributeError, TypeError):  # absent, torn, or of another kind
+        is_own = False
+    if not is_own:
+        _require_no_run(config)
 
 
 def _take_up_best(run: Run, saved: list[Any] | None) -> None:

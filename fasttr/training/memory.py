@@ -83,7 +83,7 @@ def plan_memory(
     the device has. None in place of a plan: the architecture cannot be counted, which is said.
     """
     room = room or Room.of(config, device)
-    compiles = _compiles(config, device)
+    compiles = _compiles(config, device, ranks)
     if config.activation_memory_budget is not None and not compiles:
         raise FasttrError(
             f"activation_memory_budget: got {config.activation_memory_budget:g}, and layers are "
@@ -152,9 +152,10 @@ def _setup(
         is_adamw=is_adamw,
         keeps_masters=config.dtype != "bfloat16",
         state_bytes=own_states,
-        compiled=_compiles(config, device),
+        compiled=_compiles(config, device, ranks),
         reference=_reference(config) if reference is None else reference,
         world=ranks.world,
+        shard=ranks.shard_size,
     )
 
 
@@ -172,8 +173,10 @@ def _reference(config: TrainConfig) -> Reference:
     )
 
 
-def _compiles(config: TrainConfig, device: torch.device) -> bool:
+def _compiles(config: TrainConfig, device: torch.device, ranks: Ranks) -> bool:
     can = config.attention_tier in (AUTO, SHARED) and not config.router_aux_loss_coef
+    if ranks.is_sharded:
+        return False
     asked = device.type == "cuda" if config.compile is None else config.compile
     return can and asked
 
@@ -184,6 +187,7 @@ def _wishes(config: TrainConfig, rows: Rows) -> Wishes:
         gradient_checkpointing=config.gradient_checkpointing,
         budget=config.activation_memory_budget,
         tokens=config.max_tokens_per_batch,
+        rests_on_host=config.ref_on_host,
         longest=rows.longest,
     )
     return wishes if rows.step_tokens is None else wishes._replace(step_tokens=rows.step_tokens)
@@ -201,7 +205,7 @@ def _usual(config: TrainConfig, setup: Setup, rows: Rows) -> Choices:
         recompute=Recompute(setup.compiled, checkpoints, 1.0 if budget is None else budget),
         # A group that must share a pack has it, however long; a pack is no longer than its step.
         tokens=max(min(tokens, rows.step_tokens or tokens), rows.longest),
-        rests_on_host=False,
+        rests_on_host=bool(config.ref_on_host),
         adds_packs=rows.step_tokens is None or tokens < rows.step_tokens,
     )
 
@@ -224,8 +228,10 @@ def _with_choices(config: Config, plan: Plan) -> Config:
     recompute = choices.recompute
     tokens = choices.tokens if plan.room is not None else config.token_budget(torch.device("cpu"))
     has_budget = recompute.compiled and not recompute.whole_layers and plan.room is not None
+    has_choice = plan.room is not None and plan.setup.reference.is_soft
     return dataclasses.replace(
         config,
+        ref_on_host=choices.rests_on_host if has_choice else config.ref_on_host,
         max_tokens_per_batch=config.max_tokens_per_batch or tokens,
         adam_moments=config.adam_moments or choices.moments,
         gradient_checkpointing=recompute.whole_layers,

@@ -37,6 +37,7 @@ from fasttr.models.reward import (
     scoring_model,
     set_padding,
 )
+from fasttr.models.vocabulary import rows_wanted
 from fasttr.packing.ahead import PacksAhead
 from fasttr.packing.plan import Plan
 from fasttr.packing.tiers import SHARED
@@ -44,7 +45,7 @@ from fasttr.reference.logp_table import LogpTable
 from fasttr.reference.moving import MovingReference
 from fasttr.reference.schedule import Fixed
 from fasttr.training.announce import announce_plan
-from fasttr.training.best import Best
+from fasttr.training.best import Best, Patience
 from fasttr.training.callbacks import Callback
 from fasttr.training.checkpoints import Resume, check_resume, find_resume, take_up
 from fasttr.training.loop import TrainResult, to_the_end
@@ -119,7 +120,10 @@ def _set_up(config: RewardConfig, given: Given) -> Run:
         check_resume(resume, config, loss, plan)
     announce_plan(config, loss, plan)
     _require_padding(tokenizer, config, trees)
-    policy = _model(config.model(device), config.seed, resume)
+    wanted = config.model(device)
+    if config.resize_embeddings:
+        wanted = dataclasses.replace(wanted, embedding_rows=rows_wanted(tokenizer))
+    policy = _model(wanted, config.seed, resume)
     for rows in (trees, split_trees):
         if rows is not None:
             key, name = "model_name_or_path", str(config.model_name_or_path)
@@ -143,6 +147,7 @@ def _set_up(config: RewardConfig, given: Given) -> Run:
         window_logps=LogpTable(0, m),
         splits=_splits(split_trees, plan),
         best=Best.of(config),
+        patience=Patience.of(config),
         averages=Averages(device, ledger.names),
         total_loss=torch.zeros((), device=device),
     )

@@ -15,15 +15,15 @@ from fasttr.distributed.ranks import ALONE, Ranks
 from fasttr.evaluation.split import EvaluationSplit
 from fasttr.losses import Loss
 from fasttr.losses.objective import AnyObjective
-from fasttr.metrics.ledger import Ledger
 from fasttr.memory.choose import Plan as MemoryPlan
+from fasttr.metrics.ledger import Ledger
 from fasttr.metrics.sums import Averages
 from fasttr.models.packed import PackedModel
 from fasttr.packing.ahead import PacksAhead
 from fasttr.packing.plan import Plan
 from fasttr.reference.logp_table import LogpTable
 from fasttr.reference.moving import MovingReference
-from fasttr.training.best import Best
+from fasttr.training.best import Best, Patience
 
 REQUESTS = ("stop", "save", "evaluate")
 
@@ -47,6 +47,7 @@ class Run:
     best: Best | None  # None: no checkpoint is called the best
     averages: Averages  # since the last line of metrics
     total_loss: Tensor  # () over all steps
+    patience: Patience | None = None  # None: the run is not stopped early
     ranks: Ranks = ALONE  # this process among those of the run
     memory: MemoryPlan | None = None  # what was planned before weights were read
     is_resumed: bool = False
@@ -63,6 +64,11 @@ class Run:
     @property
     def output_dir(self) -> Path:
         return self.config.output_folder
+
+    @property
+    def critic_tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of a critic, where there is one."""
+        return {}
 
     @property
     def tables(self) -> dict[str, LogpTable]:

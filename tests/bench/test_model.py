@@ -60,7 +60,7 @@ def test_every_change_of_the_plan_makes_a_step_shorter():
 
 def test_8b_with_a_moving_reference_fits_one_card_by_these_choices():
     """141 GB: bf16 moments beside masters. 80 GB: one pack a step, or no masters, or an adapter."""
-    as_fp32, default, one_pack, halves, adapter = model.SETTINGS
+    as_fp32, default, one_pack, *_ = model.SETTINGS
 
     def fits(setting, card):
         return model.plan_of(setting, "llama-3-8b", card).fits

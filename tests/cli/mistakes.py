@@ -119,11 +119,11 @@ def write_models(model: Path, folder: Path) -> None:
     smaller_vocabulary(copy("small_vocabulary"))
 
 
-def smaller_vocabulary(folder: Path) -> None:
-    """A model with fewer embeddings than its tokenizer has tokens."""
+def smaller_vocabulary(folder: Path, rows: int = 300) -> None:
+    """A model of `rows` embeddings, now with fewer than its tokenizer has tokens."""
     changed_json(folder / "config.json", vocab_size=40)
     tensors = {
-        name: tensor[:40].contiguous() if len(tensor) == 300 else tensor
+        name: tensor[:40].contiguous() if len(tensor) == rows else tensor
         for name, tensor in load_file(folder / "model.safetensors").items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -271,7 +271,7 @@ def test_it_says_what_it_will_do_and_warns_when_the_reference_never_moves(
     said = capsys.readouterr().out
     assert "read 24 rows" in said
     assert "tokens per step" in said
-    assert "reference: hard, 0 updates planned, mean age 0.5 steps" in said
+    assert "reference: hard, 0 updates planned\n" in said
     assert (
         "WARNING: the reference will never move: ref_update_every is 512 and the run has 2 steps"
         in said

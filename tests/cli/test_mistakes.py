@@ -122,11 +122,12 @@ CASES = [
     Case("train GO --loss_type sigmoid,sft", r"a list is written \[sigmoid, sft\]"),
     Case(
         "train GO --model_name_or_path small_vocabulary",
-        "the embedding of small_vocabulary has 40 rows; wanted one for every token: resize it",
+        "the tokenizer knows ids up to 299, and the embedding of small_vocabulary has 40 rows; "
+        "wanted .*: resize_embeddings true adds them",
     ),
     Case(
         "train GO --ref_model_name_or_path small_vocabulary",
-        "ref_model_name_or_path: the rows hold token .* has 40 rows; wanted .*resize it",
+        "ref_model_name_or_path: the tokenizer .* has 40 rows; wanted .*resize_embeddings true",
     ),
     Case(
         "train GO --model_name_or_path endless", "every completion must end with one: set eos_token"
@@ -175,7 +176,7 @@ CASES = [
     Case("train GO --device cuda", "unknown key 'device': a run takes the GPU when there is one"),
     Case(
         "train GO --early_stopping_patience 3",
-        "unknown key 'early_stopping_patience': .*load_best_model_at_end: true",
+        "early_stopping_patience: got 3 with eval_strategy no; wanted steps or epoch",
     ),
     Case(
         "train GO --preset tr-soft --print_config=skip_default",

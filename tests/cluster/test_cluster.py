@@ -71,7 +71,7 @@ def test_traffic_that_work_cannot_hide_is_waited_for():
     )
     memory = choose(setup, Wishes(longest=1024), USABLE * CARDS["h100"].memory)
     work = Work.of_pairs(512, 128, 256)
-    fast = estimate(full, memory, work, H100, gpus_per_node=8)
+    fast = estimate(full, memory, work, H100._replace(network=350e9), gpus_per_node=8)
     slow = estimate(full, memory, work, H100._replace(network=45e6), gpus_per_node=8)
     assert fast.waiting < fast.seconds / 10
     in_network = slow.traffic.overlapped / 45e6

@@ -20,8 +20,8 @@ from tests.runs import steps
 DOCUMENTED = yaml.safe_load(Path(__file__).with_name("documented.yaml").read_text())
 NAMES = [f"{place}. {one['from']}" for place, one in enumerate(DOCUMENTED)]
 HANDBOOKS_SPLITS = ("train_prefs", "test_prefs")
-# What asks for quantised or sharded weights.
-WAITS = {"load_in_4bit", "accelerate_config"}
+# What asks for quantised weights.
+WAITS = {"load_in_4bit"}
 # Sizes and packages of the machines that the settings were written for.
 SMALLER = {
     "num_processes": 1,

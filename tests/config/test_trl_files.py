@@ -168,7 +168,6 @@ def test_a_full_fine_tune_keeps_its_file(tmp_path, capsys):
     assert sorted(named) == [
         "dataloader_num_workers",
         "gradient_checkpointing_kwargs",
-        "per_device_eval_batch_size",
     ]
 
 
@@ -328,7 +327,7 @@ def test_a_run_under_trls_keys(workspace, tmp_path, capsys):
         "save_strategy": False,
         "use_cpu": True,
         "bf16": False,
-        "per_device_eval_batch_size": 4,
+        "dataloader_num_workers": 4,
         "tf32": True,
         "train_sampling_strategy": "sequential",
     }
@@ -340,7 +339,7 @@ def test_a_run_under_trls_keys(workspace, tmp_path, capsys):
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     said = capsys.readouterr().out
-    assert said.count("per_device_eval_batch_size: ignored") == 1
+    assert said.count("dataloader_num_workers: ignored") == 1
     assert "4 steps of 4 rows" in said
     assert [line["step"] for line in steps(tmp_path / "out")] == [1, 2, 4]
     assert steps(tmp_path / "out")[-1]["ref/updates"] == 1

@@ -57,6 +57,20 @@ def test_a_folder_has_the_splits_of_its_file_names(load, tokenizer, tmp_path):
         load([PAIR], split="test")
 
 
+LISTED = (
+    "---\nconfigs: [{config_name: default, data_files: [{split: train, path: a.jsonl}]}]\n---\n"
+)
+
+
+@pytest.mark.parametrize("readme", ["", LISTED], ids=["plain", "listed in a README"])
+def test_a_changed_file_and_another_folder_of_that_name_are_read_anew(load, tmp_path, readme):
+    for folder, answer in [("one", " blue"), ("two", " green"), ("one", " grey, as so often")]:
+        data = tmp_path / folder / "data"
+        write_data(data / "a.jsonl", [{**PAIR, "chosen": answer}])
+        (data / "README.md").write_text(readme)
+        assert load(data).completion_lengths[0, 0] == len(answer) + 1
+
+
 def broken_file(path, content):
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path
