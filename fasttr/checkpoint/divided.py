@@ -162,10 +162,10 @@ def _model_writer(policy: PackedModel, tokenizer: Any) -> Callable[[Path], Writt
             content.write(apart)
         if own:
             found = _write_own(model, own, apart, ranks)
+            if is_first and says_bf16:
+                _say_bf16(apart / "config.json")
         if is_first:
             tokenizer.save_pretrained(apart)
-        if is_first and own and says_bf16:
-            _say_bf16(apart / "config.json")
         for path in sorted(apart.iterdir()):
             os.replace(path, folder / path.name)
             found.files.append(folder / path.name)
@@ -210,13 +210,13 @@ def _write_own(model: Any, own: dict[str, Tensor], folder: Path, ranks: Ranks) -
     from safetensors import safe_open
 
     path = folder / f"model-{ranks.shard + 1:05}-of-{ranks.shard_size:05}.safetensors"
+    size = sum(x.nbytes for x in own.values())  # transformers empties the mapping
     if ranks.is_first:
         _save_with_config(model, own, path)
     else:
         _save_converted(model, own, path)
     with safe_open(path, "pt") as file:
         weights = {name: path.name for name in file.keys()}  # noqa: SIM118  # no mapping
-    size = sum(x.nbytes for x in own.values())
     return Written(files=[], weights=weights, size=size, digests={})
 
 
