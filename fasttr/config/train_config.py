@@ -420,7 +420,8 @@ class TrainConfig(
         run goes on as it began, on whatever device."""
         saved = {**BEFORE_PLANS, **saved}
         unsaid = [name for name in PLANNED if getattr(self, name) is None]
-        return dataclasses.replace(self, **{name: saved.get(name) for name in unsaid})
+        planned: dict[str, Any] = {name: saved.get(name) for name in unsaid}
+        return dataclasses.replace(self, **planned)
 
     def group_rows(self, loss: Loss) -> int:
         """Rows that must share a pack: the group of a loss that couples rows, a micro-batch whose

@@ -105,7 +105,7 @@ def _set_up(config: RewardConfig, given: Given) -> Run:
         )
     objective = config.reward_objective(m)
     loss: Any = objective.loss
-    splits = [trees] if split_trees is None else [trees, split_trees]
+    splits: list[TreeSource] = [trees] if split_trees is None else [trees, split_trees]
     of_policy = dataclasses.replace(config.model(device), name=str(source))
     config, _ = plan_memory(
         config,
