@@ -11,7 +11,6 @@ from fasttr import TrainConfig
 from fasttr.errors import FasttrError
 from fasttr.memory.plan import GIB
 from fasttr.memory.shapes import SHAPES
-from fasttr.models import load
 from fasttr.training.memory import Room, Rows, plan_memory
 from tests.runs import assert_same_run, run, settings, stopped_run
 from tests.tiny import tiny_config
@@ -125,7 +124,7 @@ def test_the_table_comes_before_weights_are_read(workspace, tmp_path, monkeypatc
     def stop(*args, **kwargs):
         raise InterruptedError
 
-    monkeypatch.setattr(load, "_read_weights", stop)
+    monkeypatch.setattr("fasttr.training.setup.load_model", stop)
     with pytest.raises(InterruptedError):
         run(workspace, tmp_path)
     assert "memory, planned: " in capsys.readouterr().out
