@@ -125,6 +125,8 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     # Ranks that divide a model meet while it is loaded.
     with contextlib.nullcontext() if ranks.is_sharded else ranks.together():
         policy, initial = _models(config, device, given, tokenizer, resume, ranks)
+    if policy.router is not None:
+        policy.router.leaves_out_mismatched = loss.unpaired and loss.completions > 1
     _check_ids(config, given, policy, initial, splits)
     if config.eos_token is not None:
         _end_with(policy, tokenizer)

@@ -18,6 +18,7 @@ from fasttr.cli import main
 from fasttr.cli.train import parse_train
 from fasttr.cluster.settings import PlanSettings
 from fasttr.config.eval_config import EvalSettings
+from fasttr.config.methods import METHODS
 from fasttr.errors import FasttrError
 from fasttr.models.scratch import ScratchSettings
 from fasttr.settings import settings_of
@@ -372,6 +373,15 @@ def test_help_shows_every_settings_sentence_range_and_group(capsys, command):
         assert without_breaks(f"{one.group}:") in shown
         for choice in one.range.choices if one.range else ():
             assert choice in one.sentence
+
+
+@pytest.mark.parametrize("command", ["dpo", "kto", "sft"])
+def test_help_of_a_word_of_trl_names_its_rows_its_losses_and_its_defaults(capsys, command):
+    shown = help_of(capsys, command)
+    method = METHODS[command]
+    assert without_breaks(method.about) in shown
+    assert without_breaks(f"; of {', '.join(method.losses)} (type:") in shown
+    assert without_breaks(f"default: {method.defaults['loss_type']})") in shown
 
 
 def test_help_of_eval_shows_the_settings_of_a_run_that_it_reads(capsys):
