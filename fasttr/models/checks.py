@@ -130,7 +130,7 @@ def check_tensors(hf_config: Any, folder: Path, key: str, trust_remote_code: boo
 def _stored_shapes(folder: Path) -> dict[str, list[int]]:
     from safetensors import safe_open
 
-    shapes = {}
+    shapes: dict[str, list[int]] = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
