@@ -72,6 +72,11 @@ COMMANDS = {
     "plot": Command(
         "fasttr.cli.plot", "draw the metrics of a run, or of several: fasttr plot RUN..."
     ),
+    "sweep": Command(
+        "fasttr.cli.sweep",
+        "a run for every combination of settings: fasttr sweep --beta 0.05,0.1 --ref_update "
+        "none,soft",
+    ),
     "report": Command(
         "fasttr.cli.report",
         "one HTML file about a run, or about several and how they differ: fasttr report RUN...",

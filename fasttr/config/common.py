@@ -410,6 +410,13 @@ class SavingSettings:
         "how many checkpoints are kept; the best one always is, and none keeps all",
         may_change=True,
     )
+    save_in_background: bool | None = setting(
+        None,
+        None,
+        "with divided weights (shard_size), go on training while a checkpoint is written; none "
+        "means on CUDA",
+        may_change=True,
+    )
     save_only_model: bool = setting(
         False, None, "checkpoints without what resuming needs", may_change=True
     )

@@ -14,6 +14,7 @@ from fasttr.errors import FasttrError, all_of, one_line
 from fasttr.losses import Loss
 from fasttr.metrics.trackers import tracker_names
 from fasttr.models.lora import is_adapter
+from fasttr.models.quantised import check_installed
 from fasttr.optim.adamw import PLATEAU
 from fasttr.optim.named import OPTIMIZERS, check_optimizer
 
@@ -195,14 +196,28 @@ def _check_mixture(config: Any) -> None:
         )
 
 
+def _check_quantised(config: Any) -> None:
+    """What weights in 4 bits cannot be combined with."""
+    for name in ("merge_adapter", "use_dora", "lora_target_parameters"):
+        if getattr(config, name):
+            raise FasttrError(
+                f"{name}: got {getattr(config, name)} with load_in_4bit; it needs the weights "
+                "themselves: leave one of them out"
+            )
+
+
 def _check_adapter(config: Any) -> None:
     """What a low-rank adapter cannot be combined with."""
     if not config.use_peft:
-        if config.merge_adapter:
-            raise FasttrError(
-                "merge_adapter: got true without an adapter; wanted use_peft true, or leave it out"
-            )
+        for name in ("merge_adapter", "load_in_4bit"):
+            if getattr(config, name):
+                raise FasttrError(
+                    f"{name}: got true without an adapter; wanted use_peft true, or leave it out"
+                )
         return
+    if config.load_in_4bit:
+        check_installed()
+        _check_quantised(config)
     if config.resize_embeddings:
         raise FasttrError(
             "resize_embeddings: got true with use_peft, whose folder would not hold the new rows; "

@@ -36,6 +36,7 @@ from fasttr.losses import DIVERGENCES, BaseLoss, Loss, Objective, WeightedSum, W
 from fasttr.metrics.trackers import TrackerConfig
 from fasttr.models.load import ModelConfig
 from fasttr.models.lora import AdapterConfig
+from fasttr.models.quantised import Quantisation
 from fasttr.models.sharded import Layout
 from fasttr.optim.adamw import OptimizerConfig
 from fasttr.packing.plan import Plan
@@ -310,6 +311,7 @@ class TrainConfig(
             max_length=self.max_length,
             ld_alpha=self.ld_alpha,
             adapter=self.adapter() if name is None else None,
+            quantisation=self.quantisation() if name is None else None,
             compile=self.compile,
             tier=SHARED if self.attention_tier == AUTO else self.attention_tier,
             trust_remote_code=self.trust_remote_code,
@@ -317,6 +319,12 @@ class TrainConfig(
             chat_template=self.chat_template,
             eos_token=self.eos_token,
         )
+
+    def quantisation(self) -> Quantisation | None:
+        """How the frozen matrices under an adapter are held, if not as they are."""
+        if not self.load_in_4bit:
+            return None
+        return Quantisation(self.bnb_4bit_quant_type, self.use_bnb_nested_quant)
 
     def adapter(self) -> AdapterConfig | None:
         """What is trained of the policy in place of its own weights, if anything."""
@@ -411,8 +419,10 @@ class TrainConfig(
         """The configuration with what a checkpoint's memory plan chose where it says nothing: the
         run goes on as it began, on whatever device."""
         saved = {**BEFORE_PLANS, **saved}
-        unsaid = [name for name in PLANNED if getattr(self, name) is None]
-        return dataclasses.replace(self, **{name: saved.get(name) for name in unsaid})
+        unsaid: dict[str, Any] = {
+            name: saved.get(name) for name in PLANNED if getattr(self, name) is None
+        }
+        return dataclasses.replace(self, **unsaid)
 
     def group_rows(self, loss: Loss) -> int:
         """Rows that must share a pack: the group of a loss that couples rows, a micro-batch whose

@@ -51,8 +51,9 @@ class EvaluationSplit:
     ) -> EvaluationSplit:
         """A split that is packed as the training rows of `plan` are, but that a loss which couples
         rows sees `group_size` of them together."""
-        couples = loss.coupled and group_size is not None
-        group_rows = group_size if couples else plan.group_rows
+        group_rows = plan.group_rows
+        if loss.coupled and group_size is not None:
+            group_rows = group_size
         objective = Objective(loss, average_over=group_size)
         split = cls(trees, plan.max_tokens_per_batch, group_rows, plan.tier, objective=objective)
         return split.with_tables(loss) if loss.needs_reference else split

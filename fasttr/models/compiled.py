@@ -18,6 +18,7 @@ from fasttr.batch import PackedBatch, Tree
 from fasttr.console import say
 from fasttr.errors import FasttrError, first_line
 from fasttr.models.packed import PackedModel
+from fasttr.models.quantised import is_quantised
 from fasttr.packing.layout import pack
 from fasttr.packing.tiers import SHARED
 
@@ -55,8 +56,8 @@ def compile_layers(
 def _obstacle(packed: PackedModel) -> str | None:
     if packed.tier != SHARED:
         return f"the model's own attention in tier {packed.tier} has a graph for every length"
-    if packed.shards is not None:
-        return "its weights are divided among processes"
+    if any(is_quantised(p) for p in packed.parameters()):
+        return "weights in 4 bits are unpacked by functions of another package"
     if packed.router is not None:
         return "the router's logits are read on their way through the layers"
     return None if layers_of(packed) else "no decoder layers were found in it"
@@ -94,23 +95,46 @@ def _compiled(packed: PackedModel, backend: Backend) -> str | None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     begin = time.perf_counter()
     for layer in layers:
-        layer.compile(fullgraph=True, dynamic=True, backend=backend)
+        _compile(layer, backend, is_divided=packed.shards is not None)
     try:
         scores_alike = all([_same_scores(packed, batch) for batch in _trial_packs(packed)])
     except torch._dynamo.exc.TorchDynamoException as error:
         for layer in layers:
-            layer._compiled_call_impl = None
+            _undo(layer)
         return f"a layer has no whole graph: {first_line(error)}"
+    if packed.shards is not None:
+        packed.reshard()
+        # Ranks must go the same way.
+        (differs,) = packed.shards.ranks.largest([int(not scores_alike)])
+        scores_alike = not differs
     packed.scores_as_it_trains = not scores_alike
     say(f"compile: done in {time.perf_counter() - begin:.0f} s")
     return None
 
 
+def _compile(layer: Any, backend: str | Callable[..., Any], is_divided: bool) -> None:
+    """A layer of divided weights gathers them in hooks around its forward, which stay outside."""
+    options: dict[str, Any] = {"fullgraph": True, "dynamic": True, "backend": backend}
+    if is_divided:
+        layer.forward = torch.compile(layer.forward, **options)
+    else:
+        layer.compile(**options)
+
+
+def _undo(layer: Any) -> None:
+    layer._compiled_call_impl = None
+    layer.__dict__.pop("forward", None)
+
+
 def _same_scores(packed: PackedModel, batch: PackedBatch) -> bool:
     """Whether log-probs with and without gradients are equal bit for bit. Leaves no gradients."""
     trained = packed(batch, lambda logp, ref_logp, groups: logp.sum())
-    parameters = [p for p in packed.parameters() if p.requires_grad]
-    torch.autograd.grad(trained.loss, parameters, allow_unused=True)
+    if packed.shards is None:
+        parameters = [p for p in packed.parameters() if p.requires_grad]
+        torch.autograd.grad(trained.loss, parameters, allow_unused=True)
+    else:
+        trained.loss.backward()
+        packed.zero_grad()
     return torch.equal(trained.logp, packed.logps(batch))
 
 

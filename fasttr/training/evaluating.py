@@ -22,6 +22,7 @@ def evaluate_splits(run: Run) -> dict[str, float]:
         found = _evaluate_split(run, name, split)
         announce_evaluation(run, found, name)
         line |= found
+    run.last_evaluation = line
     return line
 
 

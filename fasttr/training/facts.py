@@ -37,10 +37,7 @@ def facts_of(run: Run) -> dict[str, Any]:
 
 
 def data_lines(trees: TreeSource) -> list[str]:
-    """What was said of the rows when they were read; of trees that were handed over, their
-    number."""
+    """What was said of the rows when they were read; of others their number."""
     source = getattr(trees, "source", trees)
     report = getattr(source, "report", None)
-    return (
-        report.lines() if report is not None else [f"{len(trees)} rows, as they were handed over"]
-    )
+    return report.lines() if report is not None else [f"{len(trees)} rows"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fasttr.batch import TreeSource
+from fasttr.checkpoint.divided import Writing
 from fasttr.config.train_config import TrainConfig
 from fasttr.distributed.ranks import ALONE, Ranks
 from fasttr.evaluation.split import EvaluationSplit
@@ -26,6 +27,14 @@ from fasttr.reference.moving import MovingReference
 from fasttr.training.best import Best, Patience
 
 REQUESTS = ("stop", "save", "evaluate")
+
+
+class PendingCheckpoint(NamedTuple):
+    """A checkpoint that is written while the run goes on."""
+
+    writing: Writing
+    step: int
+    card: str  # of the model, as it was then
 
 
 @dataclass
@@ -55,6 +64,8 @@ class Run:
     window_scored: bool = False
     num_tokens: int = 0
     saved_step: int | None = None  # of the newest checkpoint with a state
+    pending: PendingCheckpoint | None = None  # one that is under way
+    last_evaluation: dict[str, float] = field(default_factory=dict)
     requests: set[str] = field(default_factory=set)  # what callbacks asked for, until it is done
 
     @property

@@ -178,10 +178,11 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
 def _require_divisible(config: TrainConfig) -> None:
     """What cannot be done on rows of a weight is refused before a model is read."""
     config.optimizer().check_rows()
-    for name in ("merge_adapter", "compile"):
+    for name in ("merge_adapter", "lora_target_parameters", "load_in_4bit", "log_completions"):
         if getattr(config, name):
             raise FasttrError(
-                f"{name}: got true with shard_size above 1; it needs whole weights: leave it out"
+                f"{name}: got {getattr(config, name)} with shard_size above 1; it needs whole "
+                "weights: leave it out"
             )
 
 

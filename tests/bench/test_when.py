@@ -288,7 +288,7 @@ def test_a_killed_study_loses_one_run_and_repeats_none(tmp_path, monkeypatch):
 
 def test_a_folder_belongs_to_one_scale(tmp_path, capsys):
     command.main(["--out", str(tmp_path), "--report-only"])
-    assert "no setting is complete" in capsys.readouterr().out
+    assert "no seed is complete" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="another scale"):
         command.main(["--out", str(tmp_path), "--quick", "--report-only"])
 

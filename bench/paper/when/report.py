@@ -43,9 +43,9 @@ NOT_SHOWN = "not shown to differ"
 
 
 def write(records: Sequence[Record], scale: Scale, out: Path) -> str:
-    """Everything, into `out`; returns the verdict. Without a complete setting there is nothing."""
+    """Everything, into `out`; returns the verdict. Without a complete seed there is nothing."""
     if not records:
-        return "no setting is complete: nothing to report"
+        return "no seed is complete: nothing to report"
     found = {outcome: effects(records, outcome) for outcome in OUTCOMES}
     controls = against_controls(records)
     said = "\n".join(f"- {line}" for line in verdict(found, controls)) + "\n"

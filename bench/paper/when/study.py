@@ -119,10 +119,11 @@ def make_runs(task: Task) -> int:
 
 
 def read(tasks: list[Task]) -> list[Record]:
-    """The runs of the settings that are complete."""
+    """The runs of the seeds that are complete: a part of a seed's settings has not every level."""
+    incomplete = {task.seed for task in tasks if task.missing}
     found = []
     for task in tasks:
-        if task.missing:
+        if task.seed in incomplete:
             continue
         for arm in ARMS:
             record = json.loads(task.path(arm).read_text())
