@@ -34,6 +34,7 @@ COMMANDS = {
     "overhead": Command(
         "bench.overhead", "the trainer's own time per step; tokenising and planning of many pairs"
     ),
+    "scale": Command("bench.scale", "steps, planning and tables of many processes, simulated"),
     "all": Command("bench.everything", "everything, within a budget of time"),
     "gpu": Command("bench.gpu.runner", "all that is worth knowing of a GPU, part by part"),
     "tables": Command("bench.tables", "write the tables of bench/README.md from bench/results"),

@@ -55,10 +55,20 @@ def check(config: Any) -> None:
 
 def _check_optimizer(config: Any) -> None:
     check_optimizer(config.optim, config.optim_args)
-    if config.adam_moments != "fp32" and not OPTIMIZERS[config.optim].is_adamw:
+    if config.adam_moments not in (None, "fp32") and not OPTIMIZERS[config.optim].is_adamw:
         raise FasttrError(
             f"adam_moments: got {config.adam_moments} with optim {config.optim}, which has its "
             "own; leave it out, or take adamw_torch"
+        )
+    if config.ref_on_host and (config.ref_update != "soft" or config.ref_update_every == 1):
+        raise FasttrError(
+            f"ref_on_host: got true with ref_update {config.ref_update} every "
+            f"{config.ref_update_every}; wanted a soft reference that rests for more than a step"
+        )
+    if config.activation_memory_budget is not None and config.gradient_checkpointing:
+        raise FasttrError(
+            f"activation_memory_budget: got {config.activation_memory_budget:g} with "
+            "gradient_checkpointing true, which keeps nothing of a layer; leave one of them out"
         )
     if config.dtype == "bfloat16" and config.bf16 is False:
         raise FasttrError(

@@ -22,23 +22,29 @@ from fasttr.models.quantised import is_quantised
 from fasttr.packing.layout import pack
 from fasttr.packing.tiers import SHARED
 
+Backend = str | Callable[..., Any]
+
 GRAPHS = 64  # of one function: kinds of layers, each with and without gradients and adapters
 
 
 def compile_layers(
-    packed: PackedModel, asked: bool | None, backend: str | Callable[..., Any] = "inductor"
+    packed: PackedModel,
+    asked: bool | None,
+    backend: Backend = "inductor",
+    budget: float | None = None,
 ) -> bool:
     """Compile every decoder layer where `asked` is true, or None and the model is on a CUDA device;
     whether it was done.
 
     None goes on without, and says so, where a layer has no whole graph; true is refused there with
-    a FasttrError.
+    a FasttrError. `budget`: torch's activation_memory_budget, the share of a layer's activations
+    that is kept for the backward; None keeps what is fastest.
     """
     if asked is False or (asked is None and packed.device.type != "cuda"):
         return False
     reason = _obstacle(packed)
     if reason is None:
-        reason = _compiled(packed, backend)
+        reason = _compiled(packed, budgeted(backend, budget))
     if reason is None:
         return True
     if asked:
@@ -54,18 +60,37 @@ def _obstacle(packed: PackedModel) -> str | None:
         return "weights in 4 bits are unpacked by functions of another package"
     if packed.router is not None:
         return "the router's logits are read on their way through the layers"
-    return None if _layers(packed) else "no decoder layers were found in it"
+    return None if layers_of(packed) else "no decoder layers were found in it"
 
 
-def _layers(packed: PackedModel) -> list[nn.Module]:
+def budgeted(backend: Backend, budget: float | None) -> Backend:
+    """The back end, whose partitioner may keep only a share of the activations that it would.
+
+    A function of its own for every budget: compiled code is found again by it.
+    """
+    if budget is None or budget >= 1:
+        return backend
+
+    def within_budget(graph: Any, inputs: Any) -> Any:
+        from torch._dynamo.backends.registry import lookup_backend
+
+        compile_graph = lookup_backend(backend) if isinstance(backend, str) else backend
+        with torch._functorch.config.patch(activation_memory_budget=budget):
+            return compile_graph(graph, inputs)
+
+    return within_budget
+
+
+def layers_of(packed: PackedModel) -> list[nn.Module]:
+    """The decoder layers, each of which is compiled, or made again in the backward, by itself."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [m for m in packed.model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
-def _compiled(packed: PackedModel, backend: str | Callable[..., Any]) -> str | None:
+def _compiled(packed: PackedModel, backend: Backend) -> str | None:
     """Compile, and why that failed."""
-    layers = _layers(packed)
+    layers = layers_of(packed)
     say(f"compile: compiling {len(layers)} layers, a minute or two where they are large")
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     begin = time.perf_counter()

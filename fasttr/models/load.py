@@ -181,6 +181,7 @@ def finish_packed(
         finite = FiniteOnly(source, config.key, config.name)
         packed.shards = divide(packed, finite, config.ranks, config.layout, config.device)
     checks.check_head(packed, config.key, config.name)
+    checks.check_forward(packed, config.key, config.name)
     if packed.shards is not None:
         packed.shards.settle()
     compile_layers(packed, config.compile)
@@ -230,7 +231,10 @@ def check_loadable(config: ModelConfig) -> Any:
     """The model's config, once its weights are known to be there, as far as that can be seen
     without reading them."""
     content = config.read()
-    checks.check_weight_files(Path(config.name), config.key)
+    folder = Path(config.name)
+    checks.check_weight_files(folder, config.key)
+    if folder.is_dir() and not lora.is_adapter(config.name):
+        checks.check_tensors(content, folder, config.key, config.trust_remote_code)
     return content
 
 

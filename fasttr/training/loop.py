@@ -355,6 +355,10 @@ class _Loop:
             f"done: {run.step} steps in {totals['train_runtime']:.1f} s "
             f"({totals['train_pairs_per_second']:.2f} rows/s, scoring and saving included)"
         )
+        if run.device.type == "cuda" and run.memory is not None:
+            planned = run.memory.bytes.peak / 2**30
+            found = self.last_line.get("memory/peak_gib", 0.0)
+            say(f"memory: {found:.1f} GiB at most, {planned:.1f} were planned")
         say(f"model and metrics in {run.output_dir}")
         metrics = self.last_line | totals
         return TrainResult(

@@ -16,6 +16,7 @@ from fasttr.distributed.ranks import ALONE, Ranks
 from fasttr.evaluation.split import EvaluationSplit
 from fasttr.losses import Loss
 from fasttr.losses.objective import AnyObjective
+from fasttr.memory.choose import Plan as MemoryPlan
 from fasttr.metrics.ledger import Ledger
 from fasttr.metrics.sums import Averages
 from fasttr.models.packed import PackedModel
@@ -57,6 +58,7 @@ class Run:
     total_loss: Tensor  # () over all steps
     patience: Patience | None = None  # None: the run is not stopped early
     ranks: Ranks = ALONE  # this process among those of the run
+    memory: MemoryPlan | None = None  # what was planned before weights were read
     is_resumed: bool = False
     step: int = 0  # optimizer steps done
     window_scored: bool = False

@@ -35,7 +35,7 @@ ENDS = {
     "shuffled": [-0.4, 0.2, 0.1],
     "fresh": [0.5, 0.6, 0.7],
 }
-EXCESS = {"reward": 0.1, "reward_1": 0.3, "shuffled": 0.3}
+EXCESS = {"reward": 0.1, "reward_1": 0.3, "shuffled": 0.31, "unweighted": 0.3}
 
 
 def test_differences_are_paired_by_seed():
@@ -46,8 +46,11 @@ def test_differences_are_paired_by_seed():
     spread = np.std([0.5, 0.4, 0.6], ddof=1)
     assert difference.high - difference.mean == pytest.approx(4.303 * spread / 3**0.5)
     assert best(found, "weighted") == {0: 0.5, 1: 0.5, 2: 0.8}
+    # A refit without weights is the first fit here, and is shown once.
+    assert table(found).count("+0.310 [") == 1
+    assert "unweighted" not in table(found)
     row = next(text for text in table(found).splitlines() if text.startswith("| weighted | 3"))
-    assert "| 0.500 +- 0.245 | +0.500 [+0.252, +0.748] | 0.600 | 0.20 |" in row
+    assert "| 0.500 +- 0.245 | +0.500 [+0.252, +0.748] | 0.600, 0.400 | 0.20 |" in row
 
 
 def test_sentences_follow_from_the_intervals():

@@ -229,6 +229,12 @@ def test_a_list_of_losses_is_read_in_every_spelling(words, expected):
     assert parse_train([*NEEDED, "--loss_type", *words]).loss_type == expected
 
 
+@pytest.mark.parametrize("words", ["chosen=good prompt=ask", "{chosen: good, prompt: ask}"])
+def test_columns_are_named_in_pairs_or_as_in_a_file(words):
+    columns = parse_train([*NEEDED, "--columns", words]).columns
+    assert columns == {"chosen": "good", "prompt": "ask"}
+
+
 def test_text_is_read_as_trl_reads_it(tmp_path):
     text = (
         "model_name_or_path: m\ndataset_name: d\nlearning_rate: 5e-7\n"
