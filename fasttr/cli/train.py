@@ -15,11 +15,15 @@ from fasttr.settings import settings_of
 if TYPE_CHECKING:
     from fasttr.config.train_config import TrainConfig
 
-USAGE = "[--config FILE] [--preset NAME] [--print_config[=skip_default]] [--SETTING VALUE ...]"
+USAGE = (
+    "[--recipe NAME] [--config FILE] [--preset NAME] [--print_config[=skip_default]] "
+    "[--SETTING VALUE ...]"
+)
 DESCRIPTION = (
     "Train a language model on preferences, with a reference that may move. Every flag may stand "
     "in a flat YAML file (--config FILE; flags win), under its name here or TRL's; --preset NAME "
-    "takes the TR paper's settings, --print_config shows the settings of a run."
+    "takes the TR paper's settings, --recipe NAME a whole file (fasttr "
+    "recipes lists them), --print_config shows the settings of a run."
 )
 
 
