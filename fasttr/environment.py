@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fasttr.errors import FasttrError
+
 PACKAGES = (
     "fasttr",
     "torch",
@@ -27,7 +29,6 @@ PACKAGES = (
     "flash-attn",
     "numpy",
 )
-TRITON_ROWS = "fasttr_kernels.rows_triton"
 AMPERE = (8, 0)  # below it neither bf16 nor FlashAttention exists
 
 
@@ -40,8 +41,16 @@ class Usable(NamedTuple):
 
 
 def device_for(use_cpu: bool) -> torch.device:
-    """Where a model computes: the GPU when there is one, unless the CPU is asked for."""
-    return torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
+    """Where a model computes: the GPU when there is one, unless the CPU is asked for.
+
+    FasttrError where the kernels cannot run on it.
+    """
+    if use_cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    why_not = _no_kernels()
+    if why_not is not None:
+        raise FasttrError(f"use_cpu: got false, and {why_not}; or pass --use_cpu true")
+    return torch.device("cuda")
 
 
 def environment() -> dict[str, Any]:
@@ -93,16 +102,10 @@ def attention_backends() -> list[Usable]:
 
 def head_backends() -> list[Usable]:
     """Who works on the logits in the fused head."""
-    triton = _no_gpu()
-    if triton is None and not version_of("triton"):
-        triton = "triton is not installed: pip install triton (Linux)"
-    if triton is None and not is_importable(TRITON_ROWS):
-        triton = (
-            "this version has no Triton rows yet: torch rows run on CUDA as well, nothing to do"
-        )
+    triton = _no_kernels()
     return [
-        _usable("triton rows", triton, "the default on CUDA"),
-        Usable("torch rows", True, "any device" + ("; the default here" if triton else "")),
+        _usable("triton rows", triton, "on CUDA"),
+        Usable("torch rows", True, "on a CPU" + ("; the default here" if triton else "")),
     ]
 
 
@@ -157,7 +160,9 @@ def _usable(name: str, why_not: str | None, what: str) -> Usable:
 def _no_gpu() -> str | None:
     """Why no kernel can run on a GPU here, with what to do; None when one can."""
     if torch.version.hip:
-        return "this torch is built for ROCm: the kernels are for CUDA; use sdpa and torch rows"
+        return (
+            "this torch is built for ROCm, and the kernels are for CUDA: install torch's CUDA build"
+        )
     if not torch.version.cuda:
         built = f"torch {torch.__version__} is built without CUDA"
         return f"{built}: with an NVIDIA GPU, install torch's CUDA build"
@@ -165,10 +170,17 @@ def _no_gpu() -> str | None:
         return "no CUDA device is visible: check nvidia-smi, the driver and CUDA_VISIBLE_DEVICES"
     capability = torch.cuda.get_device_capability()
     if capability < AMPERE:
-        return (
-            f"{torch.cuda.get_device_name()} is older than Ampere (sm_80): use sdpa and torch rows"
-        )
+        return f"{torch.cuda.get_device_name()} is older than Ampere (sm_80): take a newer one"
     return None
+
+
+def _no_kernels() -> str | None:
+    """Why the kernels of the head, the optimizer and the reference cannot run on a GPU here."""
+    # Asked of the module: builds of torch bring it under several names of packages.
+    missing = (
+        None if is_importable("triton") else "triton is not installed: pip install triton (Linux)"
+    )
+    return _no_gpu() or missing
 
 
 def version_of(package: str) -> str | None:

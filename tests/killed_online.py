@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  # what every run would import first
 
-import fasttr.evaluation.judge
 import fasttr.training.loop
 import fasttr.training.ocrm
+import fasttr.training.ocrm_steps
 import fasttr.training.online
 import fasttr.training.stages
 from fasttr.config.ocrm_config import OcrmConfig
@@ -24,9 +24,9 @@ POINTS = {
     "update": (fasttr.training.online, "policy_step"),
     "fit": (fasttr.training.loop, "train_step"),
     "mark": (fasttr.training.stages, "write_json"),
-    "score": (fasttr.training.ocrm, "summed_logps"),
-    "judge": (fasttr.training.ocrm, "judge"),
-    "draw": (fasttr.evaluation.judge, "load_model"),
+    "score": (fasttr.training.ocrm_steps, "summed_logps"),
+    "judge": (fasttr.training.ocrm_steps, "judge"),
+    "draw": (fasttr.training.ocrm_steps, "draw_rollout"),
 }
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fasttr import environment
+from fasttr.errors import FasttrError
 
 
 def test_environment_is_plain_json_and_names_torch():
@@ -38,7 +39,8 @@ def machine(monkeypatch, capability=(9, 0), installed=(), modules=True, cuda="13
     monkeypatch.setattr(
         environment, "version_of", lambda name: "1.0" if name in installed else None
     )
-    monkeypatch.setattr(environment, "is_importable", lambda name: modules)
+    found = {"torch.nn.attention.varlen": modules, **dict.fromkeys(installed, True)}
+    monkeypatch.setattr(environment, "is_importable", lambda name: found.get(name, False))
 
 
 def usable():
@@ -86,6 +88,29 @@ def test_without_a_fit_gpu_the_torch_back_ends_remain_and_the_others_say_why(
     names, why_not = usable()
     assert names == {"sdpa", "torch rows"}
     assert all(reason in why for why in why_not.values())
+
+
+def test_a_run_takes_the_gpu_that_the_kernels_can_use(monkeypatch):
+    machine(monkeypatch, installed=("triton",))
+    assert environment.device_for(use_cpu=False).type == "cuda"
+    assert environment.device_for(use_cpu=True).type == "cpu"
+    machine(monkeypatch, installed=("triton",), visible=False)
+    assert environment.device_for(use_cpu=False).type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"capability": (7, 5), "installed": ("triton",)}, "Some GPU is older than Ampere"),
+        ({"installed": ()}, "triton is not installed: pip install triton"),
+    ],
+    ids=["old", "no triton"],
+)
+def test_a_gpu_that_they_cannot_use_stops_before_a_model_is_read(monkeypatch, changes, expected):
+    machine(monkeypatch, **changes)
+    with pytest.raises(FasttrError, match=f"^use_cpu: got false, and {expected}.*use_cpu true$"):
+        environment.device_for(use_cpu=False)
+    assert environment.device_for(use_cpu=True).type == "cpu"
 
 
 def test_commit_is_that_of_the_checkout_and_none_outside(monkeypatch, tmp_path):

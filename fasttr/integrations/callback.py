@@ -77,7 +77,7 @@ WRAPPERS = ("_orig_mod.", "module.")
 
 
 def _named(module: nn.Module) -> dict[str, Tensor]:
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
         for wrapper in WRAPPERS:
             name = name.replace(wrapper, "")

@@ -56,7 +56,8 @@ class LigerFusedLinearDPOLoss(nn.Module):
             )
         given = {"beta": beta, "label_smoothing": label_smoothing, "discopop_tau": discopop_tau}
         read = {field.name for field in dataclasses.fields(LOSSES[loss_type])}
-        self.loss = make_loss([loss_type], **{k: v for k, v in given.items() if k in read})
+        settings: dict[str, Any] = {k: v for k, v in given.items() if k in read}
+        self.loss = make_loss([loss_type], **settings)
         self.ignore_index = ignore_index
         self.beta = beta
         self.alpha = alpha if compute_nll_loss else 0.0

@@ -31,6 +31,7 @@ def whole(x: Tensor | None, reduce: str = "avg") -> Tensor | None:
         raise FasttrError(f"reduce: got {reduce!r}; wanted one of {', '.join(REDUCTIONS)}")
     if x is None or not hasattr(x, "full_tensor"):
         return x
-    from torch.distributed.tensor import Partial
+    from torch.distributed.tensor import DTensor, Partial
 
+    assert isinstance(x, DTensor)
     return x.full_tensor(grad_placements=[Partial(reduce)] * x.device_mesh.ndim)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttr.batch import AttentionLayout
+from fasttr.console import say
 from fasttr.errors import FasttrError
 from fasttr.models.attend import attend
 from fasttr.models.backend import Scores
@@ -67,6 +68,31 @@ def backend_for(asked: str | None, device: torch.device, bf16: bool) -> str:
             "'fasttr[flash]', or leave attn_implementation out to use torch's own varlen attention"
         )
     return "flash"
+
+
+def announce_slow(config: Any, backend: str) -> None:
+    """Say, before a run, where a model goes segment by segment though FlashAttention was chosen, as
+    far as its config tells."""
+    text = config.get_text_config()
+    reason = None
+    if backend == "varlen" and getattr(text, "attn_logit_softcapping", None):
+        reason = (
+            "torch's FlashAttention has no soft cap on scores; pip install 'fasttr[flash]' and set "
+            "attn_implementation flash_attention_2"
+        )
+    elif backend != "segments" and not _fits(*_widths(text)):
+        reason = f"FlashAttention has no heads of width {_widths(text)[0]}"
+    if reason is not None:
+        say(f"attention: segment by segment, which is slow on a GPU: {reason}")
+
+
+def _widths(text: Any) -> tuple[int, int]:
+    """Of queries and keys, and of values."""
+    latent = getattr(text, "qk_nope_head_dim", None)
+    if latent is not None:
+        return latent + text.qk_rope_head_dim, text.v_head_dim
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return width, width
 
 
 def packed_attention(
@@ -127,8 +153,11 @@ def _checked_layout(
 def _able(backend: str, q: Tensor, v: Tensor, scores: Scores) -> str:
     """What FlashAttention cannot do falls to the segments, which are exact for everything."""
     is_half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-    widths = q.shape[2], v.shape[2]
-    fits = widths[0] % 8 == 0 and widths[1] <= widths[0] <= 256
-    if not is_half or not fits or (scores.softcap and backend == "varlen"):
+    if not is_half or not _fits(q.shape[2], v.shape[2]) or (scores.softcap and backend == "varlen"):
         return "segments"
     return backend
+
+
+def _fits(width: int, width_of_values: int) -> bool:
+    """Whether FlashAttention has kernels for heads of these widths."""
+    return width % 8 == 0 and width_of_values <= width <= 256

@@ -63,6 +63,15 @@ class OptimizerConfig:
         """Whether bf16 compute makes the matrices bf16 in place: where AdamW is the optimizer."""
         return bf16 and OPTIMIZERS[self.name].is_adamw
 
+    def check_rows(self) -> None:
+        """Raise FasttrError where the optimizer looks at more than single weights, and so cannot
+        step the rows of a divided model."""
+        if not OPTIMIZERS[self.name].is_elementwise:
+            raise FasttrError(
+                f"optim: got {self.name} with shard_size above 1; it looks at whole matrices, of "
+                "which a process has some rows: take adamw_torch_fused"
+            )
+
     def optimizer(
         self, model: nn.Module, bf16: bool = False, rows: LocalRows | None = None
     ) -> torch.optim.Optimizer:
@@ -70,16 +79,11 @@ class OptimizerConfig:
 
         Under bf16 compute the matrices become bf16 in place where AdamW is the optimizer (see
         `MasterAdamW`); all other parameters, and all of other optimizers, stay fp32 leaves. Of a
-        divided model it is over `rows`. FasttrError for an optimizer that looks at whole matrices.
+        divided model it is over `rows`; see `check_rows`.
         """
         own = parse_arguments(self.name, self.arguments)
         kind = OPTIMIZERS[self.name]
         local = None if rows is None else rows.parameters
-        if rows is not None and not kind.is_elementwise:
-            raise FasttrError(
-                f"optim: got {self.name} with shard_size above 1; it looks at whole matrices, of "
-                "which a process has some rows: take adamw_torch_fused"
-            )
         if kind.is_adamw and (bf16 or self.moments != "fp32"):
             if rows is not None:
                 return self._of_rows(model, rows)

@@ -6,6 +6,7 @@ Legend: R predicting rows of a pack, one for each token of its completions.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,7 +94,7 @@ class Critic:
         coefficient = torch.tensor(self.coefficient.value, dtype=torch.float64)
         return {**weights, **moments, _COEFFICIENT: coefficient}
 
-    def take_up(self, saved: dict[str, Tensor], step: int) -> None:
+    def take_up(self, saved: Mapping[str, Tensor], step: int) -> None:
         """Go on from `named_tensors` after so many steps; the weights have been read by
         `read_critic`."""
         moments = {
@@ -111,7 +112,7 @@ def read_critic(
     device: torch.device,
     tokenizer: Any,
     total_steps: int,
-    saved: dict[str, Tensor] | None,
+    saved: Mapping[str, Tensor] | None,
 ) -> Critic:
     """The critic of a run, with the weights of a checkpoint where there is one."""
     name = config.value_source
@@ -124,7 +125,7 @@ def read_critic(
     wanted = dataclasses.replace(
         config.model(device, name),
         key=key,
-        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing=config.gradient_checkpointing is not False,
         ld_alpha=None,
         embedding_rows=rows_wanted(tokenizer) if config.resize_embeddings else None,
     )

@@ -39,7 +39,8 @@ def _evaluate_split(run: Run, name: str, split: EvaluationSplit) -> dict[str, fl
                 logps.put(batch.rows, out.logp)
             progress.update(len(batch.rows) * ranks.world)
 
-        found = evaluate(run.policy, split, run.objective, run.ledger, after, name, ranks)
+        objective = split.objective or run.objective
+        found = evaluate(run.policy, split, objective, run.ledger, after, name, ranks)
     if compares:
         logps.merge(np.arange(len(split.trees)), ranks)
         if ranks.is_first:

@@ -16,7 +16,7 @@ from fasttr.models.flash import TorchFlash
 from fasttr.models.segments import Segments
 from fasttr.packing.layout import pack
 from tests.architectures import WINDOW
-from tests.tiny import packed_tiny, random_trees
+from tests.tiny import packed_tiny, random_trees, tiny_config
 
 H, HKV, DH = 4, 2, 8
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -123,6 +123,23 @@ def test_the_back_end_is_what_was_asked_for_and_the_device_has(monkeypatch):
     ):
         with pytest.raises(FasttrError, match=expected):
             attention.backend_for(asked, device, bf16=True)
+
+
+def said_of(architecture: str, backend: str, capsys, **changes) -> str:
+    attention.announce_slow(tiny_config(architecture, **changes), backend)
+    return capsys.readouterr().out
+
+
+def test_what_flash_attention_cannot_do_is_said_before_a_run(capsys):
+    assert "no soft cap on scores; pip install" in said_of("gemma2", "varlen", capsys)
+    assert said_of("gemma2", "flash", capsys) == said_of("gemma2", "segments", capsys) == ""
+    for backend in ("varlen", "flash"):
+        assert said_of("llama", backend, capsys, head_dim=64) == ""
+        assert "no heads of width 36" in said_of("llama", backend, capsys, head_dim=36)
+        assert "no heads of width 264" in said_of("llama", backend, capsys, head_dim=264)
+    latent = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+    assert said_of("deepseek_v3", "varlen", capsys, **latent) == ""
+    assert said_of("llama", "segments", capsys, head_dim=36) == ""
 
 
 def refused(**changes) -> str:

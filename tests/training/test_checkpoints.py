@@ -163,12 +163,26 @@ def test_logging_steps_may_change_unless_they_say_when_to_evaluate():
 
 
 def test_model_and_rows_may_have_moved(workspace, copy_of, whole, tmp_path):
-    """The rows' fingerprint is what counts, and the checkpoint holds the model."""
+    """The rows' fingerprint is what counts, the checkpoint holds the model, and what is kept for a
+    backward touches no number."""
     folder = unfinished(copy_of("soft"), last_step=4)
     moved = shutil.copy(workspace / "train.jsonl", tmp_path / "moved.jsonl")
     names = {"model_name_or_path": "/gone/since", "dataset_name": str(moved)}
-    go_on(workspace, folder, "soft", **names)
+    go_on(workspace, folder, "soft", **names, gradient_checkpointing=False)
     assert_same_run(folder, whole["soft"])
+
+
+def test_going_on_elsewhere_is_not_done_over_another_run(workspace, copy_of, whole, tmp_path):
+    folder = copy_of("soft")
+    before = (folder / "metrics.jsonl").read_bytes()
+    of_another = {"resume_from_checkpoint": str(whole["hard"] / "checkpoint-4")}
+    with pytest.raises(FasttrError, match=r"already holds checkpoint-8; pass"):
+        go_on(workspace, folder, "hard", **of_another)
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    assert len(checkpoint_names(folder)) == 4
+    for _ in range(2):  # a scheduler gives the same command again
+        go_on(workspace, tmp_path / "new", "hard", **of_another)
+        assert same_weights(tmp_path / "new", whole["hard"])
 
 
 def test_another_model_at_the_same_place_does_not_matter(workspace, copy_of, whole):

@@ -59,7 +59,11 @@ def when_stopped(key: str, moving: Rows, fixed: Rows) -> float:
 def _stopped(rows: Rows) -> dict[str, float]:
     """The margin itself grows for as long as the policy drifts; in units of its spread over pairs
     it has a peak. The initial policy, whose margin is 0, is never chosen."""
-    return max(rows[1:], key=lambda row: (row["chosen"] - row["rejected"]) / row["margin_stderr"])
+
+    def margin(row: dict[str, float]) -> float:
+        return (row["chosen"] - row["rejected"]) / max(row["margin_stderr"], 1e-9)
+
+    return max(rows[1:], key=margin)
 
 
 class Outcome(NamedTuple):
@@ -75,13 +79,14 @@ class Outcome(NamedTuple):
 
 
 PRIMARY = Outcome("gold reward at equal KL", at_equal_kl, "gold", +1)
+KL = Outcome("KL after the same steps", at_the_end, "kl", 0)
 OUTCOMES = (
     PRIMARY,
     Outcome("gold reward after the same steps", at_the_end, "gold", +1),
     Outcome("gold reward, each stopped by its held-out margin", when_stopped, "gold", +1),
     Outcome("mass out of distribution at equal KL", at_equal_kl, "outside", -1),
     Outcome("mass out of distribution after the same steps", at_the_end, "outside", -1),
-    Outcome("KL after the same steps", at_the_end, "kl", 0),
+    KL,
     Outcome("length after the same steps", at_the_end, "length", 0),
     Outcome("log-ratio of the chosen after the same steps", at_the_end, "chosen", 0),
     Outcome("log-ratio of the rejected after the same steps", at_the_end, "rejected", 0),
@@ -102,6 +107,10 @@ class Effect(NamedTuple):
         return int(self.low > 0) - int(self.high < 0)
 
     def text(self, digits: int = 3) -> str:
+        if self.seeds == 0:
+            return "no seed"
+        if math.isinf(self.high):
+            return f"{self.mean:+.{digits}f} (too few seeds)"
         return f"{self.mean:+.{digits}f} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
 
 
@@ -119,7 +128,7 @@ def cells() -> dict[str, Level]:
     found: dict[str, Level] = {}
     for writer in FACTORS["writer"]:
         for part in FACTORS["part"]:
-            found[f"{writer}, {part}"] = _both(_is("writer", writer), _is("part", part))
+            found[f"{writer} x {part}"] = _both(_is("writer", writer), _is("part", part))
     return found
 
 
@@ -179,30 +188,35 @@ def by_seed(
 
 def simultaneous(table: np.ndarray, miss: float) -> list[Effect]:
     """An effect for each column of (S, C), NaN where a seed says nothing of a comparison."""
-    mean, error, count = _moments(table)
     critical = critical_value(table, miss)
-    half = np.where(np.isinf(critical), np.inf, critical * error)
+    mean, error, count = _moments(table, np.ones((1, len(table))))
+    half = np.full(len(count), np.inf) if np.isinf(critical) else critical * error[0]
     return [
         Effect(float(m), float(m - h), float(m + h), int(n))
-        for m, h, n in zip(mean, half, count, strict=True)
+        for m, h, n in zip(mean[0], half, count, strict=True)
     ]
 
 
 def critical_value(table: np.ndarray, miss: float) -> float:
     """The c above; inf where there are too few seeds to leave anything out."""
     signs = sign_patterns(len(table))
-    given = ~np.isnan(table)
-    filled = np.where(given, table, 0.0)
-    count = given.sum(axis=0)
-    if count.min() < 2:
-        return math.inf
-    mean_FC = signs @ filled / count
-    spread_FC = (filled**2).sum(axis=0) - count * mean_FC**2  # signs leave squares as they are
-    error_FC = np.sqrt(np.maximum(spread_FC, 0) / (count - 1) / count)
-    t_FC = np.abs(mean_FC) / np.maximum(error_FC, 1e-12)
-    largest_F = np.sort(t_FC.max(axis=1))
+    mean_FC, error_FC, count_C = _moments(table, signs)
     above = math.floor(miss * len(signs))  # patterns that may lie above c
-    return math.inf if above == 0 else float(largest_F[-above - 1])
+    if above == 0 or count_C.min() < 2:
+        return math.inf
+    t_FC = np.abs(mean_FC) / np.maximum(error_FC, 1e-12)
+    return float(np.sort(t_FC.max(axis=1))[-above - 1])
+
+
+def _moments(table: np.ndarray, signs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Under each pattern of signs (F, S): means and standard errors (F, C); seeds counted (C,)."""
+    filled = np.nan_to_num(table)
+    count = (~np.isnan(table)).sum(axis=0)
+    at_least_one = np.maximum(count, 1)
+    mean_FC = signs @ filled / at_least_one
+    spread_FC = (filled**2).sum(axis=0) - count * mean_FC**2  # signs leave squares as they are
+    variance_FC = np.maximum(spread_FC, 0) / np.maximum(count - 1, 1)
+    return mean_FC, np.sqrt(variance_FC / at_least_one), count
 
 
 def sign_patterns(seeds: int) -> np.ndarray:
@@ -213,11 +227,3 @@ def sign_patterns(seeds: int) -> np.ndarray:
     drawn = np.random.default_rng(0).choice([-1.0, 1.0], size=(PATTERNS, seeds))
     drawn[0] = 1
     return drawn
-
-
-def _moments(table: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(C,) means, standard errors and numbers of seeds."""
-    count = (~np.isnan(table)).sum(axis=0)
-    mean = np.nanmean(table, axis=0)
-    error = np.nanstd(table, axis=0, ddof=1) / np.sqrt(count)
-    return mean, error, count

@@ -75,11 +75,10 @@ def make(tasks: list[Task], workers: int) -> None:
     unfinished = [task for task in tasks if task.missing]
     firsts = {task.sft: task for task in reversed(unfinished) if not task.sft.exists()}
     total = sum(len(task.missing) for task in unfinished)
-    with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=len(firsts), desc="initial policies", unit="model"))
+    with tqdm(total=len(firsts), desc="initial policies", unit="model") as bar:
         for _ in _shared_out(make_sft, list(reversed(firsts.values())), workers):
             bar.update()
-        bar = stack.enter_context(tqdm(total=total, desc="runs", unit="run"))
+    with tqdm(total=total, desc="runs", unit="run") as bar:
         for made in _shared_out(make_runs, unfinished, workers):
             bar.update(made)
 
@@ -120,10 +119,11 @@ def make_runs(task: Task) -> int:
 
 
 def read(tasks: list[Task]) -> list[Record]:
-    """The runs of the settings that are complete."""
+    """The runs of the seeds that are complete: a part of a seed's settings has not every level."""
+    incomplete = {task.seed for task in tasks if task.missing}
     found = []
     for task in tasks:
-        if task.missing:
+        if task.seed in incomplete:
             continue
         for arm in ARMS:
             record = json.loads(task.path(arm).read_text())
