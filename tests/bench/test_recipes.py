@@ -17,6 +17,11 @@ ALL = sorted((ROOT / "fasttr" / "recipes").glob("*.yaml"))
 RECIPES = [one for one in ALL if not one.stem.startswith(("pythia-1b", "qwen2.5-1.5b"))]
 
 
+def is_small(recipe) -> bool:
+    """For one GPU of 24 GB; the others have the TR paper's settings."""
+    return "qwen" in recipe.stem
+
+
 def rows_like(name: str) -> list[dict]:
     """Rows in the shape of the data set that a recipe names."""
     if "hh" in name:
@@ -29,6 +34,11 @@ def rows_like(name: str) -> list[dict]:
         asked = "SUBREDDIT: r/x\n\nPOST: it was {}\n\nTL;DR:"
         return [
             {"prompt": asked.format(i), "chosen": " short", "rejected": " much longer"}
+            for i in range(8)
+        ]
+    if "kto" in name:
+        return [
+            {"prompt": f"how many {i}?", "completion": " two", "label": i % 2 == 0}
             for i in range(8)
         ]
     user = [{"content": "how many?", "role": "user"}]
@@ -51,8 +61,9 @@ def rows_like(name: str) -> list[dict]:
 def test_recipe_loads_and_takes_a_step(recipe, workspace, tmp_path):
     config = parse_train(["--config", str(recipe)])
     assert config.output_dir == f"runs/{recipe.stem}"
-    assert (config.max_length, config.max_grad_norm, config.num_train_epochs) == (1024, 2.0, 1.0)
-    if config.loss_type != "sft":
+    assert (config.max_length, config.num_train_epochs) == (1024, 1.0)
+    assert config.max_grad_norm == (1.0 if is_small(recipe) else 2.0)
+    if config.loss_type != "sft" and not is_small(recipe):
         assert (config.beta, config.learning_rate, config.warmup_steps) == (0.05, 1e-6, 100)
         assert config.ref_update == {"dpo": "none", "oft": "soft", "ard": "hard"}[recipe.stem[-3:]]
     if "pythia" in recipe.stem and config.ref_update != "none":
@@ -74,6 +85,8 @@ def test_recipe_loads_and_takes_a_step(recipe, workspace, tmp_path):
         "eval_steps": 1,
         "disable_tqdm": "true",
         "save_strategy": "no",
+        "log_completions_tokens": 2,
+        **({"group_size": 2} if "kto" in recipe.stem else {}),
     }
     train(
         parse_train(
@@ -83,9 +96,18 @@ def test_recipe_loads_and_takes_a_step(recipe, workspace, tmp_path):
     assert [line["eval_loss"] for line in lines(tmp_path / "run") if line.get("eval_loss")][-1] > 0
 
 
+def test_small_recipes_reach_from_half_a_billion_to_three_with_all_weights_and_with_lora():
+    small = [parse_train(["--recipe", recipe.stem]) for recipe in RECIPES if is_small(recipe)]
+    sizes = {config.model_name_or_path.split("-")[1] for config in small}
+    assert sizes == {"0.5B", "1.5B", "3B"}
+    assert {config.use_peft for config in small} == {True, False}
+    assert {config.ref_update for config in small} == {"none", "soft", "hard"}
+
+
 def test_recipes_cover_the_study():
-    assert len(RECIPES) == 11
-    for recipe in RECIPES:
+    of_the_paper = [recipe for recipe in RECIPES if not is_small(recipe)]
+    assert len(of_the_paper) == 11
+    for recipe in of_the_paper:
         if not recipe.stem.endswith("sft"):
             for flags in (
                 ["--loss_type", "ipo_sum"],
