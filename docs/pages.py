@@ -38,6 +38,7 @@ PARTS = {
     ),
     "ops.md": Part("kernels/README.md"),
     "on_policy.md": Part("ON_POLICY.md"),
+    "many_gpus.md": Part("MANY_GPUS.md"),
     "benchmarks.md": Part("bench/README.md"),
     "studies.md": Part("bench/paper/README.md"),
     "contributing.md": Part("CONTRIBUTING.md"),

@@ -105,7 +105,7 @@ def test_the_tutorial_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     Path("make_pairs.py").write_text(script)
     runpy.run_path("make_pairs.py")
     commands = [line for block in blocks("sh") for line in block.splitlines()]
-    assert len(commands) == 7
+    assert len(commands) == 8
     for command in commands:
         program, *words = shlex.split(command)
         assert program == "fasttr"
@@ -120,7 +120,9 @@ def test_the_tutorial_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     last = [line for line in accuracy if "eval_anchor/rewards/accuracies" in line][-1]
     assert 0.6 < last["eval_anchor/rewards/accuracies"] < 1.0
     assert read_rows(Path("runs/dpo/metrics.jsonl"))[-1]["step"] == 75
-    assert list(Path("runs/tr-dpo").rglob("*.png"))
+    assert list(Path("runs").rglob("*.png"))
+    (page,) = Path("runs").rglob("*.html")
+    assert "tr-dpo" in page.read_text()
 
 
 @pytest.mark.slow
