@@ -12,6 +12,7 @@ from pathlib import Path
 
 from docs import on_policy_tables
 from docs.markdown import head, row
+from fasttr.cluster.settings import PlanSettings
 from fasttr.config.train_config import TrainConfig
 from fasttr.config.trl_table import SECTIONS, TABLE
 from fasttr.data.formats import find_format
@@ -142,7 +143,17 @@ def metrics_table() -> str:
     return "\n".join(lines)
 
 
+def plan_table() -> str:
+    """The settings of `fasttr plan`."""
+    lines = head("setting", "default", "")
+    for one in settings_of(PlanSettings).values():
+        default = "required" if one.is_required else json.dumps(one.default)
+        lines.append(row(f"`{one.name}`", default.replace("null", "none"), one.sentence))
+    return "\n".join(lines)
+
+
 PARTS = {
+    "plan": plan_table,
     "losses": losses_table,
     "formats": formats_table,
     "settings": settings_table,

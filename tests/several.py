@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ import fasttr.training.window
 from fasttr import Callback, TrainConfig, train
 from fasttr.errors import FasttrError
 from fasttr.metrics.ledger import PreferenceLedger
+from fasttr.models.compiled import compile_layers
 from tests.killed import signal_at
 
 PATIENCE = 60  # seconds in which a launch with a fault must have ended
@@ -193,7 +195,14 @@ class _Counts(Callback):
             (run.output_dir / "counts.json").write_text(json.dumps(found))
 
 
-_WATCHES = {"counts": _Counts}
+class _Compiles(Callback):
+    """Compiles the layers of the run, without a code generator."""
+
+    def on_train_begin(self, run: Any) -> None:
+        assert compile_layers(run.policy, True, "aot_eager")
+
+
+_WATCHES: dict[str, type[Callback]] = {"counts": _Counts, "compiles": _Compiles}
 
 
 def _lend(run: Any) -> None:
@@ -203,7 +212,8 @@ def _lend(run: Any) -> None:
 
 def _sent_by(act: Callable[[], Any]) -> dict[str, int]:
     """How often each kind of collective was called."""
-    with CommDebugMode() as mode:
+    with warnings.catch_warnings(), CommDebugMode() as mode:
+        warnings.simplefilter("ignore")  # of the mode's own hooks
         act()
     found: dict[str, int] = {}
     for op, count in mode.get_comm_counts().items():

@@ -15,6 +15,7 @@ Line = dict[str, Any]
 Found = dict[str, dict[int, list[Line]]]  # arm -> seed -> stages, as `run_ocrm` returns them
 
 COLOURS = {"fixed": BLUE, "weighted": GREEN, "shuffled": ORANGE, "fresh": PURPLE}
+MARKERS = {"fixed@sft": "x", "weighted@sft": "*", "unweighted@sft": "+"}
 CONTROLS = ("reward", "reward_1", "shuffled", "unweighted")
 
 
@@ -28,6 +29,11 @@ def best(found: Found, arm: str) -> dict[int, float]:
     return {seed: max(line["gold"] for line in lines) for seed, lines in found[arm].items()}
 
 
+def worst(found: Found, arm: str) -> dict[int, float]:
+    """Of each seed, the least gold reward of a stage."""
+    return {seed: min(line["gold"] for line in lines) for seed, lines in found[arm].items()}
+
+
 def paired(mine: dict[int, float], others: dict[int, float]) -> Interval:
     return interval(mine[seed] - others[seed] for seed in mine if seed in others)
 
@@ -37,7 +43,7 @@ def table(found: Found) -> str:
     first = next(iter(found))
     lines = [
         "| arm | seeds | episodes | labels | gold at the end | beside "
-        f"{first} [95 %] | best stage | KL at the end | length | effective pairs |",
+        f"{first} [95 %] | best, worst stage | KL at the end | length | effective pairs |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm, seeds in found.items():
@@ -49,7 +55,7 @@ def table(found: Found) -> str:
             f"{_mean(ends(found, arm, 'labels')):.0f}",
             f"{_mean(gold):.3f} +- {np.std(list(gold.values())):.3f}",
             "" if arm == first else paired(gold, ends(found, first)).text(),
-            f"{_mean(best(found, arm)):.3f}",
+            f"{_mean(best(found, arm)):.3f}, {_mean(worst(found, arm)):.3f}",
             f"{_mean(ends(found, arm, 'kl')):.2f}",
             f"{_mean(ends(found, arm, 'length')):.1f}",
             f"{_mean(ess):.0f}" if ess else "",
@@ -61,7 +67,13 @@ def table(found: Found) -> str:
 def _tests_of_weights(found: Found) -> list[str]:
     """What the reward models of the weighted arm make of its own policies' samples, over all
     stages with ratios."""
-    told = [name for name in CONTROLS if _over_stages(found, f"{name}/excess_loss")]
+    told: list[str] = []
+    seen: list[dict[int, float]] = []
+    for name in CONTROLS:
+        values = _over_stages(found, f"{name}/excess_loss")
+        if values and values not in seen:  # a refit may be the same fit
+            told.append(name)
+            seen.append(values)
     if not told:
         return []
     names = {"reward": "weighted", "reward_1": "the first one", "shuffled": "shuffled weights"}
@@ -126,7 +138,7 @@ def plot(found: Found, path: Path) -> None:
     by_stage, by_kl = figure.subplots(1, 2, sharey=True)
     for arm, seeds in found.items():
         if arm not in COLOURS:
-            marker = f"${arm[0]}$" if "@" not in arm else "x"
+            marker = MARKERS.get(arm, f"${arm[0]}$")
             kl, gold = _mean(ends(found, arm, "kl")), _mean(ends(found, arm))
             by_kl.plot(kl, gold, marker=marker, ls="", markersize=7, color=INK, label=arm)
             continue

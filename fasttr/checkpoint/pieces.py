@@ -67,7 +67,7 @@ class SavedTensors(Mapping[str, Tensor]):
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop), wherever they are."""
-        found = []
+        found: list[Tensor] = []
         for one in sorted(self._held[name], key=_start):
             with _opened(one.path) as file:
                 content = file.get_slice(name)
@@ -98,7 +98,8 @@ class SavedTensors(Mapping[str, Tensor]):
 class LocalTensors(Mapping[str, Tensor]):
     """The same for the rows of a divided model that lie here."""
 
-    def __init__(self, saved: SavedTensors, kind: str, shards: Shards):
+    def __init__(self, saved: Mapping[str, Tensor], kind: str, shards: Shards):
+        assert isinstance(saved, SavedTensors)
         self._saved, self._kind, self._shards = saved, kind, shards
 
     def __getitem__(self, key: str) -> Tensor:
@@ -121,8 +122,11 @@ class LocalTensors(Mapping[str, Tensor]):
         return key in self._saved
 
 
-def write_pieces(folder: Path, kind: str, tensors: Mapping[str, Tensor], shards: Shards) -> None:
-    """Write what this process has of them, as one of those that hold a copy together."""
+def pieces_file(
+    folder: Path, kind: str, tensors: Mapping[str, Tensor], shards: Shards
+) -> list[Path]:
+    """Write what this process has of them, as one of those that hold a copy together; the file, or
+    nothing where it has nothing."""
     from safetensors.torch import save_file
 
     ranks = shards.ranks
@@ -140,10 +144,12 @@ def write_pieces(folder: Path, kind: str, tensors: Mapping[str, Tensor], shards:
         else:
             parts[key] = (ranks.shard, ranks.shard_size)
         content[key] = x.detach().cpu().contiguous()
-    if content:
-        path = folder / f"{kind}-{ranks.shard + 1:05}-of-{ranks.shard_size:05}.safetensors"
-        told = {"format": "pt", _ROWS: json.dumps(rows), _PARTS: json.dumps(parts)}
-        save_file(content, path, metadata=told)
+    if not content:
+        return []
+    path = folder / f"{kind}-{ranks.shard + 1:05}-of-{ranks.shard_size:05}.safetensors"
+    told = {"format": "pt", _ROWS: json.dumps(rows), _PARTS: json.dumps(parts)}
+    save_file(content, path, metadata=told)
+    return [path]
 
 
 def parameter_of(kind: str, key: str) -> str:

@@ -58,11 +58,11 @@ class RunState(NamedTuple):
 
     def of_rows(self, shards: Shards) -> RunState:
         """A state that was read, as the rows of a divided model that lie here see it."""
-        local = {
-            kind: LocalTensors(getattr(self, kind), kind, shards)  # type: ignore[arg-type]
-            for kind in ("optimizer", "reference", "remainders")
-        }
-        return self._replace(**local)
+        return self._replace(
+            optimizer=LocalTensors(self.optimizer, "optimizer", shards),
+            reference=LocalTensors(self.reference, "reference", shards),
+            remainders=LocalTensors(self.remainders, "remainders", shards),
+        )
 
 
 class Resumable(Protocol):
@@ -155,7 +155,8 @@ def write_state(folder: Path, state: RunState) -> None:
         if tensors:
             on_host = {key: x.detach().cpu().contiguous() for key, x in tensors.items()}
             save_file(on_host, inner / f"{name}.safetensors")
-    write_facts(folder, state, digests_of(folder))
+    found = [path for path in folder.rglob("*") if path.is_file()]
+    write_facts(folder, state, digests_of(folder, found))
 
 
 def write_facts(folder: Path, state: RunState, digests: Mapping[str, Any]) -> None:
@@ -175,7 +176,7 @@ def read_state(folder: Path, share: Share = ALL_FILES) -> RunState:
     parts = {name: SavedTensors(folder / STATE_DIR, name) for name in _TENSOR_FILES}
     return RunState(
         facts=facts,
-        tensors=parts["state"],
+        tensors=dict(parts["state"]),
         optimizer=parts["optimizer"],
         reference=parts["reference"],
         remainders=parts["remainders"],
@@ -261,10 +262,9 @@ def _check_files(folder: Path, recorded: dict[str, Any], share: Share) -> None:
         )
 
 
-def digests_of(folder: Path, share: Share = ALL_FILES) -> dict[str, dict[str, Any]]:
-    """Size and digest of every file that a folder holds, by its path."""
-    found = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-    names = share.of(found)
+def digests_of(folder: Path, found: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Size and digest of files in a folder, by their paths in it."""
+    names = sorted(str(path.relative_to(folder)) for path in found)
     digests = _of_each(names, lambda name: _digest(folder / name))
     return {
         name: {"bytes": (folder / name).stat().st_size, "blake2b": digests[name]} for name in names

@@ -64,6 +64,11 @@ COMMANDS = {
         "fasttr.cli.init",
         "write a small untrained model with a tokenizer, so that anything runs without a download",
     ),
+    "plan": Command(
+        "fasttr.cli.plan",
+        "memory, step time and traffic on cards before anybody rents them, by a model: fasttr plan "
+        "--model llama-3-70b --gpus 64",
+    ),
     "plot": Command(
         "fasttr.cli.plot", "draw the metrics of a run, or of several: fasttr plot RUN..."
     ),

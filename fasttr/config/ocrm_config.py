@@ -109,6 +109,9 @@ class OcrmSettings:
     updates_per_stage: int = setting(195, whole(1), "rollouts that a stage's policy takes")
     pairs: int = setting(1000, whole(2), "pairs that the SFT policy writes")
     pairs_per_prompt: int = setting(1, whole(1), "of them of one prompt")
+    pairs_temperature: float | None = setting(
+        None, above(0), "at which pairs are written; none means temperature, the policies' own"
+    )
     ratio_alpha: float = setting(0.1, between(0, 1), "of the relative ratio; 0 is the plain one")
     ratio_tau: float = setting(1.0, between(0, 1), "exponent that flattens the ratios")
     ratio_min_ess: float = setting(
@@ -142,6 +145,9 @@ class OcrmSettings:
         "none: equal texts",
     )
     judge_samples: int = setting(2, whole(2), "completions of a prompt that are judged")
+    judge_temperature: float | None = setting(
+        None, above(0), "at which samples are judged; none means temperature, the policies' own"
+    )
     judge_controls: bool = setting(
         False,
         None,
@@ -171,6 +177,7 @@ class OcrmConfig(OcrmSettings):
         _check_names(self.rm, settings_of(RewardConfig), OF_REWARD, OF_ROLLOUTS)
         _check_names(self.ppo, settings_of(OnlineConfig), OF_PPO, OF_ROLLOUTS)
         _check_names(self.dpo, settings_of(TrainConfig), OF_DPO, OF_PAIRS)
+        self._check_temperatures()
         # Mistakes in them are said before anything is drawn.
         for of_ppo in {False, "ppo-rlhf" in self.arms}:
             run = PolicyRun(1, of_ppo=of_ppo)
@@ -250,8 +257,10 @@ class OcrmConfig(OcrmSettings):
 
     def preferences(self, folder: Path, seed: int, *, is_wpo: bool) -> TrainConfig:
         """How DPO or WPO trains on the pairs, into `folder`."""
+        of_wpo = () if is_wpo else ("wpo_max_weight",)
+        given = {name: x for name, x in self.dpo.items() if name not in of_wpo}
         return TrainConfig(
-            **{"num_train_epochs": 1.0, **self.dpo},
+            **{"num_train_epochs": 1.0, **given},
             loss_type="sigmoid",
             use_weighting=is_wpo,
             model_name_or_path=self.model_name_or_path,
@@ -261,11 +270,23 @@ class OcrmConfig(OcrmSettings):
             use_cpu=self.use_cpu,
         )
 
-    def sampling(self) -> dict[str, Any]:
-        """What of the policies' settings says how completions are drawn."""
+    def sampling(self, temperature: float | None) -> dict[str, Any]:
+        """What of the policies' settings says how completions are drawn; `temperature` in place of
+        theirs where it is given."""
         defaults = settings_of(OnlineConfig)
         names = ("max_completion_length", "temperature", "sampling_batch_size")
-        return {name: self.rl.get(name, defaults[name].default) for name in names}
+        found = {name: self.rl.get(name, defaults[name].default) for name in names}
+        return found if temperature is None else {**found, "temperature": temperature}
+
+    def _check_temperatures(self) -> None:
+        """A ratio of log-probs is one of densities where pairs were written at its temperature."""
+        written = self.sampling(self.pairs_temperature)["temperature"]
+        reads_ratios = any(arm.update in ("weighted", "shuffled") for arm in self.all_arms)
+        if reads_ratios and written != self.ratio_temperature:
+            raise FasttrError(
+                f"ratio_temperature: got {self.ratio_temperature}, and pairs are written at "
+                f"{written}; wanted the same: give pairs_temperature or ratio_temperature"
+            )
 
 
 def _own(config: OcrmConfig) -> OcrmSettings:

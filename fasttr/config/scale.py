@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fasttr.settings import between, setting, whole
+from fasttr.settings import between, one_of, setting, whole
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,18 @@ class AdapterSettings:
         False,
         None,
         "train the magnitude of every adapted weight too (DoRA); not with ref_update soft",
+    )
+    load_in_4bit: bool = setting(
+        False,
+        None,
+        "hold the frozen matrices under an adapter in 4 bits (QLoRA); needs the package "
+        "bitsandbytes and whole weights in every process",
+    )
+    bnb_4bit_quant_type: str = setting(
+        "nf4", one_of("nf4", "fp4"), "which 4 bits; read only with load_in_4bit"
+    )
+    use_bnb_nested_quant: bool = setting(
+        False, None, "with load_in_4bit, hold the scales of its blocks in 8 bits"
     )
     ref_lora_rank: int | None = setting(
         None,

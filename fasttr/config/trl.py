@@ -10,10 +10,11 @@ from fasttr.config.methods import METHODS, Method
 from fasttr.config.train_config import TrainConfig
 from fasttr.config.trl_launch import launch_of
 from fasttr.config.trl_table import MODEL_ENTRIES, RIVALS, SPEED_ENTRIES, TABLE
-from fasttr.config.trl_values import converted, is_default, is_none
+from fasttr.config.trl_values import converted, is_default, is_none, named_columns
 from fasttr.distributed.launchers import WHOLE
 from fasttr.errors import FasttrError, all_of, did_you_mean
-from fasttr.settings import settings_of
+from fasttr.losses import unknown_losses
+from fasttr.settings import out_of_range, settings_of
 
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _EVAL_BATCH = "per_device_eval_batch_size"
@@ -68,7 +69,7 @@ def translate(
     ):
         translation.attempt(step)
     if translation.refusals:
-        raise all_of(translation.refusals)
+        raise all_of([*translation.refusals, *translation.out_of_range()])
     return translation.ours, translation.notices
 
 
@@ -137,7 +138,17 @@ class _Translation:
             raise FasttrError("env: got text; wanted a mapping of names to values, in a file")
         columns = self.ours.get("columns")
         if isinstance(columns, str | list):
-            self.ours["columns"] = _named_columns(columns)
+            self.ours["columns"] = named_columns(columns)
+
+    def out_of_range(self) -> list[str]:
+        """What would be refused next of the keys that have their types already: said with the rest,
+        a file is not read again and again."""
+        settings = settings_of(TrainConfig)
+        typed = [name for name in self.given if name in self.ours]
+        found = [out_of_range(settings[name], self.ours[name]) for name in typed]
+        losses = self.ours.get("loss_type") if "loss_type" in typed else None
+        unknown = unknown_losses([losses] if isinstance(losses, str) else losses or [])
+        return [reason for reason in (*found, *unknown) if reason is not None]
 
     def rename_plain_ones(self) -> None:
         for key in TABLE.values():
@@ -369,19 +380,6 @@ def _mixture_of(mixer: Mapping[str, Any], configs: list[Any], splits: list[Any])
             else:
                 test.append(part)
     return {"datasets": train, "test_datasets": test, "seed": 42, "draws_rows": False}
-
-
-def _named_columns(words: str | list[Any]) -> Any:
-    """`chosen=good rejected=bad` of a command line as a mapping."""
-    pairs = [
-        str(word).partition("=") for word in (words.split() if isinstance(words, str) else words)
-    ]
-    if not all(name and equals and value for name, equals, value in pairs):
-        raise FasttrError(
-            f"columns: got {words!r:.60}; wanted such as chosen=good rejected=bad, or in a file a "
-            "mapping"
-        )
-    return {name: value for name, _, value in pairs}
 
 
 def _processes(asked: int | None) -> int:

@@ -53,7 +53,9 @@ def _of_plan(plan: str, key: str) -> Launch:
     machines = content.get("num_machines", 1)
     if machines not in (1, None):
         raise FasttrError(f"{key}: got num_machines {machines} in {plan}; {_MACHINES}")
-    processes = content.get("num_processes")
+    # Without a distributed type accelerate starts one process, whatever the file says.
+    is_one = str(content.get("distributed_type", "NO")).upper() == "NO"
+    processes = None if is_one else content.get("num_processes")
     return Launch(
         of_file(content, key),
         processes if isinstance(processes, int) else None,

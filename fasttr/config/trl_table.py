@@ -48,9 +48,7 @@ _SHARDS = "sharding by FSDP2, whatever the file names: see shard_size"
 _TRACKIO = "fasttr hands it to nobody; set TRACKIO_SPACE_ID in the environment, or leave it out"
 _HUB = "read only with push_to_hub"
 _LORA = "read only with use_peft"
-_QUANTIZED = (
-    "a quantised base is not built; use_peft with bf16 keeps the matrices in 2 bytes a weight"
-)
+_QUANTIZED = "8 bits are not built; load_in_4bit with use_peft holds the frozen matrices in 4"
 _PACKING = "read only with packing"
 _OLD = "transformers no longer has it, and it changes no values"
 _LOADER = "no data loader: rows are read once and planned ahead"
@@ -393,9 +391,9 @@ MODEL = [
     _h("use_rslora", False, "bool", _LORA),
     _h("use_dora", False, "bool", f"{_LORA}; refused with a soft reference"),
     _r("load_in_8bit", False, "bool", _QUANTIZED),
-    _r("load_in_4bit", False, "bool", _QUANTIZED),
-    _i("bnb_4bit_quant_type", "nf4", "str", "read only with load_in_4bit"),
-    _i("use_bnb_nested_quant", False, "bool", "read only with load_in_4bit"),
+    _h("load_in_4bit", False, "bool", f"{_LORA}; needs bitsandbytes"),
+    _h("bnb_4bit_quant_type", "nf4", "str", "read only with load_in_4bit"),
+    _h("use_bnb_nested_quant", False, "bool", "read only with load_in_4bit"),
     _i("bnb_4bit_quant_storage", None, "str?", "read only with load_in_4bit"),
 ]
 

@@ -145,7 +145,7 @@ def _renamed(rows: Any, config: DataConfig) -> Any:
             f"{config.place}: columns names {absent[0]!r}, and the data set has "
             f"{', '.join(map(repr, names))}"
         )
-    replaced = [here for here, there in config.columns.items() if here in names and here != there]
+    replaced = [here for here in config.columns if here in names and here not in theirs]
     rows = rows.remove_columns(replaced) if replaced else rows
     return rows.rename_columns({there: here for there, here in theirs.items() if there != here})
 

@@ -49,7 +49,7 @@ class Ranks:
     @property
     def is_sharded(self) -> bool:
         """Whether the weights are divided, so that ranks meet in every layer."""
-        return self.mesh is not None
+        return self.shard_size > 1
 
     @property
     def shard(self) -> int:

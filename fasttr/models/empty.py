@@ -31,10 +31,15 @@ def empty_model(hf_config: Any, attention: str | None, trust_remote_code: bool) 
 def make_room(model: nn.Module) -> None:
     """Put empty tensors on the host in the place of parameters on `meta`, which no adapter can be
     put beside. The system gives memory to what is written alone."""
+    rooms: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
-        for name, p in list(module._parameters.items()):
-            if p is not None and p.is_meta:
-                module._parameters[name] = _room_for(p)
+        for name, p in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if not p.is_meta:
+                continue
+            if p not in rooms:
+                empty = torch.empty(p.shape, dtype=p.dtype)
+                rooms[p] = nn.Parameter(empty, requires_grad=p.requires_grad)
+            module.register_parameter(name, rooms[p])
 
 
 def files_of(name: str, revision: str, model: nn.Module, ranks: Ranks) -> ByAlias | None:
@@ -71,15 +76,3 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-_ROOM = "_fasttr_room"
-
-
-def _room_for(p: nn.Parameter) -> nn.Parameter:
-    """One for each parameter, so that a head that is the embedding stays it."""
-    if not hasattr(p, _ROOM):
-        room = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
-        setattr(p, _ROOM, room)
-    found: nn.Parameter = getattr(p, _ROOM)
-    return found

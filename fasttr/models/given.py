@@ -36,6 +36,11 @@ def pack_model(model: Any, config: ModelConfig | None = None) -> PackedModel:
     checks.check_given(model, config.key)
     probe(model.config, type(model)).require(config.tier, config.key, config.name)
     checks.check_rope(model.config, config.name, config.max_length)
+    if config.quantisation is not None:
+        raise FasttrError(
+            "load_in_4bit: got true beside a model that is given; wanted its name, under which it "
+            "is read in 4 bits"
+        )
     other = {str(p.dtype).removeprefix("torch.") for p in model.parameters()} - {"float32"}
     if other:
         raise FasttrError(

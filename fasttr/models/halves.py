@@ -35,6 +35,13 @@ def in_bf16(model: Any) -> Iterator[None]:
             p.data = whole
 
 
+def as_saved(value: Tensor, bf16: bool) -> Tensor:
+    """A copy in the dtype of the folder: the upper half of fp32 where bf16 is computed in."""
+    if bf16 and value.dtype == torch.float32:
+        return split_halves(value.contiguous())[0]
+    return value.clone()
+
+
 def round_matrices(model: Any) -> None:
     """Of a model that is not trained: its matrices become what a policy's are for the model, bf16
     without the other halves."""

@@ -18,12 +18,13 @@ from fasttr.data.tokens import adjust
 from fasttr.distributed.ranks import ALONE, Ranks
 from fasttr.errors import FasttrError, first_line
 from fasttr.hub import go_offline_if_unreachable
-from fasttr.models import attention, checks, lora
+from fasttr.models import attention, checks, lora, quantised
 from fasttr.models.compiled import compile_layers
 from fasttr.models.empty import empty_model, files_of, make_room
 from fasttr.models.halves import in_bf16, round_matrices
 from fasttr.models.packed import HeadSpec, PackedModel
 from fasttr.models.probe import probe
+from fasttr.models.quantised import Quantisation
 from fasttr.models.router import RouterLoss
 from fasttr.models.sharded import Layout, divide
 from fasttr.models.slices import FiniteOnly, InMemory, Source
@@ -53,6 +54,7 @@ class ModelConfig:
     trust_remote_code: bool = False
     router_aux_loss_coef: float = 0.0  # 0: the router's loss is not computed
     embedding_rows: int | None = None  # the embedding grows to as many; None: as it is
+    quantisation: Quantisation | None = None  # of the frozen matrices under an adapter
     ranks: Ranks = ALONE  # among which its weights may be divided
     layout: Layout = field(default_factory=Layout)  # of weights that are
     key: str = "model_name_or_path"  # the setting that names it, for errors
@@ -85,8 +87,9 @@ def load_model(config: ModelConfig) -> PackedModel:
         lora.store_frozen_in_bf16(model)
     elif config.bf16 and not config.is_trained:
         round_matrices(model)
-    model.to(config.device).train()
-    return finish_packed(model, config, adapter)
+    if config.quantisation is None:
+        model.to(config.device)
+    return finish_packed(model.train(), config, adapter)
 
 
 def grow_embedding(model: Any, config: ModelConfig) -> None:
@@ -178,6 +181,7 @@ def finish_packed(
         finite = FiniteOnly(source, config.key, config.name)
         packed.shards = divide(packed, finite, config.ranks, config.layout, config.device)
     checks.check_head(packed, config.key, config.name)
+    checks.check_forward(packed, config.key, config.name)
     if packed.shards is not None:
         packed.shards.settle()
     compile_layers(packed, config.compile)
@@ -227,7 +231,10 @@ def check_loadable(config: ModelConfig) -> Any:
     """The model's config, once its weights are known to be there, as far as that can be seen
     without reading them."""
     content = config.read()
-    checks.check_weight_files(Path(config.name), config.key)
+    folder = Path(config.name)
+    checks.check_weight_files(folder, config.key)
+    if folder.is_dir() and not lora.is_adapter(config.name):
+        checks.check_tensors(content, folder, config.key, config.trust_remote_code)
     return content
 
 
@@ -315,6 +322,7 @@ def _read_weights(config: ModelConfig, hf_config: Any) -> Any:
             revision=revision,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
+            **_held_as(config),
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if "no file named model.safetensors" in str(error):
@@ -333,6 +341,12 @@ def _read_weights(config: ModelConfig, hf_config: Any) -> Any:
             "would be random"
         )
     return model if name == config.name else lora.merge_folder(model, config.name, config.key)
+
+
+def _held_as(config: ModelConfig) -> dict[str, Any]:
+    if config.quantisation is None:
+        return {}
+    return quantised.arguments(config.quantisation, config.bf16, config.device)
 
 
 def checkpoint_activations(model: Any, on: bool) -> None:

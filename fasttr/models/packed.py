@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from fasttr_kernels import PreferenceLoss
+from fasttr_kernels.chunks import default_rows, rows_of_memory
 from torch import Tensor, nn
 
 from fasttr.batch import PackedBatch
@@ -48,6 +49,13 @@ class HeadSpec(NamedTuple):
         for key in _DIVISORS:
             scale /= getattr(config, key, None) or 1.0
         return cls(scale, getattr(config, "final_logit_softcapping", None))
+
+
+def head_rows(vocabulary: int, memory: float | None) -> int:
+    """Rows whose logits the head has at once, on a GPU of that many bytes or (None) on a CPU."""
+    if memory is None:
+        return default_rows(vocabulary, torch.device("cpu"))
+    return rows_of_memory(vocabulary, int(memory))
 
 
 class HeadWeight(NamedTuple):

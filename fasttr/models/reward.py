@@ -112,6 +112,14 @@ class RewardModel(PackedModel):
             return (rows_D.float() @ weight_1D.float().T)[:, 0]
 
 
+def scoring_model(config: Any) -> Any:
+    """The model of a transformers config that gives one score, with random weights."""
+    from transformers import AutoModelForSequenceClassification
+
+    config.num_labels = 1
+    return AutoModelForSequenceClassification.from_config(config)
+
+
 def is_reward_folder(name: str, revision: str = "main", key: str = "model_name_or_path") -> bool:
     """Whether a folder or hub id holds a model for sequence classification."""
     return _has_head(load_config(name, revision, key))

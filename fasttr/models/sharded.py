@@ -123,7 +123,8 @@ class Shards:
 
     def gradient_squares(self) -> Tensor:
         """The sum of squares of the whole model's gradient, () fp64, the same on every rank."""
-        divided, here = [], []
+        divided: list[Tensor] = []
+        here: list[Tensor] = []
         for name, p in self.parameters.items():
             if p.grad is not None and p.grad.numel():
                 (divided if name in self.pieces else here).append(p.grad)
@@ -174,7 +175,7 @@ def divide(
                 values[name] = whole(source, name, p.shape).to(device, torch.float32)
     _empty(model, divided, layout, device, values)
     _fully_shard(packed, ranks, layout)
-    placed = {}
+    placed: dict[nn.Parameter, nn.Parameter] = {}
     for name, p in _unique(model):
         if isinstance(p, DTensor):
             local = DTensor.from_local(
@@ -186,7 +187,7 @@ def divide(
                 stride=p.stride(),
             )
             placed[p] = nn.Parameter(local, requires_grad=p.requires_grad)
-    _replace(model, placed)
+    _put_in_place(model, placed)
     return shards
 
 
@@ -257,15 +258,15 @@ def _empty(
         else:
             content = values.pop(name) if name in values else p.data.to(device)
         replaced[p] = nn.Parameter(content, requires_grad=p.requires_grad)
-    _replace(model, replaced)
+    _put_in_place(model, replaced)
 
 
-def _replace(model: nn.Module, replaced: Mapping[nn.Parameter, nn.Parameter]) -> None:
+def _put_in_place(model: nn.Module, replaced: Mapping[nn.Parameter, nn.Parameter]) -> None:
     """Put parameters in the place of others, in every module that has them."""
     for module in model.modules():
-        for name, p in list(module._parameters.items()):
-            if p is not None and p in replaced:
-                module._parameters[name] = replaced[p]
+        for name, p in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if p in replaced:
+                module.register_parameter(name, replaced[p])
 
 
 def _fully_shard(packed: Any, ranks: Ranks, layout: Layout) -> None:

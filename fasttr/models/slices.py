@@ -63,12 +63,11 @@ class ByAlias:
 
     def __init__(self, files: InFiles, model: nn.Module):
         self._files = files
-        self._stored_as = {
-            name: stored
-            for names in aliases(model)
-            for name in names
-            for stored in _stored(names, files.shapes)
-        }
+        self._stored_as: dict[str, str] = {}
+        for names in aliases(model):
+            stored = _stored(names, files.shapes)
+            if stored is not None:
+                self._stored_as.update(dict.fromkeys(names, stored))
         self.missing = [
             name
             for name, p in named(model)
@@ -112,10 +111,10 @@ def aliases(model: nn.Module) -> list[list[str]]:
     return list(found.values())
 
 
-def _stored(names: Iterable[str], shapes: Mapping[str, object]) -> list[str]:
-    """The first of a parameter's names that files have, as a list of one; none where none is."""
+def _stored(names: Iterable[str], shapes: Mapping[str, object]) -> str | None:
+    """The first of a parameter's names that files have."""
     plain = [_WRAPPED.sub("", name) for name in names]
-    return [name for name in plain if name in shapes][:1]
+    return next((name for name in plain if name in shapes), None)
 
 
 def whole(source: Source, name: str, shape: torch.Size) -> Tensor:

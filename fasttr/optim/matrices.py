@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def matrices(model: Any) -> set[nn.Parameter]:
@@ -31,6 +31,12 @@ def all_matrices(model: Any) -> set[nn.Parameter]:
             found |= {p for p in own.values() if p.ndim == 3}
     tables = [part.weight for part in model.modules() if isinstance(part, nn.Embedding)]
     return found.difference(tables)
+
+
+def size_of(parameter: Tensor) -> int:
+    """How many weights a parameter holds; of a packed one two are in a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(state.shape.numel())
 
 
 def _is_linear(part: nn.Module) -> bool:

@@ -16,7 +16,7 @@ import torch
 
 from fasttr.batch import PackedBatch, Tree, TreeSource, own_prompt_lengths
 from fasttr.distributed.ranks import ALONE, Ranks
-from fasttr.packing.layout import first_fit_decreasing, idle_pack, pack
+from fasttr.packing.layout import balanced_bins, idle_pack, pack
 from fasttr.packing.shares import even_shares, in_micro_steps, micro_steps
 from fasttr.packing.tiers import SHARED, bins_of_groups, tree_sizes, unshared
 
@@ -169,16 +169,16 @@ def pack_rows(
     """
     rows = np.asarray(rows)
     starts = np.arange(0, len(rows), group_rows)
-    groups = np.split(np.arange(len(rows)), starts[1:])
+    ends = np.minimum(starts + group_rows, len(rows))
     packs = []
     for members in _own_bins(tier, trees, rows, starts, budget, ranks):
-        places = [place for group in members for place in groups[group]]
+        places = [place for group in members for place in range(starts[group], ends[group])]
         chosen = [_weighted(trees[int(rows[place])], weights, place) for place in places]
         of_bin = chosen or [trees[int(rows[0])]]
         if tier != SHARED:
             of_bin = [unshared(tree) for tree in of_bin]
         if chosen:
-            packs.append(pack(of_bin, [len(groups[group]) for group in members]))
+            packs.append(pack(of_bin, (ends - starts)[members].tolist()))
         else:
             packs.append(idle_pack(of_bin[0]))
     return packs
@@ -201,8 +201,8 @@ def _own_bins(
         own = even_shares(sizes, ranks.world)[ranks.rank]
         if not own:
             return []
-        groups = np.split(rows, starts[1:])
-        own_rows = [groups[group] for group in own]
+        ends = np.append(starts[1:], len(rows))
+        own_rows = [rows[starts[group] : ends[group]] for group in own]
         own_starts = np.cumsum([0, *map(len, own_rows[:-1])])
         bins = bins_of_groups(tier, trees, np.concatenate(own_rows), own_starts, budget)
         return [[own[number] for number in members] for members in bins]
@@ -239,7 +239,7 @@ def pack_by_prompt(
             sizes.append(tokens + int(trees.prompt_lengths[rows[place]]))
         newest = prompt
     packs = []
-    for members in first_fit_decreasing(sizes, budget):
+    for members in balanced_bins(sizes, budget):
         places = [place for run in members for place in runs[run]]
         packs.append(pack([_weighted(trees[int(rows[p])], weights, p) for p in places]))
     return packs

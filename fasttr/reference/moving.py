@@ -140,7 +140,7 @@ class MovingReference:
         return {**(self.weights or {}), **remainders}
 
     @torch.no_grad()
-    def take_up(self, saved: dict[str, Tensor]) -> None:
+    def take_up(self, saved: Mapping[str, Tensor]) -> None:
         """Go on from `named_tensors`, split or not."""
         for name, mine in (self.weights or {}).items():
             whole = saved[name].float()

@@ -30,7 +30,8 @@ th, td { text-align: left; vertical-align: top; padding: .3rem .7rem .3rem 0;
 th { font-weight: 600; color: var(--soft); white-space: nowrap; }
 td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .samples { table-layout: fixed; min-width: 720px; width: 100%; }
-.samples td { white-space: pre-wrap; font-size: .86rem; }
+.samples td, .samples tbody th { white-space: pre-wrap; font-size: .86rem;
+  overflow-wrap: anywhere; padding-right: .9rem; }
 code, pre { font: .86rem/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre { background: var(--tint); border-radius: 6px; padding: .6rem .8rem; white-space: pre-wrap;
   overflow-wrap: anywhere; }

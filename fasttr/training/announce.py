@@ -16,6 +16,7 @@ from fasttr.metrics.ties import without_ties
 from fasttr.models.choice import Choice
 from fasttr.models.lora import factor_names
 from fasttr.models.packed import PackedModel
+from fasttr.optim.matrices import size_of
 from fasttr.optim.named import OPTIMIZERS
 from fasttr.packing.plan import Plan, unshared_tokens
 from fasttr.packing.shares import balance, lockstep_balance
@@ -199,7 +200,7 @@ def _announce_reference(config: TrainConfig, steps: int) -> None:
 
 
 def announce_adapter(policy: PackedModel) -> None:
-    sizes = [(p.numel(), p.requires_grad) for p in policy.parameters()]
+    sizes = [(size_of(p), p.requires_grad) for p in policy.parameters()]
     trained = sum(size for size, is_trained in sizes if is_trained)
     adapted = len(factor_names(policy))
     say(

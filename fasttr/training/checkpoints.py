@@ -23,7 +23,7 @@ from fasttr.packing.plan import Plan
 from fasttr.training.callbacks import Callbacks
 from fasttr.training.card import model_card
 from fasttr.training.facts import write_facts
-from fasttr.training.run import Run
+from fasttr.training.run import PendingCheckpoint, Run
 
 _CONFIG = "train_config.json"
 CARD = "README.md"
@@ -158,6 +158,7 @@ def _is_finished(run: Run) -> bool:
 
 def save(run: Run, callbacks: Callbacks) -> Path:
     """Write checkpoint-STEP and return it, unless it was just written."""
+    settle(run, callbacks)
     folder = folders.folder_of(run.output_dir, run.step)
     is_there = run.ranks.is_first and run.saved_step == run.step and folder.is_dir()
     if run.ranks.largest([int(is_there)]) == [1]:
@@ -196,7 +197,7 @@ def save_final(run: Run) -> None:
             elif run.ranks.is_first:
                 folders.save_final(run.output_dir, run.policy, run.tokenizer)
     if not is_copied:  # the card came with the best checkpoint
-        _write_card(run, run.output_dir)
+        _write_card(run, run.output_dir, model_card(run))
 
 
 def best_folder(run: Run) -> Path | None:
@@ -206,16 +207,37 @@ def best_folder(run: Run) -> Path | None:
 
 
 def _save(run: Run, callbacks: Callbacks, state: states.RunState | None) -> Path:
-    folder = folders.folder_of(run.output_dir, run.step)
-    if run.policy.shards is not None:
-        divided.save_checkpoint(run.output_dir, run.step, run.policy, run.tokenizer, state)
-    else:
+    settle(run, callbacks)
+    if state is not None:
+        run.saved_step = run.step
+    if run.policy.shards is None:
         with run.ranks.together():
             if run.ranks.is_first:
                 folders.save_checkpoint(run.output_dir, run.step, run.policy, run.tokenizer, state)
-    _write_card(run, folder)
-    if state is not None:
-        run.saved_step = run.step
+        return _after(run, callbacks, run.step, model_card(run))
+    asked = run.config.save_in_background
+    in_background = run.device.type == "cuda" if asked is None else asked
+    writing = divided.begin_checkpoint(
+        run.output_dir, run.step, run.policy, run.tokenizer, state, in_background
+    )
+    run.pending = PendingCheckpoint(writing, run.step, model_card(run))
+    if not in_background:
+        settle(run, callbacks)
+    return folders.folder_of(run.output_dir, run.step)
+
+
+def settle(run: Run, callbacks: Callbacks) -> None:
+    """Wait for a checkpoint that is under way and put it into its place."""
+    if run.pending is not None:
+        pending, run.pending = run.pending, None
+        pending.writing.finish()
+        _after(run, callbacks, pending.step, pending.card)
+
+
+def _after(run: Run, callbacks: Callbacks, step: int, card: str) -> Path:
+    """What follows when a checkpoint is there."""
+    folder = folders.folder_of(run.output_dir, step)
+    _write_card(run, folder, card)
     with run.ranks.together():
         if run.ranks.is_first:
             folders.rotate(run.output_dir, run.config.save_total_limit, best_folder(run))
@@ -223,11 +245,11 @@ def _save(run: Run, callbacks: Callbacks, state: states.RunState | None) -> Path
     return folder
 
 
-def _write_card(run: Run, folder: Path) -> None:
+def _write_card(run: Run, folder: Path, card: str) -> None:
     with run.ranks.together():
         if run.ranks.is_first:
             with folders.disk_errors(folder):
-                files.write_text(folder / CARD, model_card(run))
+                files.write_text(folder / CARD, card)
 
 
 def _facts(run: Run) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def read_critic(
     wanted = dataclasses.replace(
         config.model(device, name),
         key=key,
-        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing=config.gradient_checkpointing is not False,
         ld_alpha=None,
         embedding_rows=rows_wanted(tokenizer) if config.resize_embeddings else None,
     )

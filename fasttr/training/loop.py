@@ -249,10 +249,15 @@ class _Loop:
         self.callbacks.on_step(run, metrics)
 
     def agree(self) -> None:
-        """What a signal or a callback asks of one rank, it asks of all of them."""
+        """What a signal or a callback asks of one rank, it asks of all of them; and whether a
+        checkpoint is written."""
         run = self.run
         asked = [int(request in run.requests) for request in REQUESTS]
-        *asked, self._agreed_signum = run.ranks.largest([*asked, self.stop.signum or 0])
+        is_writing = run.pending is not None and not run.pending.writing.is_done
+        found = run.ranks.largest([*asked, int(is_writing), self.stop.signum or 0])
+        *asked, is_writing_somewhere, self._agreed_signum = found
+        if not is_writing_somewhere:
+            checkpoints.settle(run, self.callbacks)
         run.requests |= {
             request for request, is_asked in zip(REQUESTS, asked, strict=True) if is_asked
         }
@@ -341,6 +346,7 @@ class _Loop:
             check_weights(run.policy.local_parameters(), run.output_dir)
         if self.completions is not None and self.completions.drawn_at != run.step:
             self.sample(at_once=True)
+        checkpoints.settle(run, self.callbacks)
         checkpoints.save_final(run)
         self.callbacks.on_train_end(run)
         totals = self._totals()
@@ -349,6 +355,10 @@ class _Loop:
             f"done: {run.step} steps in {totals['train_runtime']:.1f} s "
             f"({totals['train_pairs_per_second']:.2f} rows/s, scoring and saving included)"
         )
+        if run.device.type == "cuda" and run.memory is not None:
+            planned = run.memory.bytes.peak / 2**30
+            found = self.last_line.get("memory/peak_gib", 0.0)
+            say(f"memory: {found:.1f} GiB at most, {planned:.1f} were planned")
         say(f"model and metrics in {run.output_dir}")
         metrics = self.last_line | totals
         return TrainResult(

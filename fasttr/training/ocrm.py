@@ -42,7 +42,7 @@ def run_ocrm(
     """
     store = Store(Path(config.output_dir))
     try:
-        _announce_changes(config)
+        announce_changes(config)
         return _Arms(config, make_steps(config, store)).all_of_them()
     finally:
         store.close()
@@ -227,7 +227,7 @@ UPDATE: dict[str, Callable[[_Arms, Arm, _Stage], bool]] = {
 }
 
 
-def _announce_changes(config: OcrmConfig) -> None:
+def announce_changes(config: OcrmConfig) -> None:
     """Name the keys in which a folder's last run was another one."""
     path = Path(config.output_dir) / CONFIG
     if not path.is_file():

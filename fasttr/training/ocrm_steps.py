@@ -133,7 +133,7 @@ class Steps:
             "pairs": config.pairs,
             "per_prompt": per_prompt,
             "seed": config.seed,
-            **config.sampling(),
+            **config.sampling(config.pairs_temperature),
         }
 
         def make(folder: Path) -> dict[str, Any]:
@@ -172,7 +172,7 @@ class Steps:
             "cluster": config.cluster,
             "pairs": config.pairs,
             "seed": config.seed,
-            **config.sampling(),
+            **config.sampling(None),
         }
 
         def make(folder: Path) -> dict[str, Any]:
@@ -180,7 +180,7 @@ class Steps:
             rng = np.random.default_rng(seed)
             places = self._some_prompts(min(config.pairs, len(self.prompts)), rng)
             some = _picked(self.prompts, places)
-            rollout = draw_rollout(self.load(policy), self.tokenizer, some, self._judging(m, seed))
+            rollout = draw_rollout(self.load(policy), self.tokenizer, some, self._drawing(m, seed))
             score_Bm = self.source(reward)(RewardInputs(some.raw, rollout, some.columns))
             cluster: Cluster = same_text
             if config.cluster is not None:
@@ -300,7 +300,8 @@ class Steps:
     def judged(self, name: str, policy: Step | None, rewards: Mapping[str, Step]) -> Step:
         """A policy's samples, and what reward models make of them."""
         config = self.config
-        settings = self._judging(config.judge_samples, seed_of(config.seed, "judge"))
+        seed = seed_of(config.seed, "judge")
+        settings = self._drawing(config.judge_samples, seed, config.judge_temperature)
         inputs = {
             "policy": policy or self.sft,
             "initial": self.sft,
@@ -340,7 +341,8 @@ class Steps:
     ) -> tuple[Rollout, np.ndarray]:
         """m samples for each of so many prompts, and their gold rewards."""
         some = _picked(self.prompts, self._some_prompts(prompts, rng))
-        rollout = draw_rollout(self.load(policy), self.tokenizer, some, self._judging(m, seed))
+        settings = self._drawing(m, seed, self.config.pairs_temperature)
+        rollout = draw_rollout(self.load(policy), self.tokenizer, some, settings)
         return rollout, self._gold()(RewardInputs(some.raw, rollout, some.columns))
 
     def _some_prompts(self, number: int, rng: np.random.Generator) -> np.ndarray:
@@ -367,13 +369,13 @@ class Steps:
             self.budget,
         )
 
-    def _judging(self, samples: int, seed: int) -> JudgeSettings:
+    def _drawing(self, samples: int, seed: int, temperature: float | None = None) -> JudgeSettings:
         return JudgeSettings(
             samples=samples,
             seed=seed,
             label_noise=self.config.label_noise,
             budget=self.budget,
-            **self.config.sampling(),
+            **self.config.sampling(temperature),
         )
 
 

@@ -15,6 +15,7 @@ from fasttr.console import say
 from fasttr.data.sources import read_rows
 from fasttr.errors import FasttrError
 from fasttr.losses.objective import Objective
+from fasttr.memory.plan import NO_REFERENCE
 from fasttr.metrics.online import OnlineLedger
 from fasttr.metrics.sums import Averages
 from fasttr.metrics.trackers import require_trackers
@@ -39,6 +40,7 @@ from fasttr.rollouts.rewards import (
 from fasttr.training.checkpoints import Resume, check_resume, find_resume, take_up
 from fasttr.training.critic import Critic, read_critic
 from fasttr.training.experience import Collector
+from fasttr.training.memory import Rows, plan_memory
 from fasttr.training.run import Run
 from fasttr.training.setup import Given, checked_tokenizer, prepare_torch
 
@@ -61,9 +63,18 @@ def set_up(config: OnlineConfig, functions: Sequence[Any], rows: Any) -> OnlineR
     resume = find_resume(config)
     source = str(resume.folder) if resume is not None else config.model_name_or_path
     tokenizer = checked_tokenizer(config, Given(), device, source)
-    config = dataclasses.replace(
-        config, max_tokens_per_batch=config.token_budget(device), attention_tier=SHARED
+    if resume is not None:
+        config = config.as_planned_in(resume.state.facts["config"])
+    config = dataclasses.replace(config, attention_tier=SHARED)
+    config, _ = plan_memory(
+        config,
+        device,
+        dataclasses.replace(config.model(device), name=str(source)).read(),
+        Rows(longest=config.max_completion_length),
+        reference=NO_REFERENCE._replace(is_resident=config.beta > 0, has_critic=config.is_ppo),
     )
+    if device.type == "cuda":
+        say("memory: reward models and the cache of what is drawn are not counted")
     # What can be refused without a model is refused first.
     plan = _plan(config, _prompts(config, tokenizer, device, rows))
     check_renders(config.reward_names, tokenizer, plan.trees.raw)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,17 +22,19 @@ from fasttr.environment import device_for
 from fasttr.errors import FasttrError
 from fasttr.evaluation.split import EvaluationSplit
 from fasttr.losses import Loss, as_loss
+from fasttr.memory.plan import NO_REFERENCE
 from fasttr.metrics.ledger import PreferenceLedger
 from fasttr.metrics.sums import Averages
 from fasttr.metrics.trackers import require_trackers
 from fasttr.models.checks import check_given, check_ids
-from fasttr.models.choice import Candidate, choose_tier
+from fasttr.models.choice import Candidate, Choice, choose_tier
 from fasttr.models.compiled import compile_layers
 from fasttr.models.given import pack_model, read_weights_into
 from fasttr.models.halves import add_remainders, add_remainders_of_rows
 from fasttr.models.load import (
     ModelConfig,
     check_loadable,
+    checkpoint_activations,
     dropout_rates,
     has_tokenizer,
     load_model,
@@ -54,6 +57,7 @@ from fasttr.training.announce import (
 )
 from fasttr.training.best import Best, Patience
 from fasttr.training.checkpoints import Resume, check_resume, find_resume, take_up
+from fasttr.training.memory import Rows, plan_memory, unless_compiled
 from fasttr.training.run import Run
 
 
@@ -82,6 +86,8 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     if resume is not None and not config.use_peft:
         source = str(resume.folder)
     tokenizer = checked_tokenizer(config, given, device, source)
+    if resume is not None:
+        config = config.as_planned_in(resume.state.facts["config"])
     candidates = _candidates(config, given, device, source)
     coefficient = coefficient_of(candidates[0].config, config.router_aux_loss_coef)
     config = dataclasses.replace(config, router_aux_loss_coef=coefficient)
@@ -96,8 +102,20 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     if config.evaluates:
         eval_rows = ranks.first_alone(lambda: reader.evaluation(loss, given.eval_dataset))
         eval_trees = {name: as_loss_reads(one, loss, config) for name, one in eval_rows.items()}
-    config = dataclasses.replace(config, max_tokens_per_batch=config.token_budget(device))
-    config = _with_tier(config, candidates, [trees, *eval_trees.values()])
+    splits = [trees, *eval_trees.values()]
+    choice = _tier(config, candidates, splits)
+    config = dataclasses.replace(config, attention_tier=choice.tier)
+    rows_of_packs = Rows.of(config, splits, config.group_rows(loss))
+    config, memory = plan_memory(
+        config,
+        device,
+        candidates[0].config,
+        rows_of_packs,
+        reference=None if loss.needs_reference else NO_REFERENCE,
+        ranks=ranks,
+        build=None if given.model is None else type(given.model)._from_config,
+    )
+    announce_tier(choice, trees, config)
     plan = config.plan(trees, loss, device)
     if resume is not None:
         check_resume(resume, config, loss, plan)
@@ -107,7 +125,9 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     # Ranks that divide a model meet while it is loaded.
     with contextlib.nullcontext() if ranks.is_sharded else ranks.together():
         policy, initial = _models(config, device, given, tokenizer, resume, ranks)
-    _check_ids(config, given, policy, initial, [trees, *eval_trees.values()])
+    if policy.router is not None:
+        policy.router.leaves_out_mismatched = loss.unpaired and loss.completions > 1
+    _check_ids(config, given, policy, initial, splits)
     if config.eos_token is not None:
         _end_with(policy, tokenizer)
     # What is trained of an adapted model is small, and fp32.
@@ -116,7 +136,10 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
         policy.model, bf16=splits_weights, rows=_rows_of(policy)
     )
     # Not before: the optimizer decides which weights are bf16, and graphs are made for dtypes.
-    compile_layers(policy, config.compile)
+    compiled = compile_layers(policy, config.compile, budget=config.activation_memory_budget)
+    if unless_compiled(config, memory, compiled):
+        say("memory: whole layers are made again in the backward, since they are not compiled")
+        checkpoint_activations(policy.model, True)
     run = Run(
         config=config,
         device=device,
@@ -128,7 +151,12 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
         packs=PacksAhead(functools.partial(plan.packs, ranks=ranks), plan.total_steps),
         policy=policy,
         reference=MovingReference(
-            config.schedule, policy, initial, optimizer=optimizer, bound=config.ref_rank_bound()
+            config.schedule,
+            policy,
+            initial,
+            optimizer=optimizer,
+            fits_beside=_rests_beside(config),
+            bound=config.ref_rank_bound(),
         ),
         optimizer=optimizer,
         scheduler=config.optimizer().scheduler(optimizer, plan.total_steps),
@@ -142,6 +170,7 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
         averages=Averages(device),
         total_loss=torch.zeros((), device=device),
         ranks=ranks,
+        memory=memory,
     )
     if resume is not None:
         take_up(run, resume)
@@ -151,10 +180,11 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
 def _require_divisible(config: TrainConfig) -> None:
     """What cannot be done on rows of a weight is refused before a model is read."""
     config.optimizer().check_rows()
-    for name in ("merge_adapter", "compile"):
+    for name in ("merge_adapter", "lora_target_parameters", "load_in_4bit", "log_completions"):
         if getattr(config, name):
             raise FasttrError(
-                f"{name}: got true with shard_size above 1; it needs whole weights: leave it out"
+                f"{name}: got {getattr(config, name)} with shard_size above 1; it needs whole "
+                "weights: leave it out"
             )
 
 
@@ -273,14 +303,17 @@ def _candidates(
     return candidates
 
 
-def _with_tier(
-    config: TrainConfig, candidates: list[Candidate], splits: list[TreeSource]
-) -> TrainConfig:
-    """The configuration with a tier that is exact for the longest row."""
+def _tier(config: TrainConfig, candidates: list[Candidate], splits: list[TreeSource]) -> Choice:
+    """A tier that is exact for the longest row."""
     longest = max(longest_sequence(trees) for trees in splits)
-    choice = choose_tier(config.attention_tier, candidates, longest)
-    announce_tier(choice, splits[0], config)
-    return dataclasses.replace(config, attention_tier=choice.tier)
+    return choose_tier(config.attention_tier, candidates, longest)
+
+
+def _rests_beside(config: TrainConfig) -> Callable[[PackedModel], bool] | None:
+    """Where a soft reference rests, as a setting or the memory plan says."""
+    if config.ref_on_host is None:
+        return None
+    return lambda _: not config.ref_on_host
 
 
 def _with_loss(

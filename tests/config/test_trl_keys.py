@@ -190,21 +190,27 @@ def test_spellings_of_nothing_are_accepted():
 
 def test_all_refusals_of_a_file_are_said_at_once():
     values = {
-        "load_in_4bit": True,
+        "load_in_8bit": True,
         "num_machines": 8,
         "max_steps": "many",
         "lerning_rate": 1,
         "beta": 0.1,
+        "weight_decay": -1.0,
+        "lr_scheduler_type": "cosin",
+        "loss_type": "dpo",
     }
     with pytest.raises(FasttrError) as stopped:
         translate(values)
     told = str(stopped.value)
-    assert told.startswith("4 settings cannot be taken: (1) ")
+    assert told.startswith("7 settings cannot be taken: (1) ")
     for part in (
-        "load_in_4bit: got True; a quantised base is not built",
+        "load_in_8bit: got True; 8 bits are not built",
         "num_machines: got 8; start torchrun on every machine",
         "max_steps: got many; wanted int",
         "unknown key 'lerning_rate' (did you mean 'learning_rate'?)",
+        "weight_decay: got -1.0; wanted a number from 0",
+        "lr_scheduler_type: got 'cosin'; wanted one of linear",
+        "loss_type: got 'dpo'; DPO is called sigmoid",
     ):
         assert part in told
     assert "beta" not in told

@@ -13,6 +13,7 @@ from tests.runs import evaluations, settings, steps
 
 MOVING = {"ref_update": "soft", "ref_update_alpha": 0.6, "ref_update_every": 3}
 ADAPTER = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
+EXPERTS = {"model_name_or_path": "experts", "router_aux_loss_coef": 0.01, "max_steps": 4}
 # Packs of a few rows each, so that a step of 8 is several packs on every rank.
 CASES = {
     "hard": {"ref_update": "hard", "ref_update_every": 2},
@@ -30,6 +31,8 @@ CASES = {
     "bf16 adapter": {"bf16": True, **ADAPTER, **MOVING},
     "named reference": {"ref_model_name_or_path": "reference", "max_steps": 3},
     "tied, recomputed": {"model_name_or_path": "tied", **MOVING, "gradient_checkpointing": True},
+    "experts": {**EXPERTS, **MOVING},
+    "experts adapter": {**EXPERTS, **MOVING, **ADAPTER, "lora_target_modules": "q_proj"},
     "kept end": {"max_length": 24, "truncation_mode": "keep_end", "max_steps": 3},
     # Every weight moves by its gradient.
     "gradient": {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "max_steps": 1},

@@ -2,17 +2,21 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fasttr.models.scratch import init_model
 from tests.distributed.cases import CASES, case_settings
 from tests.runs import run
-from tests.tiny import perturb
+from tests.tiny import perturb, tiny_model
 
 
 @pytest.fixture(scope="session")
 def models(workspace):
-    """The workspace with a model beside the others whose head is its embedding."""
+    """The workspace with two models more: one whose head is its embedding, one with experts."""
+    experts = workspace / "experts"
+    if not experts.exists():
+        tiny_model("qwen3_moe", vocab_size=300).save_pretrained(experts)
+        AutoTokenizer.from_pretrained(workspace / "model").save_pretrained(experts)
     folder = workspace / "tied"
     if not folder.exists():
         init_model(

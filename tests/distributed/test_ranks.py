@@ -11,7 +11,8 @@ from tests.runs import evaluations, lines, run, same_weights, settings, steps, t
 from tests.several import Fault, launched
 
 # Those that are about what is in a step; others are about how weights lie.
-PLAIN = [name for name in CASES if name not in ("named reference", "tied, recomputed", "gradient")]
+OF_WEIGHTS = ("named reference", "tied, recomputed", "gradient", "experts", "experts adapter")
+PLAIN = [name for name in CASES if name not in OF_WEIGHTS]
 OF_RANKS = {
     2: PLAIN,
     3: ["soft", "kto", "ipo with ld_alpha", "fewer rows than ranks"],

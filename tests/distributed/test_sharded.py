@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fasttr.checkpoint.pieces import SavedTensors
+from fasttr.checkpoint.state import read_state
 from tests.distributed.cases import (
     CASES,
     MOVING,
@@ -18,7 +19,7 @@ from tests.distributed.cases import (
     case_settings,
     trained,
 )
-from tests.runs import run, settings, steps, timeless
+from tests.runs import checkpoint_names, run, settings, steps, timeless
 from tests.several import Fault, launched
 
 # Of 4: two copies of two shards each, and one copy among all with fewer rows than ranks.
@@ -54,11 +55,13 @@ def sharded(models, tmp_path_factory):
             runs.append(divided(settings(models, folder / "saved", **RESUMED)))
             runs.append(divided({**resumed(models, folder, folder / "saved"), "_watch": "counts"}))
             runs.append(divided(settings(models, folder / "closed", **{**RESUMED, **CLOSED})))
+            behind = {**RESUMED, "save_in_background": True, "save_steps": 2}
+            runs.append(divided(settings(models, folder / "behind", **behind)))
         else:
             runs.append(divided(resumed(models, folder, folders[2] / "saved")))
         ended = launched(world, runs, folder / "output")
         assert [rank.status for rank in ended] == [0] * world, ended
-        assert all(rank.text == "" for rank in ended[1:])  # one speaks for all
+        assert [rank.text for rank in ended[1:]] == [""] * (world - 1)  # one speaks for all
     return folders
 
 
@@ -76,6 +79,15 @@ def resumed(models, folder, whole):
 def test_divided_weights_give_the_run_of_one_process(one, sharded, world, name):
     """Under `gradient` the weights move by their gradients, every one of them."""
     assert_same_numbers(one(name), sharded[world] / name, name)
+
+
+@pytest.mark.slow
+def test_compiled_layers_of_divided_weights_give_the_same_run(models, one, tmp_path):
+    changes = divided({**case_settings(models, tmp_path, "soft"), "_watch": "compiles"})
+    ended = launched(2, [changes], tmp_path / "output")
+    assert [rank.status for rank in ended] == [0, 0], ended
+    assert "compile: done" in ended[0].text
+    assert_same_numbers(one("soft"), tmp_path / "soft", "soft")
 
 
 def test_every_weight_moves(models, sharded):
@@ -145,10 +157,26 @@ def test_every_rank_writes_its_share_of_a_checkpoint(sharded):
     assert names == shares | {"state.safetensors"}
     sizes = [(folder / f"model-0000{i}-of-00002.safetensors").stat().st_size for i in (1, 2)]
     assert min(sizes) > 0.3 * max(sizes)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == trained(folder).keys()
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in trained(folder).values())
     recorded = json.loads((folder / "fasttr/state.json").read_text())["files"]
     assert {path for path in recorded if path.endswith(".safetensors")} == {
         str(path.relative_to(folder)) for path in folder.rglob("*.safetensors")
     }
+
+
+def test_a_checkpoint_that_is_written_meanwhile_holds_its_own_step(sharded):
+    """Not what the run has become while its files were written."""
+    behind, saved = sharded[2] / "behind", sharded[2] / "saved"
+    assert checkpoint_names(behind) == [f"checkpoint-{step}" for step in (2, 4, 6, 7)]
+    for path in (saved / "checkpoint-4").rglob("*.safetensors"):
+        same = behind / "checkpoint-4" / path.relative_to(saved / "checkpoint-4")
+        mine, theirs = load_file(same), load_file(path)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs), path.name
+    read_state(behind / "checkpoint-6")  # every file is as it was recorded
+    assert not list(behind.glob(".*.tmp"))
 
 
 @pytest.mark.parametrize("name", ["soft", "bf16", "tied, recomputed"])

@@ -52,22 +52,27 @@ def model():
     return found
 
 
-def first_rows(owner) -> LocalRows:
-    """Three rows of every matrix, those of layers in bf16."""
-    matrices = all_matrices(owner)
+def first_rows(owner, halves: bool) -> LocalRows:
+    """Half the rows of every weight; matrices of layers in bf16 where the optimizer knows it."""
+    matrices = all_matrices(owner) if halves else set()
     parameters, remainders = {}, {}
     for name, p in owner.named_parameters():
-        content = p.detach()[:3].clone()
+        content = first_half(p.detach()).clone()
         if p in matrices:
             content, remainders[name] = split_halves(content)
         parameters[name] = nn.Parameter(content)
     return LocalRows(parameters, remainders)
 
 
+def first_half(x: torch.Tensor) -> torch.Tensor:
+    return x[: len(x) // 2]
+
+
 def way(choice: Choice, bf16: bool) -> torch.Tensor:
-    """Where 20 steps lead, in fp64, of the first rows of every weight."""
+    """Where 20 steps lead, in fp64, of the first half of every weight."""
     owner = model()
-    rows = first_rows(owner) if choice.of_rows and bf16 else None
+    halves = choice.config().splits(bf16)
+    rows = first_rows(owner, halves) if choice.of_rows and bf16 else None
     optimizer = choice.config().optimizer(owner, bf16=bf16, rows=rows)
     names = [name for group in optimizer.param_groups for name in group["names"]]
     parameters = dict(zip(names, parameters_of(optimizer), strict=True))
@@ -77,12 +82,15 @@ def way(choice: Choice, bf16: bool) -> torch.Tensor:
     for _ in range(STEPS):
         for name, shape in shapes.items():
             # Of unequal sizes, with a direction.
-            whole = torch.randn(shape, generator=generator) + 0.3
+            whole = torch.randn(shape, generator=generator) + 1.0
             p = parameters[name]
             p.grad = whole[: len(p)].to(p.dtype)
         update(optimizer, owner, loss=torch.zeros(()), max_grad_norm=0.0)
-    moved = [value(optimizer, parameters[name]) - start[name] for name in sorted(shapes)]
-    return torch.cat([x[:3].flatten() for x in moved])
+    moved = []
+    for name in sorted(shapes):
+        way_of_one = value(optimizer, parameters[name]) - start[name]
+        moved.append((way_of_one if rows is not None else first_half(way_of_one)).flatten())
+    return torch.cat(moved)
 
 
 def value(optimizer: torch.optim.Optimizer, p: torch.Tensor) -> torch.Tensor:

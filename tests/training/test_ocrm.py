@@ -237,15 +237,15 @@ def test_controls_are_judged_on_the_same_samples(workspace, done):
 
 
 def test_a_changed_setting_is_named(workspace, tmp_path, capsys):
-    from fasttr.training.ocrm import CONFIG, _announce_changes
+    from fasttr.training.ocrm import CONFIG, announce_changes
 
     before = config_of(workspace, tmp_path / "run")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / CONFIG).write_text(json.dumps(dataclasses.asdict(before)))
-    _announce_changes(dataclasses.replace(before, stages=5, ratio_tau=0.5))
+    announce_changes(dataclasses.replace(before, stages=5, ratio_tau=0.5))
     told = capsys.readouterr().out
     assert "made with another configuration (stages, ratio_tau)" in told
-    _announce_changes(before)
+    announce_changes(before)
     assert capsys.readouterr().out == ""
 
 
@@ -286,6 +286,7 @@ def test_labels_with_noise_are_bradley_terry():
         ({"arms": ["heavy"]}, "arms: got \\['heavy'\\]; wanted some of fixed, unweighted"),
         ({"label": "nowhere"}, "no folder here and no module:function"),
         ({"ratio_alpha": 2.0}, "ratio_alpha: got 2.0; wanted a number from 0 to 1"),
+        ({"pairs_temperature": 0.7}, "ratio_temperature: got 1.0, and pairs are written at 0.7"),
         ({"cluster": "json:nothing"}, "cluster: 'json' has no function 'nothing'"),
         ({"dpo": {"loss_type": "ipo"}}, "dpo_loss_type: got 'ipo'; a stage sets it"),
         ({"arms": ["ppo-rlhf"], "ppo": {"lam": 2.0}}, "lam: got 2.0; wanted a number from 0 to 1"),

@@ -107,6 +107,8 @@ class Effect(NamedTuple):
         return int(self.low > 0) - int(self.high < 0)
 
     def text(self, digits: int = 3) -> str:
+        if self.seeds == 0:
+            return "no seed"
         if math.isinf(self.high):
             return f"{self.mean:+.{digits}f} (too few seeds)"
         return f"{self.mean:+.{digits}f} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"

@@ -79,7 +79,7 @@ def _listed(found: Found) -> dict[str, list[float | None]]:
 
 def _compact(record: Record) -> dict[str, Any]:
     """One line of numbers a measurement, in the order of `columns`."""
-    rows = [" ".join(f"{value:.5g}" for value in row.values()) for row in record.rows]
+    rows = [" ".join(f"{value:.4g}" for value in row.values()) for row in record.rows]
     return {"seed": record.seed, "setting": record.setting, "arm": record.arm, "rows": rows}
 
 
@@ -124,7 +124,8 @@ def apart(found: Found) -> str:
         half = [max(effect.high - effect.mean, 1e-9) for effect in of]
         return float(np.mean(np.abs([effect.mean for effect in of]) / half))
 
-    return max(cells(), key=distance)
+    furthest = max(cells(), key=distance)
+    return furthest if distance(furthest) > 0 else "too few seeds to say"
 
 
 def _of_arm(arm: str, of: Found, outcome: Outcome) -> str:
