@@ -59,6 +59,18 @@ def test_the_menu_has_every_page(site):
     assert sorted(menu) == sorted(site.pages)
 
 
+def test_every_section_of_the_reference_has_a_page():
+    sections = re.findall(r"^## (.*)$", (ROOT / "REFERENCE.md").read_text(), re.MULTILINE)
+    shown = [
+        h for part in pages.PARTS.values() if part.page == "REFERENCE.md" for h in part.headings
+    ]
+    assert sorted(shown) == sorted(sections)
+    named = {part.page for part in pages.PARTS.values()}
+    assert named >= {path.name for path in ROOT.glob("*.md")}, (
+        "a page of the repository is left out"
+    )
+
+
 def test_settings_metrics_and_losses_are_those_of_the_code(site):
     from fasttr.config.train_config import TrainConfig
     from fasttr.losses import LOSSES
