@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: setup train ocrm test test-slow lint bench clean
+.PHONY: setup train ocrm test test-slow lint bench docs clean
 
 setup: $(STAMP)
 
@@ -35,5 +35,11 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
+# The site in site/, every link checked. What it needs beyond the set-up is small, and fetched here.
+docs: setup
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	@echo "open site/index.html, or: $(PY) -m mkdocs serve"
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

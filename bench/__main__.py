@@ -29,11 +29,12 @@ COMMANDS = {
     "optim": Command("bench.optim", "the optimizer's step beside its peers"),
     "layer": Command("bench.layer", "one decoder layer: fp32, split, all bf16, compiled"),
     "attention": Command("bench.attention", "attention over packed trees, back end by back end"),
-    "on_policy": Command("bench.on_policy", "a reward step and a policy step beside TRL's"),
+    "on_policy": Command("bench.on_policy", "steps on given completions beside TRL's trainers"),
     "step": Command("bench.step", "one optimizer step and what each part of fasttr brings to it"),
     "overhead": Command(
         "bench.overhead", "the trainer's own time per step; tokenising and planning of many pairs"
     ),
+    "scale": Command("bench.scale", "steps, planning and tables of many processes, simulated"),
     "all": Command("bench.everything", "everything, within a budget of time"),
     "gpu": Command("bench.gpu.runner", "all that is worth knowing of a GPU, part by part"),
     "tables": Command("bench.tables", "write the tables of bench/README.md from bench/results"),

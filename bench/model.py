@@ -1,110 +1,74 @@
-"""A model of a step's time and a device's memory: counted operations and bytes over stated rates.
+"""Tables of a model of a step's time and a card's memory: counted operations and bytes over stated
+rates (`fasttr.cluster`), and the trainer's own memory plan (`fasttr.memory`) on cards that are
+pretended.
 
-Nothing here was measured on a GPU. Operations follow from shapes; the bytes that a layer moves
-outside its products and attention, and keeps for the backward, were counted on a Llama layer on a
-CPU and are used for every architecture. Times are worth some 12 % either way.
-
-Legend: P parameters, T packed tokens, R predicting rows, D hidden size, V vocabulary, L layers.
+Nothing here was measured on a GPU. Times are worth some 12 % either way.
 """
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import NamedTuple
 
 from bench.lengths import make_trees, packed_tokens
-from bench.shapes import SHAPES, Shape
+from bench.shapes import SHAPES
 from bench.text import titled
+from fasttr.cluster.rates import CARDS, Machine
+from fasttr.cluster.step import (
+    ALL_AGAIN,
+    COMPILED,
+    EAGER,
+    Elementwise,
+    Model,
+    Stage,
+    Work,
+    causal,
+    scoring_seconds,
+    step_seconds,
+    useful_operations,
+)
+from fasttr.memory.choose import USABLE, Plan, Wishes, choose
+from fasttr.memory.plan import GIB, Reference, Setup
+from fasttr.memory.shapes import Shape
+from fasttr.memory.sizes import sizes_of
+from fasttr.models.lora import AdapterConfig
+from fasttr.models.packed import head_rows
 
 PAIRS = 64  # of a step
 SAMPLE = 2048  # pairs that mean lengths are taken over
+H200 = Machine.of("h200")
+SLOW_H200 = H200._replace(products=620e12, memory=3.2e12, attention=150e12)
 
 
-class Machine(NamedTuple):
-    """Rates that are sustained, a second."""
-
-    name: str
-    products: float  # operations of large bf16 products
-    memory: float  # bytes
-    attention: float  # operations of attention over short segments
-    peak: float  # operations that MFU is a share of
-    memory_bytes: float
-
-
-H200 = Machine("H200", 700e12, 3.7e12, 250e12, 989e12, 143771 * 2**20)
-SLOW_H200 = Machine("H200, slower", 620e12, 3.2e12, 150e12, 989e12, 143771 * 2**20)
-GPU_48 = H200._replace(name="48 GB", memory_bytes=48e9)
-GPU_24 = H200._replace(name="24 GB", memory_bytes=24e9)
-USABLE = 0.975  # of a device's memory: the rest is the context's, and holes
-
-
-class Work(NamedTuple):
-    """What a step of pairs has to do."""
-
-    pairs: int
-    tokens: int  # T
-    predicting: int  # R
-    attended: int  # pairs of a query with a key that it sees
-
-    @classmethod
-    @lru_cache
-    def of(cls, lengths: str, pairs: int = PAIRS) -> Work:
-        """Of mean pairs of a data set."""
-        trees = make_trees(lengths, SAMPLE, vocabulary=8)
-        tokens = predicting = attended = 0
-        for tree in trees:
-            prompt = len(tree.prompt_ids)
-            chosen, rejected = (len(ids) for ids in tree.completions)
-            tokens += packed_tokens(tree)
-            predicting += chosen + rejected
-            attended += _causal(prompt + chosen) + _causal(prompt + rejected) - _causal(prompt)
-        scale = pairs / SAMPLE
-        return cls(pairs, *(round(x * scale) for x in (tokens, predicting, attended)))
-
-
-def _causal(length: int) -> int:
-    return length * (length + 1) // 2
-
-
-class Elementwise(NamedTuple):
-    """Bytes that a layer moves outside products and attention, a token and unit of D."""
-
-    forward: float
-    backward: float
-
-    @classmethod
-    def counted(cls, forward_gb: float, backward_gb: float) -> Elementwise:
-        """From gigabytes of one layer of llama-3-8b at 16,384 tokens."""
-        units = 16384 * SHAPES["llama-3-8b"].hidden
-        return cls(forward_gb * 1e9 / units, backward_gb * 1e9 / units)
-
-
-# fp32 weights under autocast, eager; casts of weights are counted apart, a parameter and pack.
-EAGER = Elementwise.counted(12.7, 30.2)
-# bf16 matrices, fp32 residual and norms, fused by a compiler.
-COMPILED = Elementwise.counted(4.4, 7.1)
-
-
-class Stage(NamedTuple):
-    """How a step is done."""
-
-    name: str
-    elementwise: Elementwise
-    products_again: float  # share of the forward's products made again in the backward
-    elementwise_again: float
-    sweep: float  # bytes a parameter and step: optimizer, gradient norm, clipping
-    each_pack: float  # bytes a parameter and pack: casts of weights and gradients, accumulation
-    pack_tokens: int
-    head_backward: float = 1.0  # share of the head's backward products that is done
-    attention_speed: float = 1.0
+@lru_cache
+def work_of(lengths: str, pairs: int = PAIRS) -> Work:
+    """A step of mean pairs of a data set."""
+    trees = make_trees(lengths, SAMPLE, vocabulary=8)
+    tokens = predicting = attended = 0
+    for tree in trees:
+        prompt = len(tree.prompt_ids)
+        chosen, rejected = (len(ids) for ids in tree.completions)
+        tokens += packed_tokens(tree)
+        predicting += chosen + rejected
+        attended += causal(prompt + chosen) + causal(prompt + rejected) - causal(prompt)
+    scale = pairs / SAMPLE
+    return Work(pairs, *(round(x * scale) for x in (tokens, predicting, attended)))
 
 
 # Adam 28, norm 4, clipping 8; weights cast twice, gradients cast and accumulated.
 EAGER_FP32 = Stage(
-    "0 fp32 weights, eager, full checkpointing, packs of 8k", EAGER, 0.73, 1.0, 40, 30, 8192
+    name="0 fp32 weights, eager, full checkpointing, packs of 8k",
+    elementwise=EAGER,
+    products_again=ALL_AGAIN.products,
+    elementwise_again=ALL_AGAIN.elementwise,
+    sweep=40,
+    each_pack=30,
+    pack_tokens=8192,
+    casts=6,
 )
-SPLIT = EAGER_FP32._replace(name="1 split weights, one optimizer sweep", sweep=32, each_pack=10)
+SPLIT = EAGER_FP32._replace(
+    name="1 split weights, one optimizer sweep", sweep=32, each_pack=10, casts=0
+)
 FUSED = SPLIT._replace(name="2 compiled layers", elementwise=COMPILED)
 KEPT = FUSED._replace(
     name="3 memory so freed spent on not recomputing",
@@ -116,59 +80,6 @@ SPARSE = KEPT._replace(
     name="4 sparse head backward, attention twice as fast", head_backward=0.2, attention_speed=2.0
 )
 STAGES = (EAGER_FP32, SPLIT, FUSED, KEPT, SPARSE)
-LOGIT_BYTES = 18  # written, read by both sweeps, dZ written, and read by two products
-ONE_SWEEP_LOGIT_BYTES = 8  # log-probs alone
-
-
-class Seconds(NamedTuple):
-    """Where the time of a step goes."""
-
-    products: float
-    elementwise: float
-    attention: float
-    head: float
-    sweep: float
-    packs: float
-
-    @property
-    def total(self) -> float:
-        return sum(self)
-
-
-def step_seconds(shape: Shape, work: Work, stage: Stage, machine: Machine) -> Seconds:
-    """One optimizer step; the reference's log-probs are there already."""
-    units = work.tokens * shape.hidden * shape.layers
-    moved = stage.elementwise.forward * (1 + stage.elementwise_again) + stage.elementwise.backward
-    head_products = 2 + 4 * stage.head_backward
-    packs = math.ceil(work.tokens / stage.pack_tokens)
-    attention_rate = machine.attention * stage.attention_speed
-    again = 1 if stage.products_again else 0
-    return Seconds(
-        products=_layer_products(shape, work) * (3 + stage.products_again) / machine.products,
-        elementwise=units * moved / machine.memory,
-        attention=_attention(shape, work) * (3.5 + again) / attention_rate,
-        head=work.predicting
-        * (
-            head_products * shape.head_weights / machine.products
-            + LOGIT_BYTES * shape.vocabulary / machine.memory
-        ),
-        sweep=stage.sweep * shape.parameters / machine.memory,
-        packs=packs * stage.each_pack * shape.parameters / machine.memory,
-    )
-
-
-def scoring_seconds(shape: Shape, work: Work, stage: Stage, machine: Machine) -> float:
-    """The reference's log-probs of a step's pairs."""
-    units = work.tokens * shape.hidden * shape.layers
-    products = _layer_products(shape, work) + 2 * work.predicting * shape.head_weights
-    moved = units * stage.elementwise.forward
-    moved += ONE_SWEEP_LOGIT_BYTES * work.predicting * shape.vocabulary
-    casts = 6 * shape.parameters if stage is EAGER_FP32 else 0
-    return (
-        products / machine.products
-        + _attention(shape, work) / machine.attention
-        + (moved + casts) / machine.memory
-    )
 
 
 def layer_seconds(
@@ -184,78 +95,26 @@ def layer_seconds(
     )
 
 
-def _layer_products(shape: Shape, work: Work) -> float:
-    """Operations of the forward's products in all layers."""
-    return 2.0 * shape.layers * shape.layer_weights * work.tokens
-
-
-def _attention(shape: Shape, work: Work) -> float:
-    """Operations of the forward's attention in all layers."""
-    return 4.0 * work.attended * shape.heads * shape.head_dim * shape.layers
-
-
-def useful_operations(shape: Shape, work: Work) -> float:
-    """What MFU counts: forward and backward once, without the reference."""
-    head = 6.0 * work.predicting * shape.head_weights
-    return 3 * _layer_products(shape, work) + 3 * _attention(shape, work) + head
-
-
 def mfu(shape: Shape, work: Work, stage: Stage, machine: Machine) -> float:
-    seconds = step_seconds(shape, work, stage, machine).total
-    return useful_operations(shape, work) / seconds / machine.peak
-
-
-class Storage(NamedTuple):
-    """What a parameter costs while it is trained."""
-
-    name: str
-    bytes: float
-
-
-STORAGES = (
-    Storage("fp32 weights, gradients, moments, bf16 casts", 18),
-    Storage("split, fp32 gradients, fp32 moments", 16),
-    Storage("split, bf16 gradients (one pack a step), fp32 moments", 14),
-    Storage("split, fp32 gradients, bf16 moments", 12),
-    Storage("split, bf16 gradients, bf16 moments", 10),
-    Storage("split, bf16 gradients, 8-bit moments", 8.06),
-    Storage("split, gradients on the host, 8-bit moments", 6.06),
-    Storage("bf16 stochastic, gradients on the host, 8-bit moments", 4.06),
-)
-# Bytes a token, layer and unit of D that a compiled layer keeps, by `activation_memory_budget`.
-KEPT_BYTES = {"0.8": 25, "0.2": 9}
-LOGIT_BUFFER = 2**31 * 1.5  # fp32 logits of a chunk, and dZ in bf16
-LEAST_TOKENS = 1000  # below that no pack is worth making
-
-
-def tokens_that_fit(shape: Shape, storage: Storage, kept: float, machine: Machine) -> int:
-    """Tokens of the largest pack, 0 where the states alone leave no room."""
-    head = LOGIT_BUFFER + 4 * shape.head_weights
-    free = USABLE * machine.memory_bytes - storage.bytes * shape.parameters - head
-    tokens = free / (kept * shape.hidden * shape.layers)
-    return int(tokens) if tokens >= LEAST_TOKENS else 0
+    model = Model.of(shape)
+    seconds = step_seconds(model, work, stage, machine).total
+    return useful_operations(model, work) / seconds / machine.peak
 
 
 STEP_SIZES = ("llama-3-8b", "pythia-2.8b")
 STEP_LENGTHS = {"hh": "HH-RLHF", "ultrafeedback": "UltraFeedback"}
-MEMORY_CASES = (
-    ("llama-3-8b", H200),
-    ("pythia-2.8b", GPU_48),
-    ("pythia-2.8b", GPU_24),
-    ("llama-3.2-1b", GPU_24),
-)
 
 
 def tables() -> str:
-    """Both tables, as the README shows them."""
-    return step_table() + "\n\n" + memory_table()
+    """All tables, as the README shows them."""
+    return "\n\n".join((step_table(), memory_table()))
 
 
 def step_table() -> str:
     cases = [(size, lengths) for size in STEP_SIZES for lengths in STEP_LENGTHS]
     columns = ["after change"]
     for size, lengths in cases:
-        tokens = Work.of(lengths).tokens / 1e3
+        tokens = work_of(lengths).tokens / 1e3
         columns.append(f"{size}, {STEP_LENGTHS[lengths]}, {tokens:.1f}k tokens")
     rows = [[stage.name, *(_step_cell(*case, stage, H200) for case in cases)] for stage in STAGES]
     rows.append(
@@ -274,40 +133,97 @@ def step_table() -> str:
     title = (
         f"Model, not a measurement: a step of {PAIRS} pairs on an H200, ms and MFU without the "
         f"reference, at {H200.products / 1e12:.0f} TFLOP/s and {H200.memory / 1e12:.1f} TB/s. "
-        "With fp32 weights 8B does not fit (next table)."
+        "With fp32 weights 8B does not fit."
     )
     return titled(title, columns, rows)
 
 
 def _step_cell(size: str, lengths: str, stage: Stage, machine: Machine) -> str:
-    shape, work = SHAPES[size], Work.of(lengths)
-    seconds = step_seconds(shape, work, stage, machine).total
+    shape, work = SHAPES[size], work_of(lengths)
+    seconds = step_seconds(Model.of(shape), work, stage, machine).total
     return f"{seconds * 1e3:,.0f}, {mfu(shape, work, stage, machine):.0%}"
 
 
 def _rate(size: str, lengths: str, stage: Stage) -> float:
-    shape, work = SHAPES[size], Work.of(lengths)
-    step = step_seconds(shape, work, stage, H200).total
-    return work.pairs / (step + scoring_seconds(shape, work, stage, H200))
+    model, work = Model.of(SHAPES[size]), work_of(lengths)
+    step = step_seconds(model, work, stage, H200).total
+    return work.rows / (step + scoring_seconds(model, work, stage, H200))
+
+
+class Setting(NamedTuple):
+    """A way to hold weights, and the rows of a step."""
+
+    name: str
+    keeps_masters: bool = True
+    splits: bool = True
+    rows: int = PAIRS
+    is_adapter: bool = False
+
+
+LONGEST = 2048  # tokens of a pair: two sides of max_length 1024 without a shared prompt
+SETTINGS = (
+    Setting("fp32 weights, AdamW of another name", splits=False),
+    Setting("16 more bits of every weight (the default)"),
+    Setting("the same, 8 pairs a step: one pack", rows=8),
+    Setting("dtype bfloat16: rounded stochastically", keeps_masters=False),
+    Setting("LoRA, rank 16", is_adapter=True),
+)
+SMALL_CARDS = {"48 GB": 48e9, "24 GB": 24e9}
+MEMORY_CASES = (
+    ("llama-3-8b", "h200"),
+    ("llama-3-8b", "h100"),
+    ("pythia-2.8b", "48 GB"),
+    ("llama-3.2-1b", "24 GB"),
+)
 
 
 def memory_table() -> str:
-    columns = ["setting", "B a parameter", "8B, GB"]
-    columns += [f"{size} on {machine.name}, tokens a pack" for size, machine in MEMORY_CASES]
-    rows = []
-    for storage in STORAGES:
-        states = storage.bytes * SHAPES["llama-3-8b"].parameters / 1e9
-        cells = [_tokens_cell(SHAPES[size], storage, machine) for size, machine in MEMORY_CASES]
-        rows.append([storage.name, f"{storage.bytes:g}", f"{states:.1f}", *cells])
+    """What the memory plan chooses on cards."""
+    columns = ["weights and steps"]
+    columns += [f"{size} on {card}, {_memory(card) / 1e9:.0f} GB" for size, card in MEMORY_CASES]
+    rows = [
+        [setting.name, *(_plan_cell(plan_of(setting, size, card)) for size, card in MEMORY_CASES)]
+        for setting in SETTINGS
+    ]
     title = (
-        "Model, not a measurement: tokens of a pack that fit beside the states, compiled layers, "
-        "at activation budget 0.8 / 0.2."
+        "Model, not a measurement: what the memory plan chooses for full fine-tuning (and LoRA) "
+        f"with a soft reference, compiled layers, steps of {PAIRS} pairs of at most {LONGEST} "
+        f"tokens, {USABLE:.0%} of a card: moments, share of activations kept, tokens a pack, GiB "
+        "at once."
     )
     return titled(title, columns, rows)
 
 
-def _tokens_cell(shape: Shape, storage: Storage, machine: Machine) -> str:
-    tokens = [tokens_that_fit(shape, storage, kept, machine) for kept in KEPT_BYTES.values()]
-    if not any(tokens):
-        return "none"
-    return " / ".join(f"{n / 1e3:.0f}k" if n else "none" for n in tokens)
+def _memory(card: str) -> float:
+    return CARDS[card].memory if card in CARDS else SMALL_CARDS[card]
+
+
+def plan_of(setting: Setting, size: str, card: str, reference: Reference | None = None) -> Plan:
+    """The memory plan of one cell."""
+    adapter = AdapterConfig() if setting.is_adapter else None
+    sizes = sizes_of(SHAPES[size].config(), bf16=True, adapter=adapter)
+    memory = _memory(card)
+    growth = 6.0 if setting.is_adapter else 1.0
+    setup = Setup(
+        sizes=sizes,
+        bf16=True,
+        chunk_rows=head_rows(sizes.vocabulary, memory),
+        is_adamw=setting.splits,
+        keeps_masters=setting.keeps_masters,
+        state_bytes=None if setting.splits else 8.0,
+        compiled=True,
+        reference=reference or Reference(is_soft=True, rank_growth=growth),
+    )
+    wishes = Wishes(longest=LONGEST, step_tokens=setting.rows * LONGEST)
+    return choose(setup, wishes, USABLE * memory)
+
+
+def _plan_cell(plan: Plan) -> str:
+    peak = f"{plan.bytes.peak / GIB:.0f} GiB"
+    assert plan.room is not None
+    if not plan.fits:
+        return f"no: at least {peak} of {plan.room / GIB:.0f}"
+    choices = plan.choices
+    moments = "own" if plan.setup.state_bytes is not None else choices.moments
+    where = ", reference on the host" if choices.rests_on_host else ""
+    return f"{moments}, {choices.recompute.budget:g}, {choices.tokens / 1e3:.1f}k, {peak}{where}"

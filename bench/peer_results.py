@@ -12,7 +12,10 @@ from bench.text import markdown, reasons, spread, titled
 from bench.timing import Times
 
 # The first of a group that ran is what the others are compared with.
-GROUPS = (("trl-default", "trl-best", "fasttr", "fasttr-compiled"), ("trl-sync", "fasttr-soft"))
+GROUPS = (
+    ("trl-default", "trl-best", "trl-patched", "fasttr", "fasttr-compiled"),
+    ("trl-sync", "fasttr-soft"),
+)
 WARM_UP = 2  # steps
 
 Losses = Mapping[str, list[float]]  # provider -> loss of every step, nats

@@ -184,6 +184,10 @@ def run_trl(spec: dict[str, Any], turns: Turns) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
     reference = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32).eval()
     settings = dict(spec["settings"])
+    if settings.pop("patched", False):
+        from fasttr.integrations.trl import patch
+
+        patch()
     settings.setdefault(
         "gradient_accumulation_steps", spec["batch"] // settings["per_device_train_batch_size"]
     )

@@ -37,8 +37,9 @@ from fasttr.environment import device_for
 from fasttr.files import write_json
 
 PROVIDERS = ("fasttr", "trl-default", "trl-best", "trl-sync", "fasttr-soft")
-# Only where asked for: it compiles for a minute before its first step on a CPU; a GPU always does.
-MORE_PROVIDERS = ("fasttr-compiled",)
+# Only where asked for: the first compiles for a minute before its first step on a CPU, a GPU always
+# does; the second is trl-default with fasttr.integrations.trl.
+MORE_PROVIDERS = ("fasttr-compiled", "trl-patched")
 AGREE = 1e-3  # nats of loss, at every step
 # Log-probs of a completion from bf16 logits, as TRL has them, carry tenths of a nat of noise.
 AGREE_BF16 = 2e-2
@@ -251,6 +252,8 @@ def _settings(name: str, args: argparse.Namespace, job: Job) -> dict[str, Any]:
             return packed | soft
         case "trl-best":
             return default | {"per_device_train_batch_size": math.gcd(best, job.batch)}
+        case "trl-patched":
+            return default | {"patched": True}
         case "trl-sync":
             return default | {
                 "sync_ref_model": True,

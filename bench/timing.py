@@ -27,13 +27,14 @@ class Times(NamedTuple):
     p20: float
     p80: float
     calls: int
+    turns: tuple[float, ...] = ()  # each call's, in the order in which they were made
 
     @classmethod
     def of(cls, seconds: list[float]) -> Times:
         values = torch.tensor(seconds, dtype=torch.float64)
         points = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
         p20, median, p80 = torch.quantile(values, points).tolist()
-        return cls(median, p20, p80, len(seconds))
+        return cls(median, p20, p80, len(seconds), tuple(seconds))
 
     def as_dict(self) -> dict[str, float]:
         return {"median_s": self.median, "p20_s": self.p20, "p80_s": self.p80, "calls": self.calls}

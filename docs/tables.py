@@ -12,11 +12,12 @@ from pathlib import Path
 
 from docs import on_policy_tables
 from docs.markdown import head, row
+from fasttr.cluster.settings import PlanSettings
 from fasttr.config.train_config import TrainConfig
 from fasttr.config.trl_table import SECTIONS, TABLE
 from fasttr.data.formats import find_format
 from fasttr.losses import LOSSES
-from fasttr.metrics.names import METRICS
+from fasttr.metrics.names import METRICS, SAMPLE_METRICS
 from fasttr.settings import settings_of
 
 # (columns of a row, dataset_format, sides, how it is read, accepted by TRL 1.16)
@@ -136,11 +137,23 @@ def settings_table() -> str:
 def metrics_table() -> str:
     """Every metric of metrics.jsonl."""
     lines = head("metric", "meaning", "unit", "when")
-    lines += [row(f"`{one.name}`", one.meaning, one.unit, one.when) for one in METRICS]
+    lines += [
+        row(f"`{one.name}`", one.meaning, one.unit, one.when) for one in (*METRICS, *SAMPLE_METRICS)
+    ]
+    return "\n".join(lines)
+
+
+def plan_table() -> str:
+    """The settings of `fasttr plan`."""
+    lines = head("setting", "default", "")
+    for one in settings_of(PlanSettings).values():
+        default = "required" if one.is_required else json.dumps(one.default)
+        lines.append(row(f"`{one.name}`", default.replace("null", "none"), one.sentence))
     return "\n".join(lines)
 
 
 PARTS = {
+    "plan": plan_table,
     "losses": losses_table,
     "formats": formats_table,
     "settings": settings_table,

@@ -6,12 +6,14 @@
 
 from typing import TYPE_CHECKING, Any
 
+from fasttr.version import __version__
+
 if TYPE_CHECKING:
     from fasttr.config.train_config import TrainConfig
     from fasttr.training.callbacks import Callback
     from fasttr.training.loop import TrainResult, train
 
-__all__ = ["Callback", "TrainConfig", "TrainResult", "train"]
+__all__ = ["Callback", "TrainConfig", "TrainResult", "__version__", "train"]
 
 _HOMES = {
     "Callback": "fasttr.training.callbacks",

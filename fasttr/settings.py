@@ -89,18 +89,23 @@ def settings_of(config_class: type) -> dict[str, Setting]:
 
 def check_ranges(config: Any) -> None:
     """Raise FasttrError (got, wanted) for the values that are out of their range."""
-    reasons = []
-    for name, one in settings_of(type(config)).items():
-        value = getattr(config, name)
-        if value is None and one.is_optional:
-            continue
-        if one.range is not None and not _holds(one.range, value):
-            near = did_you_mean(value, one.range.choices) if isinstance(value, str) else ""
-            reasons.append(f"{name}: got {value!r:.60}; wanted {one.range.words}{near}")
-        elif isinstance(value, float) and not math.isfinite(value):
-            reasons.append(f"{name}: got {value!r}; wanted a finite number")
+    settings = settings_of(type(config)).values()
+    found = [out_of_range(one, getattr(config, one.name)) for one in settings]
+    reasons = [reason for reason in found if reason is not None]
     if reasons:
         raise all_of(reasons)
+
+
+def out_of_range(one: Setting, value: Any) -> str | None:
+    """Why a value of a setting's type is refused (got, wanted); None where it is not."""
+    if value is None and one.is_optional:
+        return None
+    if one.range is not None and not _holds(one.range, value):
+        near = did_you_mean(value, one.range.choices) if isinstance(value, str) else ""
+        return f"{one.name}: got {value!r:.60}; wanted {one.range.words}{near}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{one.name}: got {value!r}; wanted a finite number"
+    return None
 
 
 def described(config_class: type) -> str:

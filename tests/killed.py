@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  # what every run would import first
 
@@ -55,6 +56,7 @@ POINTS = {
     "score": Point(fasttr.models.packed.PackedModel, "logps"),
     "save": Point(fasttr.checkpoint.folder, "save_model"),
     "rename": Point(os, "replace", _becomes_a_checkpoint),
+    "write": Point(safetensors.torch, "save_file"),  # by every rank, of divided weights
 }
 
 

@@ -4,26 +4,31 @@ goes through its runs in turn, and one of its ranks may be at fault."""
 from __future__ import annotations
 
 import datetime
+import json
 import multiprocessing
 import os
 import socket
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor.debug import CommDebugMode
 
 import fasttr.checkpoint.folder
 import fasttr.models.packed
 import fasttr.training.loop
 import fasttr.training.window
-from fasttr import TrainConfig, train
+from fasttr import Callback, TrainConfig, train
 from fasttr.errors import FasttrError
 from fasttr.metrics.ledger import PreferenceLedger
+from fasttr.models.compiled import compile_layers
 from tests.killed import signal_at
 
 PATIENCE = 60  # seconds in which a launch with a fault must have ended
@@ -34,7 +39,7 @@ class Fault(NamedTuple):
     """What happens to one rank, or to all of them."""
 
     rank: int
-    kind: str  # signal, nan, error, disk, settings
+    kind: str  # signal, nan, error, disk, file, settings
     what: str = "step"  # a point of tests.killed, for a signal
     calls: int = 1
     signum: int = 0
@@ -102,7 +107,8 @@ def _rank(
         for settings in runs:
             if fault is not None and fault.kind == "settings" and fault.rank == rank:
                 settings["beta"] = 0.25
-            train(TrainConfig(**settings))
+            watch = settings.pop("_watch", None)
+            train(TrainConfig(**settings), callbacks=[_WATCHES[watch]()] if watch else [])
     except FasttrError as error:
         print(f"fasttr: error: {error}")
         sys.stdout.flush()
@@ -160,13 +166,66 @@ def _disk(fault: Fault) -> None:
     _at_call(fasttr.checkpoint.folder, "save_model", fault.calls, _raise(error))
 
 
+def _file(fault: Fault) -> None:
+    """The disk of one of the ranks that write a divided model."""
+    error = OSError(28, "No space left on device")
+    _at_call(safetensors.torch, "save_file", fault.calls, _raise(error))
+
+
 def _nothing(fault: Fault) -> None:
     """The settings are what differs."""
+
+
+class _Counts(Callback):
+    """What a run sends at its end: for a move of the reference, for lending its weights, for
+    scoring a pack and for a pack of a step."""
+
+    def on_train_end(self, run: Any) -> None:
+        pack = run.packs(0)[0]
+        found = {
+            "move": _sent_by(run.reference.move),
+            "exchange": _sent_by(lambda: _lend(run)),
+            "score": _sent_by(lambda: run.policy.logps(pack)),
+        }
+        run.policy.reshard()
+        found["step"] = _sent_by(
+            lambda: run.policy(pack, lambda logp, *_: logp.sum()).loss.backward()
+        )
+        if run.ranks.is_first:
+            (run.output_dir / "counts.json").write_text(json.dumps(found))
+
+
+class _Compiles(Callback):
+    """Compiles the layers of the run, without a code generator."""
+
+    def on_train_begin(self, run: Any) -> None:
+        assert compile_layers(run.policy, True, "aot_eager")
+
+
+_WATCHES: dict[str, type[Callback]] = {"counts": _Counts, "compiles": _Compiles}
+
+
+def _lend(run: Any) -> None:
+    with run.reference.model():
+        pass
+
+
+def _sent_by(act: Callable[[], Any]) -> dict[str, int]:
+    """How often each kind of collective was called."""
+    with warnings.catch_warnings(), CommDebugMode() as mode:
+        warnings.simplefilter("ignore")  # of the mode's own hooks
+        act()
+    found: dict[str, int] = {}
+    for op, count in mode.get_comm_counts().items():
+        name = str(op).rpartition(".")[2].strip("_").replace("_base", "")
+        found[name] = found.get(name, 0) + count
+    return found
 
 
 _FAULTS: dict[str, Callable[[Fault], None]] = {
     "nan": _nan,
     "error": _error,
     "disk": _disk,
+    "file": _file,
     "settings": _nothing,
 }

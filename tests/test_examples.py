@@ -10,16 +10,23 @@ from tests.runs import LOG2
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(name):
+def run(name, **arguments):
     """What the example's `main` returns."""
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main()
+    return module.main(**arguments)
 
 
 def test_every_example_is_run_here():
-    named = {"own_data_and_model", "own_loss", "own_loop", "ops_in_plain_torch"}
+    named = {
+        "compiled",
+        "ops_in_plain_torch",
+        "own_data_and_model",
+        "own_loop",
+        "own_loss",
+        "trl_patched",
+    }
     assert {path.stem for path in EXAMPLES.glob("*.py")} == named
 
 
@@ -53,3 +60,23 @@ def test_ops_in_plain_torch():
     losses = run("ops_in_plain_torch")
     assert losses[0] == pytest.approx(LOG2, abs=1e-6)
     assert losses[-1] < 0.1
+
+
+def test_compiled_steps_are_one_graph_and_the_reference_moves(capsys):
+    losses = run("compiled", backend="aot_eager")
+    assert losses[0] == pytest.approx(LOG2, abs=1e-6)
+    assert losses[9] < 0.2
+    assert losses[10] > losses[9] + 0.1, "against a reference that has moved"
+    assert capsys.readouterr().out.count("the reference has moved") == 2
+
+
+def test_trl_patched():
+    from fasttr.integrations.trl import unpatch
+
+    try:
+        log = run("trl_patched")
+    finally:
+        unpatch()
+    assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
+    assert log[0]["loss"] == pytest.approx(LOG2, abs=1e-6)
+    assert log[2]["rewards/margins"] > log[0]["rewards/margins"]

@@ -13,21 +13,22 @@ ROOT = Path(__file__).parents[1]
 # A folder (or a file that lies in fasttr/ itself) imports what stands on a lower floor, and nothing
 # else of fasttr.
 FLOORS = [
-    {"errors"},
+    {"errors", "version"},
     {"batch", "console", "distributed", "environment", "files", "hub", "settings"},
     {"data", "losses", "optim", "packing"},
     {"metrics", "models"},
-    {"reference", "rollouts"},
-    {"checkpoint", "parts"},
-    {"config"},
+    {"integrations", "reference", "rollouts"},
+    {"checkpoint", "memory", "parts"},
+    {"cluster", "config"},
     {"evaluation"},
     {"training"},
+    {"report"},
     {"toy"},
     {"cli"},
     {"__init__", "__main__"},
 ]
 # The only folders that call the fused ops.
-USERS_OF_KERNELS = {"models", "optim", "reference"}
+USERS_OF_KERNELS = {"integrations", "models", "optim", "reference"}
 
 
 def module_name(path: Path, root: Path) -> str:
@@ -184,6 +185,7 @@ import fasttr_kernels
 assert "fasttr" not in sys.modules
 import fasttr.losses
 import fasttr
+import fasttr.integrations.liger, fasttr.integrations.torchtune
 """
     done = bare(code)
     assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ from bench.lengths import make_trees
 from bench.shapes import SHAPES, build
 from fasttr import Callback, TrainConfig, train
 from fasttr.data.in_memory import ListTrees
+from fasttr.memory.choose import USABLE
 from fasttr.models.scratch_tokenizer import byte_tokenizer
 
 
@@ -49,8 +50,10 @@ class _StopAfter(Callback):
 
     def __init__(self, steps: int):
         self.steps = steps
+        self.planned: float | None = None  # bytes of the memory plan
 
     def on_step(self, run: Any, metrics: Any) -> None:
+        self.planned = None if run.memory is None else run.memory.bytes.peak
         if run.step > self.steps:
             raise _Enough
 
@@ -93,6 +96,7 @@ def _fit(task: Task, card: Card) -> None:
         train_batch_size=pairs,
         max_steps=STEPS + 1,
         adam_moments=card.moments,
+        memory_budget_gib=None if card.memory is None else USABLE * card.memory / 2**30,
         ref_update="hard",
         ref_update_every=MOVES_EVERY,
         logging_steps=1,
@@ -100,13 +104,14 @@ def _fit(task: Task, card: Card) -> None:
         disable_tqdm=True,
         use_cpu=task.dry,
     )
+    stop = _StopAfter(STEPS)
     with contextlib.suppress(_Enough):
         train(
             config,
             model=build(shape, task.device),
             tokenizer=byte_tokenizer(),
             train_dataset=ListTrees(trees),
-            callbacks=[_StopAfter(STEPS)],
+            callbacks=[stop],
         )
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     measured = [line for line in lines if "grad_norm" in line][1:]
@@ -119,3 +124,6 @@ def _fit(task: Task, card: Card) -> None:
         if values:
             of_steps = values[-1] if what == "peak" else values[len(values) // 2]
             task.notes.figure(f"{card}, {what}", of_steps, unit)
+            if what == "peak" and stop.planned is not None:
+                ratio = of_steps * 2**30 / stop.planned
+                task.notes.figure(f"{card}, peak over planned", ratio)

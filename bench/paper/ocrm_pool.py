@@ -133,7 +133,7 @@ def draw_pool(settings: Settings, out: Path) -> Pool:
     if path.is_file():
         kept = np.load(path)
         return Pool(kept["gold"], {name: kept[name] for name in REWARDS})
-    model = load_model(ModelConfig(str(_supervised(settings, out))))
+    model = load_model(ModelConfig(str(supervised(settings, out))))
     tokenizer = load_tokenizer(str(out / "sft"))
     asked = prompts(settings.prompts, 7, held_out=True)
     engine = TransformersEngine(
@@ -144,14 +144,14 @@ def draw_pool(settings: Settings, out: Path) -> Pool:
     shape = (settings.prompts, settings.samples)
     gold = np.array([gold_reward(str(p), t) for p, t in texts]).reshape(shape)
     bag = np.array([bag_of(str(p), t) for p, t in texts], dtype=np.float64).reshape(*shape, 2)
-    probe = _last_hidden(model, rollout.trees).reshape(*shape, -1)
+    probe = last_hidden(model, rollout.trees).reshape(*shape, -1)
     probe = (probe - probe.mean(axis=(0, 1))) / probe.std(axis=(0, 1))
     np.savez(path, gold=gold, bag=bag, probe=probe)
     return Pool(gold, {"bag": bag, "probe": probe})
 
 
 @torch.no_grad()
-def _last_hidden(model: PackedModel, trees: ListTrees) -> np.ndarray:
+def last_hidden(model: PackedModel, trees: ListTrees) -> np.ndarray:
     """(N, D) the hidden state at the last token of every completion."""
     one_by_one = ListTrees(
         [Tree(0, tree.prompt_ids, (ids,)) for tree in trees for ids in tree.completions]
@@ -163,7 +163,7 @@ def _last_hidden(model: PackedModel, trees: ListTrees) -> np.ndarray:
     return found
 
 
-def _supervised(settings: Settings, out: Path) -> Path:
+def supervised(settings: Settings, out: Path) -> Path:
     write_jsonl(sft_rows(4000, 0, tail=settings.tail), out / "sft.jsonl")
     init_model(
         "llama",

@@ -134,11 +134,13 @@ def _name(loss: str, arm: str, schedule: Schedule) -> str:
     )
 
 
-def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+def new_figure(
+    rows: int, columns: int, size: tuple[float, float], sharey: str = "row"
+) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, sharey="row")
+    return figure, figure.subplots(rows, columns, squeeze=False, sharey=sharey)
 
 
 def finish_axes(ax: Any) -> None:

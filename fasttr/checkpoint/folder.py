@@ -78,12 +78,19 @@ def save_checkpoint(
     On failure the earlier ones stand untouched.
     """
     target = folder_of(output_dir, step)
-    with _disk_errors(target), files.written_aside(target) as folder:
-        folder.mkdir()
+    with disk_errors(target), aside_for(target) as folder:
         save_model(policy, tokenizer, folder)
         if state is not None:
             write_state(folder, state)
     return target
+
+
+@contextlib.contextmanager
+def aside_for(target: Path) -> Iterator[Path]:
+    """A new folder beside a checkpoint's place, which it takes at the end."""
+    with files.written_aside(target) as folder:
+        folder.mkdir()
+        yield folder
 
 
 def rotate(output_dir: Path, keep: int | None, best: Path | None = None) -> None:
@@ -115,13 +122,13 @@ def _remove_checkpoint(folder: Path) -> None:
 
 def save_final(output_dir: Path, policy: PackedModel, tokenizer: Any) -> None:
     """The trained model into `output_dir` itself, each file by a rename."""
-    with _final(output_dir) as aside:
+    with disk_errors(output_dir), final_for(output_dir) as aside:
         save_model(policy, tokenizer, aside)
 
 
 def copy_final(source: Path, output_dir: Path) -> None:
     """The model of checkpoint `source` into `output_dir` itself, each file by a rename."""
-    with _final(output_dir) as aside:
+    with disk_errors(output_dir), final_for(output_dir) as aside:
         for path in source.iterdir():
             if path.is_file():
                 shutil.copy2(path, aside)
@@ -137,26 +144,26 @@ def remove_torn_final(output_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def _final(output_dir: Path) -> Iterator[Path]:
+def final_for(output_dir: Path) -> Iterator[Path]:
+    """A new folder whose files take the place of the final model's in `output_dir` at the end."""
     aside = output_dir / _FINAL
-    with _disk_errors(output_dir):
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        files.follow_umask(aside)
-        files.sync(aside)
-        written = {path.name for path in aside.iterdir()}
-        for name in sorted(written):
-            os.replace(aside / name, output_dir / name)
-        for pattern in (*_WEIGHT_FILES, *_KIND_FILES):
-            for path in output_dir.glob(pattern):
-                if path.name not in written:
-                    path.unlink()
-        aside.rmdir()
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    yield aside
+    files.follow_umask(aside)
+    files.sync(aside)
+    written = {path.name for path in aside.iterdir()}
+    for name in sorted(written):
+        os.replace(aside / name, output_dir / name)
+    for pattern in (*_WEIGHT_FILES, *_KIND_FILES):
+        for path in output_dir.glob(pattern):
+            if path.name not in written:
+                path.unlink()
+    aside.rmdir()
 
 
 @contextlib.contextmanager
-def _disk_errors(target: Path) -> Iterator[None]:
+def disk_errors(target: Path) -> Iterator[None]:
     """An error of writing becomes one line that names the last good checkpoint."""
     from safetensors import SafetensorError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -12,10 +12,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fasttr.checkpoint.pieces import LocalTensors, SavedTensors
 from fasttr.errors import FasttrError, one_line
 from fasttr.metrics.sums import Averages
 from fasttr.models.halves import remainders
 from fasttr.models.packed import PackedModel
+from fasttr.models.sharded import Shards
 from fasttr.optim.adamw import schedule_state, take_up_schedule
 from fasttr.optim.update import state_tensors, take_up_state
 from fasttr.reference.logp_table import LogpTable
@@ -26,19 +28,41 @@ FORMAT = 2
 READABLE = (1, FORMAT)
 STATE_DIR = "fasttr"
 _FACTS = "state.json"
-_TENSOR_FILES = ("state", "optimizer", "reference", "remainders")
+_TENSOR_FILES = ("state", "optimizer", "reference", "remainders", "critic")
 # What every state.json holds: `capture` writes the first four, the trainer config and data.
 _WRITTEN = ("step", "updates", "window_scored", "num_tokens", "config", "data", "files")
+
+
+class Share(NamedTuple):
+    """Which files of a folder are this process's to look at."""
+
+    number: int = 0
+    of_how_many: int = 1
+
+    def of(self, names: Iterable[str]) -> list[str]:
+        return sorted(names)[self.number :: self.of_how_many]
+
+
+ALL_FILES = Share()
 
 
 class RunState(NamedTuple):
     """Everything beside the policy's weights."""
 
     facts: dict[str, Any]  # JSON: counters, configuration, fingerprints
-    tensors: dict[str, Tensor]  # log-prob tables, metric sums, random state
-    optimizer: dict[str, Tensor]  # NAME.KEY, such as NAME.exp_avg of AdamW
-    reference: dict[str, Tensor]  # weights of a soft reference, else empty
-    remainders: dict[str, Tensor]  # what bf16 weights of the folder leave out, else empty
+    tensors: Mapping[str, Tensor]  # log-prob tables, metric sums, random state
+    optimizer: Mapping[str, Tensor]  # NAME.KEY, such as NAME.exp_avg of AdamW
+    reference: Mapping[str, Tensor]  # weights of a soft reference, else empty
+    remainders: Mapping[str, Tensor]  # what bf16 weights of the folder leave out, else empty
+    critic: Mapping[str, Tensor]  # a critic's weights and moments, else empty
+
+    def of_rows(self, shards: Shards) -> RunState:
+        """A state that was read, as the rows of a divided model that lie here see it."""
+        return self._replace(
+            optimizer=LocalTensors(self.optimizer, "optimizer", shards),
+            reference=LocalTensors(self.reference, "reference", shards),
+            remainders=LocalTensors(self.remainders, "remainders", shards),
+        )
 
 
 class Resumable(Protocol):
@@ -60,6 +84,8 @@ class Resumable(Protocol):
     def optimizer(self) -> torch.optim.Optimizer: ...
     @property
     def scheduler(self) -> Any: ...
+    @property
+    def critic_tensors(self) -> dict[str, Tensor]: ...
     @property
     def tables(self) -> Mapping[str, LogpTable]: ...
 
@@ -91,12 +117,15 @@ def capture(run: Resumable, facts: Mapping[str, Any]) -> RunState:
         optimizer=state_tensors(run.optimizer),
         reference=run.reference.named_tensors(),
         remainders=remainders(run.policy, run.optimizer),
+        critic=run.critic_tensors,
     )
 
 
 def apply(state: RunState, run: Resumable) -> None:
     """Take up a saved state; the policy's weights have been read from the same folder, and its
     remainders."""
+    if run.policy.shards is not None:
+        state = state.of_rows(run.policy.shards)
     facts, tensors = state.facts, state.tensors
     run.step = facts["step"]
     run.window_scored = facts["window_scored"]
@@ -121,42 +150,54 @@ def write_state(folder: Path, state: RunState) -> None:
 
     inner = folder / STATE_DIR
     inner.mkdir()
-    contents = (state.tensors, state.optimizer, state.reference, state.remainders)
+    _, *contents = state
     for name, tensors in zip(_TENSOR_FILES, contents, strict=True):
         if tensors:
             on_host = {key: x.detach().cpu().contiguous() for key, x in tensors.items()}
             save_file(on_host, inner / f"{name}.safetensors")
-    facts = {**state.facts, "format": FORMAT, "files": _digests(folder)}
-    (inner / _FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+    found = [path for path in folder.rglob("*") if path.is_file()]
+    write_facts(folder, state, digests_of(folder, found))
 
 
-def read_state(folder: Path) -> RunState:
-    """Read and check a checkpoint's state; transformers reads the weights from the same folder."""
-    from safetensors.torch import load_file
+def write_facts(folder: Path, state: RunState, digests: Mapping[str, Any]) -> None:
+    """Write state.json, which tells that FOLDER/fasttr is whole."""
+    facts = {**state.facts, "format": FORMAT, "files": digests}
+    (folder / STATE_DIR / _FACTS).write_text(json.dumps(facts, indent=1) + "\n")
 
+
+def read_state(folder: Path, share: Share = ALL_FILES) -> RunState:
+    """Check a checkpoint's state and open it, its tensors to be read when they are asked for;
+    transformers reads the weights from the same folder.
+
+    `share`: of the files, whose content this process checks.
+    """
     facts = _read_facts(folder)
-    _check_files(folder, facts["files"])
-    parts = {}
-    for name in _TENSOR_FILES:
-        file = folder / STATE_DIR / f"{name}.safetensors"
-        parts[name] = load_file(file) if file.is_file() else {}
+    _check_files(folder, facts["files"], share)
+    parts = {name: SavedTensors(folder / STATE_DIR, name) for name in _TENSOR_FILES}
     return RunState(
         facts=facts,
-        tensors=parts["state"],
+        tensors=dict(parts["state"]),
         optimizer=parts["optimizer"],
         reference=parts["reference"],
         remainders=parts["remainders"],
+        critic=parts["critic"],
     )
 
 
-def weights_digest(model: torch.nn.Module) -> str:
+def weights_digest(model: PackedModel) -> str:
     """A digest of all parameters that is cheap for large models: names, shapes, sums of values and
-    of magnitudes."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in model.named_parameters():
+    of magnitudes. Of a divided model every rank calls this."""
+    sums = []
+    for parameter in model.local_parameters().values():
         values = parameter.detach().double()
-        sums = (float(values.sum()), float(values.abs().sum()))
-        digest.update(repr((name, tuple(parameter.shape), sums)).encode())
+        sums += [float(values.sum()), float(values.abs().sum())]
+    if model.shards is not None:
+        # Rounded: the sums of other shards come in another order.
+        sums = [float(f"{total:.9g}") for total in model.shards.ranks.totals(sums)]
+    digest = hashlib.blake2b(digest_size=16)
+    for i, (name, parameter) in enumerate(model.named_parameters()):
+        of_one = (sums[2 * i], sums[2 * i + 1])
+        digest.update(repr((name, tuple(parameter.shape), of_one)).encode())
     return digest.hexdigest()
 
 
@@ -196,7 +237,7 @@ def _what_is_broken(facts: Any) -> str | None:
     return None if is_listed else "its files or its config are no object"
 
 
-def _check_files(folder: Path, recorded: dict[str, Any]) -> None:
+def _check_files(folder: Path, recorded: dict[str, Any], share: Share) -> None:
     """Raise FasttrError, naming the file, when one is missing, cut or changed."""
     for name, was in recorded.items():
         path = folder / name
@@ -207,7 +248,11 @@ def _check_files(folder: Path, recorded: dict[str, Any]) -> None:
                 f"resume_from_checkpoint: {folder} is incomplete: {name} has {size} bytes, wanted "
                 f"{wanted}; use an earlier checkpoint"
             )
-    digests = {name: was["blake2b"] for name, was in recorded.items() if not isinstance(was, int)}
+    digests = {
+        name: recorded[name]["blake2b"]
+        for name in share.of(recorded)
+        if not isinstance(recorded[name], int)
+    }
     found = _of_each(digests, lambda name: _digest(folder / name))
     changed = sorted(name for name, digest in digests.items() if found[name] != digest)
     if changed:
@@ -217,8 +262,9 @@ def _check_files(folder: Path, recorded: dict[str, Any]) -> None:
         )
 
 
-def _digests(folder: Path) -> dict[str, dict[str, Any]]:
-    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+def digests_of(folder: Path, found: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Size and digest of files in a folder, by their paths in it."""
+    names = sorted(str(path.relative_to(folder)) for path in found)
     digests = _of_each(names, lambda name: _digest(folder / name))
     return {
         name: {"bytes": (folder / name).stat().st_size, "blake2b": digests[name]} for name in names

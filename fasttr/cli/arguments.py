@@ -160,6 +160,27 @@ def settings_of_command(
     return typed(parser, values)
 
 
+def folders_and_flags(args: list[str], known: Iterable[str]) -> tuple[list[str], dict[str, str]]:
+    """Words that stand by themselves, and flags with one value each, in any order."""
+    known = list(known)
+    words: list[str] = []
+    flags: dict[str, str] = {}
+    pending = list(args)
+    while pending:
+        word = pending.pop(0)
+        if not _is_flag(word):
+            words.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        key = flag.lstrip("-").replace("-", "_")
+        if key not in known:
+            raise FasttrError(f"unknown key {key!r}{did_you_mean(key, known)}; --help lists all")
+        if not equals and (not pending or _is_flag(pending[0])):
+            raise FasttrError(f"{key}: got no value; wanted one after --{key}")
+        flags[key] = value if equals else pending.pop(0)
+    return words, flags
+
+
 def _is_flag(word: str) -> bool:
     return word.startswith("--") or word == "-h"
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from fasttr.cli.launch import is_of_one_process, speaks
 from fasttr.errors import FasttrError, did_you_mean
+from fasttr.version import __version__
 
 
 class Command(NamedTuple):
@@ -45,6 +46,11 @@ COMMANDS = {
         "on-policy training with leave-one-out advantages: as trl rloo",
         "run_rloo",
     ),
+    "ppo": Command(
+        "fasttr.cli.online",
+        "on-policy training with a critic beside the policy: proximal policy optimisation",
+        "run_ppo",
+    ),
     "ocrm": Command(
         "fasttr.cli.ocrm",
         "off-policy-corrected reward models, in stages; with --demo on generated data",
@@ -58,12 +64,43 @@ COMMANDS = {
         "fasttr.cli.init",
         "write a small untrained model with a tokenizer, so that anything runs without a download",
     ),
-    "plot": Command("fasttr.cli.plot", "draw the metrics of a run: fasttr plot RUN"),
+    "plan": Command(
+        "fasttr.cli.plan",
+        "memory, step time and traffic on cards before anybody rents them, by a model: fasttr plan "
+        "--model llama-3-70b --gpus 64",
+    ),
+    "plot": Command(
+        "fasttr.cli.plot", "draw the metrics of a run, or of several: fasttr plot RUN..."
+    ),
+    "sweep": Command(
+        "fasttr.cli.sweep",
+        "a run for every combination of settings: fasttr sweep --beta 0.05,0.1 --ref_update "
+        "none,soft",
+    ),
+    "report": Command(
+        "fasttr.cli.report",
+        "one HTML file about a run, or about several and how they differ: fasttr report RUN...",
+    ),
     "env": Command("fasttr.cli.env", "versions, devices and usable back ends"),
     "demo": Command(
         "fasttr.cli.demo",
         "the main job on generated data: SFT, then DPO beside TR-DPO, with a table and pictures",
     ),
+}
+
+
+# What a command may miss in an installation of fasttr alone.
+NEEDED = {
+    "torch",
+    "numpy",
+    "transformers",
+    "datasets",
+    "safetensors",
+    "jsonargparse",
+    "yaml",
+    "tqdm",
+    "tensorboard",
+    "matplotlib",
 }
 
 
@@ -76,17 +113,32 @@ def main(argv: list[str] | None = None) -> None:
     if not args or args[0] in ("-h", "--help", "help"):
         _print_usage()
         return
+    if args[0] in ("--version", "version"):
+        print(f"fasttr {__version__}")
+        return
     try:
         command = COMMANDS.get(args[0])
         if command is None:
             near = did_you_mean(args[0], COMMANDS)
             raise FasttrError(f"got command {args[0]!r}; wanted one of {', '.join(COMMANDS)}{near}")
-        module = importlib.import_module(command.module)
-        getattr(module, command.function)(args[1:])
+        _run(command, args)
     except FasttrError as error:
         if speaks() or is_of_one_process(error):
             print(f"fasttr: error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _run(command: Command, args: list[str]) -> None:
+    try:
+        module = importlib.import_module(command.module)
+        getattr(module, command.function)(args[1:])
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in NEEDED:
+            raise
+        raise FasttrError(
+            f"fasttr {args[0]} needs the package {package}; run pip install 'fasttr[train]'"
+        ) from error
 
 
 def _print_usage() -> None:

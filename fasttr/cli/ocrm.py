@@ -11,12 +11,15 @@ from fasttr.settings import settings_of
 if TYPE_CHECKING:
     from fasttr.config.ocrm_config import OcrmConfig
 
-USAGE = "[--config FILE] [--demo] [--SETTING VALUE ...] [--rm_SETTING VALUE ...]"
+USAGE = (
+    "[--config FILE] [--demo] [--SETTING VALUE ...] [--rm_SETTING VALUE ...] "
+    "[--ppo_SETTING VALUE ...] [--dpo_SETTING VALUE ...]"
+)
 DESCRIPTION = (
     "Stages of a reward model and a policy that follows it; the reward model is refitted to the "
     "first pairs, weighted by the density ratio of the policy to their writer. Further flags are "
-    "those of fasttr rloo or grpo and, with rm_ before them, of fasttr reward. --demo runs it on "
-    "generated data, from nothing."
+    "those of fasttr rloo, grpo or ppo, with rm_ before them of fasttr reward, with ppo_ and dpo_ "
+    "those of the baselines. --demo runs it on generated data, from nothing."
 )
 
 
@@ -35,18 +38,27 @@ def run(args: list[str]) -> None:
 def parse_ocrm(args: list[str]) -> OcrmConfig:
     """The OcrmConfig of a command line."""
     words = arguments.read_words(args)
-    from fasttr.config.ocrm_config import OF_REWARD, OcrmConfig, OcrmSettings
+    from fasttr.config.ocrm_config import OF_DPO, OF_PPO, OF_REWARD, OcrmConfig, OcrmSettings
     from fasttr.config.online_config import OnlineConfig
     from fasttr.config.reward_config import RewardConfig
+    from fasttr.config.train_config import TrainConfig
     from fasttr.config.trl_values import is_none
 
     own = settings_of(OcrmSettings)
-    online, reward = settings_of(OnlineConfig), settings_of(RewardConfig)
+    online = settings_of(OnlineConfig)
+    # Groups of settings: what stands before their names, and whose they are.
+    others = {
+        "rm": (OF_REWARD, settings_of(RewardConfig)),
+        "ppo": (OF_PPO, online),
+        "dpo": (OF_DPO, settings_of(TrainConfig)),
+    }
     parser = arguments.settings_parser("fasttr ocrm", DESCRIPTION, own.values(), USAGE)
     if words.wants_help:
         parser.parse_args(["--help"])
-    of_reward = {OF_REWARD + name: one for name, one in reward.items()}
-    known = {**online, **of_reward, **own}
+    prefixed = {
+        before + name: one for before, group in others.values() for name, one in group.items()
+    }
+    known = {**online, **prefixed, **own}
     flags = arguments.flag_values(
         words.flags,
         known=known,
@@ -64,15 +76,16 @@ def parse_ocrm(args: list[str]) -> OcrmConfig:
     if missing:
         raise FasttrError(f"{missing[0]}: missing; {own[missing[0]].sentence}")
     mine = {name: value for name, value in values.items() if name in own}
-    rm = {
-        name.removeprefix(OF_REWARD): value for name, value in values.items() if name in of_reward
-    }
-    rl = {name: x for name, x in values.items() if name not in own and name not in of_reward}
-    return OcrmConfig(
-        **arguments.typed(parser, mine),
-        rl=_typed("rloo", online, rl),
-        rm=_typed("reward", reward, rm),
-    )
+    rl = {name: x for name, x in values.items() if name not in own and name not in prefixed}
+    groups: dict[str, Any] = {}
+    for group, (before, settings) in others.items():
+        of_group = {
+            name.removeprefix(before): x
+            for name, x in values.items()
+            if name in prefixed and name not in own and name.startswith(before)
+        }
+        groups[group] = _typed(group, settings, of_group)
+    return OcrmConfig(**arguments.typed(parser, mine), rl=_typed("rloo", online, rl), **groups)
 
 
 def _typed(prog: str, settings: Any, values: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`fasttr grpo` and `fasttr rloo`: on-policy training, in TRL's keys or ours."""
+"""`fasttr grpo`, `fasttr rloo` and `fasttr ppo`: on-policy training, in TRL's keys or ours."""
 
 from __future__ import annotations
 
@@ -28,6 +28,10 @@ def run_rloo(args: list[str]) -> None:
     _train("rloo", args)
 
 
+def run_ppo(args: list[str]) -> None:
+    _train("ppo", args)
+
+
 def _train(command: str, args: list[str]) -> None:
     arguments.require_one_process()
     config = parse_online(command, args)
@@ -43,6 +47,7 @@ def parse_online(command: str, args: list[str]) -> OnlineConfig:
     from fasttr.config.online_config import (
         DEFAULTS,
         FOREIGN,
+        CriticSettings,
         OnlineConfig,
         PolicySettings,
         RewardSourceSettings,
@@ -52,7 +57,7 @@ def parse_online(command: str, args: list[str]) -> OnlineConfig:
 
     defaults = DEFAULTS[command]
     settings = settings_of(OnlineConfig)
-    groups = (PolicySettings, RolloutSettings, RewardSourceSettings)
+    groups = (PolicySettings, RolloutSettings, RewardSourceSettings, CriticSettings)
     own = {name for group in groups for name in settings_of(group)}
     shown = [
         one._replace(default=defaults.get(name, one.default))
@@ -64,7 +69,7 @@ def parse_online(command: str, args: list[str]) -> OnlineConfig:
         parser.parse_args(["--help"])
     flags = arguments.flag_values(
         words.flags,
-        known=settings,
+        known={**settings, **online_keys.PPO_NAMES},
         takes_list=lambda key: key in LISTS or trl.takes_list(key),
         stands_alone=lambda key: (
             "bool" in str(settings[key].type) if key in own else trl.stands_alone(key)
@@ -72,8 +77,11 @@ def parse_online(command: str, args: list[str]) -> OnlineConfig:
     )
     words.file.pop("env", None)
     values = trl.merge(words.file, flags)
-    notices = online_keys.take_out(values)
+    is_ppo = command == "ppo"
+    notices = online_keys.take_out(values, online_keys.PPO_KEYS if is_ppo else None)
     online_keys.generation_steps(values)
+    if is_ppo:
+        online_keys.rename_ppo(values, defaults)
     for name in LISTS:
         if isinstance(values.get(name), str) and not is_none(values[name]):
             values[name] = [values[name]]
@@ -81,21 +89,25 @@ def parse_online(command: str, args: list[str]) -> OnlineConfig:
     foreign = [name for name in FOREIGN if name in values]
     if foreign:
         raise FasttrError(
-            f"{foreign[0]}: got {values[foreign[0]]!r}; no loss of rollouts reads it: leave it out"
+            f"{foreign[0]}: got {values[foreign[0]]!r}; runs on rollouts do not read it: "
+            "leave it out"
         )
     ours, more = trl.translate(values)
     read = {name: x for name, x in ours.items() if name not in FOREIGN}
     read |= {name: None if is_none(value) else value for name, value in of_own.items()}
+    _check_loss(command, read.get("loss_type", defaults["loss_type"]))
     config = OnlineConfig(**arguments.typed(parser, {**defaults, **read}))
-    _check_loss(command, config.loss_type)
     for notice in [*notices, *more]:
         print(notice)
     return config
 
 
-def _check_loss(command: str, loss_type: str) -> None:
-    if (command == "rloo") != (loss_type == "rloo"):
+def _check_loss(command: str, loss_type: Any) -> None:
+    """An unknown loss is the configuration's to refuse."""
+    from fasttr.losses.policy_gradient import LOSS_TYPES
+
+    wanted = loss_type if loss_type in ("rloo", "ppo") else "grpo"
+    if loss_type in LOSS_TYPES and command != wanted:
         raise FasttrError(
-            f"loss_type: got {loss_type} with fasttr {command}; the loss rloo is that of fasttr "
-            "rloo, the others are those of fasttr grpo"
+            f"loss_type: got {loss_type} with fasttr {command}; it is a loss of fasttr {wanted}"
         )

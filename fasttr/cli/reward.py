@@ -53,8 +53,8 @@ def parse_reward(args: list[str]) -> RewardConfig:
     asked = [name for name in FOREIGN if name in values]
     if asked:
         raise FasttrError(
-            f"{asked[0]}: got {values[asked[0]]!r}; a reward model has no loss to choose and no "
-            "reference: leave it out"
+            f"{asked[0]}: got {values[asked[0]]!r}; a reward model has no loss to choose, no "
+            "reference and no samples: leave it out"
         )
     ours, notices = trl.translate(values)
     read: dict[str, Any] = {name: x for name, x in ours.items() if name not in FOREIGN}

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 from fasttr.cli import arguments
 from fasttr.cli.launch import launch, needs_launch, speaks
 from fasttr.errors import FasttrError, did_you_mean
-from fasttr.settings import settings_of
+from fasttr.settings import Setting, settings_of
 
 if TYPE_CHECKING:
+    from fasttr.config.methods import Method
     from fasttr.config.train_config import TrainConfig
 
 USAGE = "[--config FILE] [--preset NAME] [--print_config[=skip_default]] [--SETTING VALUE ...]"
 DESCRIPTION = (
-    "Train a language model on preferences, with a reference that may move. Every flag may stand "
-    "in a flat YAML file (--config FILE; flags win), under its name here or TRL's; --preset NAME "
-    "takes the TR paper's settings, --print_config shows the settings of a run."
+    "The reference of a loss may move (--ref_update). Every flag may stand in a flat YAML file "
+    "(--config FILE; flags win), under its name here or TRL's; --preset NAME takes the TR paper's "
+    "settings, --print_config shows the settings of a run."
 )
 
 
@@ -58,11 +59,7 @@ def parse_train(args: list[str], method: str = "train") -> TrainConfig:
 
     of_method = METHODS[method]
     settings = settings_of(TrainConfig)
-    shown = [
-        one._replace(default=of_method.defaults.get(name, one.default))
-        for name, one in settings.items()
-    ]
-    parser = arguments.settings_parser(f"fasttr {method}", DESCRIPTION, shown, USAGE)
+    parser = _parser(of_method, settings)
     if words.wants_help:
         parser.parse_args(["--help"])
     flags = arguments.flag_values(
@@ -82,6 +79,18 @@ def parse_train(args: list[str], method: str = "train") -> TrainConfig:
         for notice in notices:
             print(notice)
     return config
+
+
+def _parser(method: Method, settings: Mapping[str, Setting]) -> Any:
+    """Of all settings, with the defaults and the losses of a method."""
+    shown = {
+        name: one._replace(default=method.defaults.get(name, one.default))
+        for name, one in settings.items()
+    }
+    named = f"{shown['loss_type'].help}; of {', '.join(method.losses)}"
+    shown["loss_type"] = shown["loss_type"]._replace(help=named)
+    about = f"{method.about} {DESCRIPTION}"
+    return arguments.settings_parser(f"fasttr {method.name}", about, shown.values(), USAGE)
 
 
 def _set_environment(env: Any) -> None:

@@ -93,10 +93,18 @@ class ModelSettings:
     eos_token: str | None = setting(
         None, None, "end of a completion, instead of the tokenizer's own", in_eval=True
     )
-    gradient_checkpointing: bool = setting(
-        True,
+    gradient_checkpointing: bool | None = setting(
         None,
-        "recompute activations in the backward pass: less memory, same values",
+        None,
+        "recompute whole layers in the backward pass: less memory, same values; none means as the "
+        "memory plan says on CUDA, and true on a CPU",
+        may_change=True,
+    )
+    activation_memory_budget: float | None = setting(
+        None,
+        between(0, 1),
+        "share of its activations that a compiled layer keeps for the backward pass, as torch has "
+        "it: down to 0.8 no product is made again; none means as the memory plan says",
         may_change=True,
     )
 
@@ -227,8 +235,8 @@ class StepSettings:
     max_tokens_per_batch: int | None = setting(
         None,
         whole(1),
-        "tokens per forward pass; memory follows it, results do not. None means 8192 on CUDA and "
-        "1024 on a CPU, where larger passes are not faster",
+        "tokens per forward pass; memory follows it, results do not. None means as the memory plan "
+        "says on CUDA (8192 to evaluate), and 1024 on a CPU, where larger passes are not faster",
         in_eval=True,
     )
     num_train_epochs: float = setting(
@@ -280,11 +288,12 @@ class OptimizerSettings:
     adam_beta1: float = setting(0.9, from_to_below(0, 1), "decay of AdamW's first moment")
     adam_beta2: float = setting(0.999, from_to_below(0, 1), "decay of AdamW's second moment")
     adam_epsilon: float = setting(1e-8, above(0), "AdamW's epsilon")
-    adam_moments: str = setting(
-        "fp32",
+    adam_moments: str | None = setting(
+        None,
         one_of("fp32", "bf16", "int8"),
         "how AdamW's moments are held: 8, 4 or 2.06 bytes a weight; bf16 is rounded "
-        "stochastically, int8 is companded in groups of 128",
+        "stochastically, int8 is companded in groups of 128; none means fp32, but where the memory "
+        "plan of a GPU has no room for it",
     )
     max_grad_norm: float = setting(
         1.0, at_least(0), "clip the gradient's norm to this; 0 clips nothing"
@@ -313,6 +322,13 @@ class ComputeSettings:
         "what AdamW's steps are made on. float32, also called auto: under bf16 a matrix is "
         "bfloat16 for the model with 16 more bits for the optimizer. bfloat16 leaves those out, "
         "rounds stochastically and implies bf16",
+    )
+    memory_budget_gib: float | None = setting(
+        None,
+        above(0),
+        "memory of the device to plan with, in GiB; none means 0.95 of a GPU's, and no plan on a "
+        "CPU",
+        may_change=True,
     )
     full_determinism: bool = setting(False, None, "deterministic CUDA kernels, slower")
     use_cpu: bool = setting(False, None, "train on the CPU even when there is a GPU", in_eval=True)
@@ -392,6 +408,13 @@ class SavingSettings:
         None,
         whole(1),
         "how many checkpoints are kept; the best one always is, and none keeps all",
+        may_change=True,
+    )
+    save_in_background: bool | None = setting(
+        None,
+        None,
+        "with divided weights (shard_size), go on training while a checkpoint is written; none "
+        "means on CUDA",
         may_change=True,
     )
     save_only_model: bool = setting(

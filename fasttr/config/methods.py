@@ -13,6 +13,7 @@ class Method(NamedTuple):
     """A word of the command line: `fasttr NAME`, as `trl NAME`."""
 
     name: str
+    about: str  # what its help begins with
     defaults: Mapping[str, Any]  # settings where neither a file nor a flag nor a preset has one
     losses: tuple[str, ...]  # names that it may have
     elsewhere: str = ""  # where the others are at home
@@ -24,22 +25,27 @@ _PAIRED = tuple(name for name, loss in LOSSES.items() if not loss.unpaired)
 _UNPAIRED = tuple(name for name, loss in LOSSES.items() if loss.unpaired)
 
 METHODS = {
-    "train": Method("train", {}, tuple(LOSSES)),
+    "train": Method("train", "Train on preferences.", {}, tuple(LOSSES)),
     # TRL keeps pairs whose sides are equal; without them, steps and order would be other ones.
     "dpo": Method(
         "dpo",
+        "As trl dpo: train on pairs (prompt, chosen, rejected).",
         {"loss_type": "sigmoid", "drop_identical_sides": False},
         _PAIRED,
         "fasttr kto has the losses of unpaired rows",
     ),
     "kto": Method(
         "kto",
+        "As trl kto: train on rows with a verdict (prompt, completion, label), or on pairs taken "
+        "apart.",
         {"loss_type": "kto", "train_sampling_strategy": "sequential"},
         _UNPAIRED,
         "fasttr dpo has the losses of pairs",
     ),
     "sft": Method(
         "sft",
+        "As trl sft: train on completions of prompts, on conversations (messages), or on the "
+        "chosen side of pairs.",
         {"loss_type": "sft", "learning_rate": 2e-5},
         ("sft",),
         "fasttr dpo has the losses of pairs",

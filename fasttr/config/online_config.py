@@ -1,21 +1,25 @@
-"""The configuration of on-policy training: `fasttr grpo` and `fasttr rloo`. One set of settings; a
-command sets defaults. Names are TRL's where the meaning is TRL's."""
+"""The configuration of on-policy training: `fasttr grpo`, `fasttr rloo` and `fasttr ppo`. One set
+of settings; a command sets defaults. Names are TRL's where the meaning is TRL's."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fasttr.config.train_config import LossSettings, TrainConfig
+from fasttr.config.watching import SampleSettings
 from fasttr.errors import FasttrError
 from fasttr.losses import Loss
+from fasttr.losses.advantages import KL_ESTIMATORS
 from fasttr.losses.policy_gradient import LEVELS, LOSS_TYPES, PolicyLoss
 from fasttr.rollouts.rewards import check_source
 from fasttr.settings import (
     Range,
     above,
     at_least,
+    between,
     described,
     one_of,
     setting,
@@ -33,9 +37,11 @@ TWO_NUMBERS = Range(
 class PolicySettings:
     """Policy loss."""
 
-    loss_type: str = setting("dapo", one_of(*(x for x in LOSS_TYPES if x != "ppo")), "policy loss")
+    loss_type: str = setting("dapo", one_of(*LOSS_TYPES), "policy loss")
     beta: float = setting(
-        0.0, at_least(0), "weight of the KL to the reference: in the loss, with rloo in the reward"
+        0.0,
+        at_least(0),
+        "weight of the KL to the reference: in the loss, with rloo and ppo in the reward",
     )
     epsilon: float = setting(0.2, above(0), "clip range of the ratio, below 1 and above it")
     epsilon_high: float | None = setting(
@@ -50,7 +56,7 @@ class PolicySettings:
         "group",
         one_of("group", "batch", "none"),
         "what an advantage is divided by: the deviation of its prompt, of all, or nothing; rloo "
-        "divides by nothing",
+        "and ppo do not read it",
     )
     normalize_advantages: bool = setting(
         False, None, "rloo: advantages of a rollout with mean 0 and deviation 1"
@@ -63,7 +69,9 @@ class RolloutSettings:
     """Rollouts."""
 
     learning_rate: float = setting(1e-6, at_least(0), "peak rate of AdamW")
-    num_generations: int = setting(8, whole(2), "completions of a prompt; at least 2, a baseline")
+    num_generations: int = setting(
+        8, whole(1), "completions of a prompt; at least 2, a baseline, but for ppo"
+    )
     steps_per_generation: int = setting(
         1, whole(1), "optimizer steps that one rollout feeds in a pass"
     )
@@ -91,14 +99,49 @@ class RewardSourceSettings:
     missing_eos_score: float | None = setting(
         None, None, "reward of a completion that did not end, in place of its own"
     )
+    missing_eos_penalty: float | None = setting(
+        None, None, "taken off the reward of a completion that did not end"
+    )
     mask_truncated_completions: bool = setting(
         False, None, "leave completions that did not end out of the loss"
     )
 
 
 @dataclass(frozen=True)
-class OnlineConfig(RewardSourceSettings, RolloutSettings, PolicySettings, TrainConfig):  # type: ignore[misc]
-    """Settings of on-policy training: `fasttr grpo` and `fasttr rloo`."""
+class CriticSettings:
+    """Critic of ppo."""
+
+    value_model_name_or_path: str | None = setting(
+        None,
+        None,
+        "folder that the critic starts from, with a reward model or with a new head; none means "
+        "the first folder among the rewards, else the policy",
+    )
+    vf_coef: float = setting(0.1, above(0), "weight of the critic's loss")
+    cliprange_value: float = setting(
+        0.2, above(0), "how far a value counts as moved since its completion was drawn"
+    )
+    gamma: float = setting(1.0, between(0, 1), "discount a token")
+    lam: float = setting(0.95, between(0, 1), "decay of the advantages' sum (GAE)")
+    whiten_rewards: bool = setting(
+        False, None, "token rewards of a rollout with deviation 1, their mean kept"
+    )
+    kl_estimator: str = setting(
+        "k1", one_of(*KL_ESTIMATORS), "of the KL in the reward: the log-ratio, or k3, never below 0"
+    )
+    kl_target: float | None = setting(
+        None, above(0), "nats a completion that beta follows; none: beta stays"
+    )
+    kl_horizon: float = setting(
+        10_000.0, above(0), "completions in which beta makes up for a KL that is off by all of it"
+    )
+
+
+@dataclass(frozen=True)
+class OnlineConfig(  # type: ignore[misc]
+    CriticSettings, RewardSourceSettings, RolloutSettings, PolicySettings, TrainConfig
+):
+    """Settings of on-policy training: `fasttr grpo`, `fasttr rloo` and `fasttr ppo`."""
 
     def __post_init__(self) -> None:
         own = set(settings_of(PolicySettings))
@@ -106,13 +149,14 @@ class OnlineConfig(RewardSourceSettings, RolloutSettings, PolicySettings, TrainC
         for name in FOREIGN:
             if name not in own and getattr(self, name) != defaults[name].default:
                 raise FasttrError(
-                    f"{name}: got {getattr(self, name)!r}; no loss of rollouts reads it: leave it "
-                    "out"
+                    f"{name}: got {getattr(self, name)!r}; runs on rollouts do not read it: leave "
+                    "it out"
                 )
         if isinstance(self.reward_funcs, str):
             object.__setattr__(self, "reward_funcs", [self.reward_funcs])
         self._check_batches()
         self._check_rewards()
+        self._check_method()
         if self.ref_update != "none" and self.beta == 0:
             raise FasttrError(
                 f"ref_update: got {self.ref_update} with beta 0, which reads no reference; wanted "
@@ -120,7 +164,23 @@ class OnlineConfig(RewardSourceSettings, RolloutSettings, PolicySettings, TrainC
             )
         super().__post_init__()
 
+    def _check_method(self) -> None:
+        """What only another method reads is refused."""
+        unread = UNREAD_BY_PPO if self.is_ppo else tuple(settings_of(CriticSettings))
+        known = settings_of(OnlineConfig)
+        for name in unread:
+            if getattr(self, name) != known[name].default:
+                told = "ppo does not read it" if self.is_ppo else "only fasttr ppo has a critic"
+                raise FasttrError(f"{name}: got {getattr(self, name)!r}; {told}: leave it out")
+        if self.kl_target is not None and self.beta == 0:
+            raise FasttrError("kl_target: got it with beta 0, which it could not lead; raise beta")
+
     def _check_batches(self) -> None:
+        if self.num_generations < 2 and not self.is_ppo:
+            raise FasttrError(
+                f"num_generations: got {self.num_generations}; wanted a whole number from 2: the "
+                "others of a prompt are the baseline"
+            )
         if self.train_batch_size % self.num_generations:
             raise FasttrError(
                 f"train_batch_size: got {self.train_batch_size} completions a step; wanted a "
@@ -144,6 +204,11 @@ class OnlineConfig(RewardSourceSettings, RolloutSettings, PolicySettings, TrainC
             raise FasttrError(
                 f"reward_weights: got {len(weights)} for {len(names)} sources; wanted one for each"
             )
+        if self.missing_eos_score is not None and self.missing_eos_penalty is not None:
+            raise FasttrError(
+                "missing_eos_penalty: got it beside missing_eos_score, which takes the place of "
+                "the reward; leave one of them out"
+            )
         for name in names:
             check_source(name)
 
@@ -157,6 +222,27 @@ class OnlineConfig(RewardSourceSettings, RolloutSettings, PolicySettings, TrainC
     @property
     def is_rloo(self) -> bool:
         return self.loss_type == "rloo"
+
+    @property
+    def is_ppo(self) -> bool:
+        return self.loss_type == "ppo"
+
+    @property
+    def rewards_closeness(self) -> bool:
+        """Whether the KL to the reference is taken off the reward."""
+        return self.beta > 0 and (self.is_rloo or self.is_ppo)
+
+    @property
+    def steps_per_rollout(self) -> int:
+        return self.steps_per_generation * self.num_iterations
+
+    @property
+    def value_source(self) -> str:
+        """The folder that a critic starts from."""
+        if self.value_model_name_or_path is not None:
+            return self.value_model_name_or_path
+        folders = [name for name in self.reward_names if Path(name).is_dir()]
+        return folders[0] if folders else str(self.model_name_or_path)
 
     @property
     def loss_names(self) -> list[str]:
@@ -187,15 +273,22 @@ class OnlineConfig(RewardSourceSettings, RolloutSettings, PolicySettings, TrainC
         if self.max_steps > 0:
             return self.max_steps
         of_epoch = prompts // (self.prompts_per_step * self.steps_per_generation)
-        steps = of_epoch * self.steps_per_generation * self.num_iterations
+        steps = of_epoch * self.steps_per_rollout
         return math.ceil(self.num_train_epochs * steps)
 
 
 # Settings of a run on preferences that mean nothing here, or something else.
-FOREIGN = list(settings_of(LossSettings))
+FOREIGN = [*settings_of(LossSettings), *settings_of(SampleSettings)]
+UNREAD_BY_PPO = (
+    "scale_rewards",
+    "normalize_advantages",
+    "importance_sampling_level",
+    "use_bias_correction_kl",
+)
 OnlineConfig.__doc__ = described(OnlineConfig)
 # What a command sets where nothing is said.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "grpo": {"loss_type": "dapo", "num_generations": 8, "beta": 0.0},
     "rloo": {"loss_type": "rloo", "num_generations": 2, "beta": 0.05},
+    "ppo": {"loss_type": "ppo", "num_generations": 1, "beta": 0.05, "num_iterations": 4},
 }

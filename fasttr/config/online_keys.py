@@ -1,4 +1,5 @@
-"""TRL's keys of GRPOConfig and RLOOConfig that are no setting here: what becomes of each.
+"""TRL's keys of GRPOConfig and RLOOConfig, and of its former PPOConfig, that are no setting here:
+what becomes of each.
 
 A value equal to TRL's default is accepted silently. Keys that all of TRL's trainers share are in
 `fasttr.config.trl_table`.
@@ -6,6 +7,7 @@ A value equal to TRL's default is accepted silently. Keys that all of TRL's trai
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +22,8 @@ _TOOLS = "tools are not called; leave it out"
 _ENTROPY = "the fused loss gives no gradient of the entropy; leave it out"
 _LATER = "only the losses that REFERENCE names are built; leave it out"
 _SHOWS = "completions are not shown; write a callback for that"
+_SIZES = "follows from the other sizes; leave it out"
+_OLDER = "a name of an older trainer: set "
 _MEMORY = "concerns how transformers keeps its cache, same values"
 
 
@@ -100,18 +104,56 @@ KEYS: dict[str, OnlineKey] = {
     "log_unique_prompts": _ignored(False, _SHOWS),
     "log_completions_hub_repo": _ignored(None, _SHOWS),
 }
+# Of TRL's former PPOConfig (TRL 1.16 has no PPO): names here.
+PPO_NAMES = {
+    "num_ppo_epochs": "num_iterations",
+    "num_mini_batches": "steps_per_generation",
+    "kl_coef": "beta",
+    "cliprange": "epsilon",
+    "response_length": "max_completion_length",
+    "reward_model_path": "reward_model_name_or_path",
+    "sft_model_path": "model_name_or_path",
+}
+EPISODES = "total_episodes"
+PPO_KEYS: dict[str, OnlineKey] = {
+    "stop_token": _ignored("eos", "a completion ends at the tokenizer's EOS"),
+    "stop_token_id": _refused(None, "a completion ends at the tokenizer's EOS; leave it out"),
+    "local_rollout_forward_batch_size": _ignored(64, "packs are filled by max_tokens_per_batch"),
+    "num_sample_generations": _ignored(10, _SHOWS),
+    "exp_name": _ignored("ppo_config", "names nothing here"),
+    "model_adapter_name": _refused(None, "one adapter is trained, without a name; leave it out"),
+    "ref_adapter_name": _refused(None, "one adapter is trained, without a name; leave it out"),
+    **{
+        name: _refused(None, _SIZES)
+        for name in (
+            "world_size",
+            "num_total_batches",
+            "micro_batch_size",
+            "local_batch_size",
+            "batch_size",
+            "local_mini_batch_size",
+            "mini_batch_size",
+        )
+    },
+    "ppo_epochs": _refused(None, _OLDER + "num_iterations"),
+    "adap_kl_ctrl": _refused(False, _OLDER + "kl_target"),
+    "init_kl_coef": _refused(None, _OLDER + "beta, and kl_target where it should adapt"),
+    "target": _refused(None, _OLDER + "kl_target"),
+    "horizon": _refused(None, _OLDER + "kl_horizon"),
+}
 # Defaults of these two trainers where other trainers of TRL have another one.
 OWN_DEFAULTS = {"remove_unused_columns": False, "disable_dropout": False}
 
 
-def take_out(values: dict[str, Any]) -> list[str]:
-    """Remove TRL's own keys from `values`; lines for those that are ignored.
+def take_out(values: dict[str, Any], more: Mapping[str, OnlineKey] | None = None) -> list[str]:
+    """Remove TRL's own keys from `values`, those of `more` too; lines for those that are ignored.
 
     FasttrError names one that is refused.
     """
     notices = []
-    for name in [name for name in values if name in KEYS]:
-        key, value = KEYS[name], values.pop(name)
+    keys = {**KEYS, **(more or {})}
+    for name in [name for name in values if name in keys]:
+        key, value = keys[name], values.pop(name)
         if _is_default(value, key.default):
             continue
         if key.is_refused:
@@ -126,7 +168,6 @@ def take_out(values: dict[str, Any]) -> list[str]:
 def generation_steps(values: dict[str, Any]) -> None:
     """`steps_per_generation` in optimizer steps, from TRL's measures: micro-batches, or the
     completions of a rollout in `generation_batch_size`."""
-    rows = _whole(values, "per_device_train_batch_size", 8)
     times = _whole(values, "gradient_accumulation_steps", 1)
     size = values.pop("generation_batch_size", None)
     steps = values.get("steps_per_generation")
@@ -136,10 +177,37 @@ def generation_steps(values: dict[str, Any]) -> None:
             "generation_batch_size: got it beside steps_per_generation; leave one of them out"
         )
     if size is not None:
-        a_step = rows * times if names_trls else _whole(values, "train_batch_size", 8)
-        values["steps_per_generation"] = _divided(int(size), a_step, "generation_batch_size")
+        values["steps_per_generation"] = _divided(int(size), _rows(values), "generation_batch_size")
     elif steps is not None and names_trls:
         values["steps_per_generation"] = _divided(int(steps), times, "steps_per_generation")
+
+
+def rename_ppo(values: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Names of TRL's former PPOConfig become ours, and its number of completions `max_steps`."""
+    for theirs, ours in PPO_NAMES.items():
+        if theirs not in values:
+            continue
+        value = values.pop(theirs)
+        if ours in values and values[ours] != value:
+            raise FasttrError(
+                f"{theirs}: got {value!r} beside {ours} {values[ours]!r}; leave one of them out"
+            )
+        values[ours] = value
+    episodes = values.pop(EPISODES, None)
+    if episodes is None:
+        return
+    passes = _whole({**defaults, **values}, "num_iterations", 1)
+    steps = _whole(values, "steps_per_generation", 1)
+    rollouts = math.ceil(_whole({EPISODES: episodes}, EPISODES, 0) / (_rows(values) * steps))
+    values["max_steps"] = rollouts * steps * passes
+
+
+def _rows(values: Mapping[str, Any]) -> int:
+    """Completions of an optimizer step."""
+    if "per_device_train_batch_size" in values or "gradient_accumulation_steps" in values:
+        rows = _whole(values, "per_device_train_batch_size", 8)
+        return rows * _whole(values, "gradient_accumulation_steps", 1)
+    return _whole(values, "train_batch_size", 8)
 
 
 def _divided(value: int, by: int, name: str) -> int:

@@ -10,6 +10,7 @@ import torch
 
 from fasttr.batch import TreeSource
 from fasttr.config.train_config import LossSettings, ReferenceSettings, TrainConfig
+from fasttr.config.watching import SampleSettings
 from fasttr.errors import FasttrError
 from fasttr.losses import Loss
 from fasttr.losses.reward import RewardLoss, RewardObjective, reward_loss
@@ -17,7 +18,11 @@ from fasttr.packing.plan import Plan, prompt_numbers
 from fasttr.settings import at_least, described, one_of, setting, settings_of
 
 # Settings of a run on preferences that mean nothing here.
-FOREIGN = (*settings_of(LossSettings), *settings_of(ReferenceSettings))
+FOREIGN = tuple(
+    name
+    for group in (LossSettings, ReferenceSettings, SampleSettings)
+    for name in settings_of(group)
+)
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,8 @@ class RewardConfig(RewardSettings, TrainConfig):
         for name in FOREIGN:
             if getattr(self, name) != settings[name].default:
                 raise FasttrError(
-                    f"{name}: got {getattr(self, name)!r}; a reward model has no loss to choose "
-                    "and no reference: leave it out"
+                    f"{name}: got {getattr(self, name)!r}; a reward model has no loss to choose, "
+                    "no reference and no samples: leave it out"
                 )
         super().__post_init__()
 

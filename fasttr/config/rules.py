@@ -14,6 +14,7 @@ from fasttr.errors import FasttrError, all_of, one_line
 from fasttr.losses import Loss
 from fasttr.metrics.trackers import tracker_names
 from fasttr.models.lora import is_adapter
+from fasttr.models.quantised import check_installed
 from fasttr.optim.adamw import PLATEAU
 from fasttr.optim.named import OPTIMIZERS, check_optimizer
 
@@ -39,6 +40,7 @@ def check(config: Any) -> None:
         _check_trackers,
         _check_optimizer,
         _check_best,
+        _check_stopping,
         _check_adapter,
         _check_named_loss,
         _check_groups,
@@ -53,10 +55,20 @@ def check(config: Any) -> None:
 
 def _check_optimizer(config: Any) -> None:
     check_optimizer(config.optim, config.optim_args)
-    if config.adam_moments != "fp32" and not OPTIMIZERS[config.optim].is_adamw:
+    if config.adam_moments not in (None, "fp32") and not OPTIMIZERS[config.optim].is_adamw:
         raise FasttrError(
             f"adam_moments: got {config.adam_moments} with optim {config.optim}, which has its "
             "own; leave it out, or take adamw_torch"
+        )
+    if config.ref_on_host and (config.ref_update != "soft" or config.ref_update_every == 1):
+        raise FasttrError(
+            f"ref_on_host: got true with ref_update {config.ref_update} every "
+            f"{config.ref_update_every}; wanted a soft reference that rests for more than a step"
+        )
+    if config.activation_memory_budget is not None and config.gradient_checkpointing:
+        raise FasttrError(
+            f"activation_memory_budget: got {config.activation_memory_budget:g} with "
+            "gradient_checkpointing true, which keeps nothing of a layer; leave one of them out"
         )
     if config.dtype == "bfloat16" and config.bf16 is False:
         raise FasttrError(
@@ -184,14 +196,28 @@ def _check_mixture(config: Any) -> None:
         )
 
 
+def _check_quantised(config: Any) -> None:
+    """What weights in 4 bits cannot be combined with."""
+    for name in ("merge_adapter", "use_dora", "lora_target_parameters"):
+        if getattr(config, name):
+            raise FasttrError(
+                f"{name}: got {getattr(config, name)} with load_in_4bit; it needs the weights "
+                "themselves: leave one of them out"
+            )
+
+
 def _check_adapter(config: Any) -> None:
     """What a low-rank adapter cannot be combined with."""
     if not config.use_peft:
-        if config.merge_adapter:
-            raise FasttrError(
-                "merge_adapter: got true without an adapter; wanted use_peft true, or leave it out"
-            )
+        for name in ("merge_adapter", "load_in_4bit"):
+            if getattr(config, name):
+                raise FasttrError(
+                    f"{name}: got true without an adapter; wanted use_peft true, or leave it out"
+                )
         return
+    if config.load_in_4bit:
+        check_installed()
+        _check_quantised(config)
     if config.resize_embeddings:
         raise FasttrError(
             "resize_embeddings: got true with use_peft, whose folder would not hold the new rows; "
@@ -261,6 +287,21 @@ def _check_best(config: Any) -> None:
     _check_comparable(config, asks)
     if config.save_strategy != "best":
         _check_saved_where_evaluated(config, asks)
+
+
+def _check_stopping(config: Any) -> None:
+    """Early stopping follows one metric of the evaluations."""
+    if config.early_stopping_patience is None:
+        return
+    asks = f"early_stopping_patience: got {config.early_stopping_patience}"
+    if config.eval_strategy == "no":
+        raise FasttrError(f"{asks} with eval_strategy no; wanted steps or epoch")
+    if config.metric_for_best_model is None:
+        wanted = "loss, rewards/accuracies"
+        if config.ref_update != "none":
+            wanted = "eval_anchor/rewards/accuracies"
+        raise FasttrError(f"{asks} without metric_for_best_model; wanted one, such as {wanted}")
+    _check_comparable(config, asks)
 
 
 def _check_comparable(config: Any, asks: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fasttr.settings import between, setting, whole
+from fasttr.settings import between, one_of, setting, whole
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,18 @@ class AdapterSettings:
         None,
         "train the magnitude of every adapted weight too (DoRA); not with ref_update soft",
     )
+    load_in_4bit: bool = setting(
+        False,
+        None,
+        "hold the frozen matrices under an adapter in 4 bits (QLoRA); needs the package "
+        "bitsandbytes and whole weights in every process",
+    )
+    bnb_4bit_quant_type: str = setting(
+        "nf4", one_of("nf4", "fp4"), "which 4 bits; read only with load_in_4bit"
+    )
+    use_bnb_nested_quant: bool = setting(
+        False, None, "with load_in_4bit, hold the scales of its blocks in 8 bits"
+    )
     ref_lora_rank: int | None = setting(
         None,
         whole(1),
@@ -69,6 +81,21 @@ class LaunchSettings:
         whole(1),
         "processes, one for each GPU, that fasttr starts on this machine; under torchrun or "
         "accelerate it must be theirs, and none takes what there is",
+        may_change=True,
+    )
+    shard_size: int | None = setting(
+        None,
+        whole(0),
+        "processes that divide one copy of the weights among them (FSDP2); 1 keeps it whole in "
+        "each, 0 divides it among all, a machine's number makes a copy on each machine, and none "
+        "is what accelerate asks for, else 1",
+        may_change=True,
+    )
+    reshard_after_forward: bool = setting(
+        True,
+        None,
+        "with divided weights, let go of a layer after the forward and gather it again for the "
+        "backward; false is faster and needs room for the whole model",
         may_change=True,
     )
     ddp_timeout: int = setting(

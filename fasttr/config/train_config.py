@@ -8,9 +8,10 @@ hands on small ones: what reads rows, loads a model or steps an optimizer never 
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -27,12 +28,16 @@ from fasttr.config.common import (
     StepSettings,
 )
 from fasttr.config.scale import AdapterSettings, LaunchSettings
+from fasttr.config.watching import SampleSettings, StoppingSettings
 from fasttr.data.load import DataConfig
+from fasttr.distributed.launchers import Sharding, of_environment
 from fasttr.errors import FasttrError
 from fasttr.losses import DIVERGENCES, BaseLoss, Loss, Objective, WeightedSum, Wpo, make_loss
 from fasttr.metrics.trackers import TrackerConfig
 from fasttr.models.load import ModelConfig
 from fasttr.models.lora import AdapterConfig
+from fasttr.models.quantised import Quantisation
+from fasttr.models.sharded import Layout
 from fasttr.optim.adamw import OptimizerConfig
 from fasttr.packing.plan import Plan
 from fasttr.packing.tiers import AUTO, SHARED
@@ -49,6 +54,16 @@ from fasttr.settings import (
     settings_of,
     whole,
 )
+
+# What the memory plan says where a configuration does not; and what was meant before there was one.
+PLANNED = (
+    "ref_on_host",
+    "adam_moments",
+    "gradient_checkpointing",
+    "activation_memory_budget",
+    "max_tokens_per_batch",
+)
+BEFORE_PLANS = {"adam_moments": "fp32", "gradient_checkpointing": True}
 
 # What losses read beside their names.
 LOSS_SETTINGS = (
@@ -138,6 +153,11 @@ class LossSettings:
         "train_batch_size",
         in_eval=True,
     )
+    eval_group_size: int | None = setting(
+        None,
+        whole(1),
+        "rows of an evaluation whose losses are computed together; none means group_size",
+    )
     mismatch_size: int | None = setting(
         None,
         whole(1),
@@ -158,6 +178,13 @@ class ReferenceSettings:
     )
     ref_update_alpha: float = setting(0.6, between(0, 1), "share of the policy in a soft update")
     ref_update_every: int = setting(512, whole(1), "optimizer steps between updates")
+    ref_on_host: bool | None = setting(
+        None,
+        None,
+        "a soft reference rests in pinned memory of the host between windows; none means where "
+        "the memory plan of a GPU has no room for it. Where it rests may change its last bit",
+        may_change=True,
+    )
     ref_model_name_or_path: str | None = setting(
         None, None, "another model as the first reference; none means the policy at its start"
     )
@@ -166,7 +193,9 @@ class ReferenceSettings:
 @dataclass(frozen=True)
 class TrainConfig(
     SavingSettings,
+    StoppingSettings,
     EvaluationSettings,
+    SampleSettings,
     LoggingSettings,
     LaunchSettings,
     ComputeSettings,
@@ -277,11 +306,12 @@ class TrainConfig(
             device=device,
             bf16=self.computes_in_bf16(device),
             attn_implementation=self.attn_implementation,
-            gradient_checkpointing=self.gradient_checkpointing and name is None,
+            gradient_checkpointing=self.gradient_checkpointing is not False and name is None,
             use_liger_kernel=self.use_liger_kernel,
             max_length=self.max_length,
             ld_alpha=self.ld_alpha,
             adapter=self.adapter() if name is None else None,
+            quantisation=self.quantisation() if name is None else None,
             compile=self.compile,
             tier=SHARED if self.attention_tier == AUTO else self.attention_tier,
             trust_remote_code=self.trust_remote_code,
@@ -289,6 +319,12 @@ class TrainConfig(
             chat_template=self.chat_template,
             eos_token=self.eos_token,
         )
+
+    def quantisation(self) -> Quantisation | None:
+        """How the frozen matrices under an adapter are held, if not as they are."""
+        if not self.load_in_4bit:
+            return None
+        return Quantisation(self.bnb_4bit_quant_type, self.use_bnb_nested_quant)
 
     def adapter(self) -> AdapterConfig | None:
         """What is trained of the policy in place of its own weights, if anything."""
@@ -322,9 +358,28 @@ class TrainConfig(
             schedule=self.lr_scheduler_type,
             schedule_kwargs=self.lr_scheduler_kwargs,
             warmup_steps=self.warmup_steps,
-            moments=self.adam_moments,
+            moments=self.adam_moments or "fp32",
             keeps_masters=self.dtype != "bfloat16",
             seed=self.seed,
+        )
+
+    def sharding(self) -> Sharding:
+        """How the weights are divided: as the settings say, else as accelerate does."""
+        found = of_environment(os.environ)
+        if self.shard_size is not None:
+            return Sharding(self.shard_size, self.reshard_after_forward)
+        return found._replace(
+            reshard_after_forward=found.reshard_after_forward and self.reshard_after_forward
+        )
+
+    def layout(self, device: torch.device) -> Layout:
+        """How the rows of divided weights are kept."""
+        bf16 = self.computes_in_bf16(device)
+        is_adapted = self.use_peft
+        return Layout(
+            halves=bf16 if is_adapted else self.optimizer().splits(bf16),
+            keeps_remainders=not is_adapted and self.dtype != "bfloat16",
+            reshards=self.sharding().reshard_after_forward,
         )
 
     def plan(self, trees: TreeSource, loss: Loss, device: torch.device) -> Plan:
@@ -360,6 +415,14 @@ class TrainConfig(
     def token_budget(self, device: torch.device) -> int:
         return self.max_tokens_per_batch or (8192 if device.type == "cuda" else 1024)
 
+    def as_planned_in(self, saved: dict[str, Any]) -> Self:
+        """The configuration with what a checkpoint's memory plan chose where it says nothing: the
+        run goes on as it began, on whatever device."""
+        saved = {**BEFORE_PLANS, **saved}
+        unsaid = [name for name in PLANNED if getattr(self, name) is None]
+        planned: dict[str, Any] = {name: saved.get(name) for name in unsaid}
+        return dataclasses.replace(self, **planned)
+
     def group_rows(self, loss: Loss) -> int:
         """Rows that must share a pack: the group of a loss that couples rows, a micro-batch whose
         router has a loss, else one."""
@@ -388,7 +451,8 @@ class TrainConfig(
         """What binds a resumed run and differs from the configuration it was saved with."""
         now = self.as_dict()
         # A setting that is younger than the checkpoint had what is its default now.
-        saved = {**{name: one.default for name, one in settings_of(type(self)).items()}, **saved}
+        defaults = {name: one.default for name, one in settings_of(type(self)).items()}
+        saved = {**defaults, **BEFORE_PLANS, **saved}
         bound = self.bound_on_resume()
         if self.evaluates and self.eval_steps is None:
             bound.append("logging_steps")  # it says when to evaluate

@@ -8,12 +8,16 @@ from typing import Any
 
 from fasttr.config.methods import METHODS, Method
 from fasttr.config.train_config import TrainConfig
+from fasttr.config.trl_launch import launch_of
 from fasttr.config.trl_table import MODEL_ENTRIES, RIVALS, SPEED_ENTRIES, TABLE
-from fasttr.config.trl_values import converted, is_default, is_none
+from fasttr.config.trl_values import converted, is_default, is_none, named_columns
+from fasttr.distributed.launchers import WHOLE
 from fasttr.errors import FasttrError, all_of, did_you_mean
-from fasttr.settings import settings_of
+from fasttr.losses import unknown_losses
+from fasttr.settings import out_of_range, settings_of
 
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+_EVAL_BATCH = "per_device_eval_batch_size"
 _ADAPTER = (
     "lora_r",
     "lora_alpha",
@@ -55,8 +59,9 @@ def translate(
         translation.rename_loss,
         translation.rename_warmup,
         translation.rename_precision,
-        translation.rename_batch,
         translation.rename_launch,
+        translation.rename_batch,
+        translation.rename_evaluation,
         translation.rename_reference,
         translation.rename_model,
         translation.rename_data,
@@ -64,7 +69,7 @@ def translate(
     ):
         translation.attempt(step)
     if translation.refusals:
-        raise all_of(translation.refusals)
+        raise all_of([*translation.refusals, *translation.out_of_range()])
     return translation.ours, translation.notices
 
 
@@ -133,7 +138,17 @@ class _Translation:
             raise FasttrError("env: got text; wanted a mapping of names to values, in a file")
         columns = self.ours.get("columns")
         if isinstance(columns, str | list):
-            self.ours["columns"] = _named_columns(columns)
+            self.ours["columns"] = named_columns(columns)
+
+    def out_of_range(self) -> list[str]:
+        """What would be refused next of the keys that have their types already: said with the rest,
+        a file is not read again and again."""
+        settings = settings_of(TrainConfig)
+        typed = [name for name in self.given if name in self.ours]
+        found = [out_of_range(settings[name], self.ours[name]) for name in typed]
+        losses = self.ours.get("loss_type") if "loss_type" in typed else None
+        unknown = unknown_losses([losses] if isinstance(losses, str) else losses or [])
+        return [reason for reason in (*found, *unknown) if reason is not None]
 
     def rename_plain_ones(self) -> None:
         for key in TABLE.values():
@@ -170,9 +185,11 @@ class _Translation:
         self.ours["warmup_steps"] = ratio
 
     def rename_precision(self) -> None:
-        precision = self.given.get("mixed_precision", "no")
+        self._take_precision(self.given.get("mixed_precision", "no"))
+
+    def _take_precision(self, precision: str) -> None:
         if precision == "bf16":
-            self.ours["bf16"] = True
+            self.ours.setdefault("bf16", True)
         elif precision != "no":
             raise FasttrError(f"mixed_precision: got {precision!r}; use bf16")
 
@@ -194,22 +211,40 @@ class _Translation:
         self.ours["train_batch_size"] = rows * times * world
         if self.method.averages_the_step:
             return
-        # TRL takes KTO's estimate over all devices, of completions that each of them rotates.
-        losses = self.ours.get("loss_type", self.method.defaults.get("loss_type"))
-        of_all = losses == "kto" and world > 1
+        of_all = self._is_kto and world > 1
         self.ours.setdefault("group_size", rows * world if of_all else rows)
         if of_all:
             self.ours.setdefault("mismatch_size", rows)
         if times * world > 1:
             self.ours.setdefault("micro_batch_size", rows)
 
+    def rename_evaluation(self) -> None:
+        """A file in TRL's measures evaluates in batches, 8 rows of a device where it says nothing:
+        a loss that couples rows sees those together."""
+        if not any(key in self.given for key in (*_BATCH, _EVAL_BATCH)):
+            return
+        rows = self.given.get(_EVAL_BATCH, TABLE[_EVAL_BATCH].default)
+        if rows < 1:
+            raise FasttrError(f"{_EVAL_BATCH}: got {rows!r}; wanted a whole number from 1")
+        world = _processes(self.ours.get("num_processes")) if self._is_kto else 1
+        self.ours.setdefault("eval_group_size", rows * world)
+
+    @property
+    def _is_kto(self) -> bool:
+        """TRL takes KTO's estimate over all devices, of completions that each of them rotates."""
+        return self.ours.get("loss_type", self.method.defaults.get("loss_type")) == "kto"
+
     def rename_launch(self) -> None:
-        plan = self.given.get("accelerate_config", "single_gpu")
-        if plan not in ("single_gpu", "multi_gpu"):
-            raise FasttrError(
-                f"accelerate_config: got {plan!r}; wanted single_gpu or multi_gpu, with "
-                "num_processes: sharding is not built"
-            )
+        """Processes and shards; what stands beside them in a file of settings wins."""
+        launch = launch_of(self.given)
+        if launch.num_processes is not None and not os.environ.get("WORLD_SIZE"):
+            self.ours.setdefault("num_processes", launch.num_processes)
+        if launch.sharding != WHOLE:
+            self.ours.setdefault("shard_size", launch.sharding.shard_size)
+            if not launch.sharding.reshard_after_forward:
+                self.ours.setdefault("reshard_after_forward", False)
+        if "mixed_precision" not in self.given:
+            self._take_precision(launch.precision or "no")
 
     def leave_out_adapter(self) -> None:
         """TRL's keys of an adapter mean nothing without one."""
@@ -347,19 +382,6 @@ def _mixture_of(mixer: Mapping[str, Any], configs: list[Any], splits: list[Any])
     return {"datasets": train, "test_datasets": test, "seed": 42, "draws_rows": False}
 
 
-def _named_columns(words: str | list[Any]) -> Any:
-    """`chosen=good rejected=bad` of a command line as a mapping."""
-    pairs = [
-        str(word).partition("=") for word in (words.split() if isinstance(words, str) else words)
-    ]
-    if not all(name and equals and value for name, equals, value in pairs):
-        raise FasttrError(
-            f"columns: got {words!r:.60}; wanted such as chosen=good rejected=bad, or in a file a "
-            "mapping"
-        )
-    return {name: value for name, _, value in pairs}
-
-
 def _processes(asked: int | None) -> int:
     """How many processes a launcher has started, or fasttr will."""
     started = os.environ.get("WORLD_SIZE", "")
@@ -379,8 +401,6 @@ def _unknown(key: str) -> str:
 # What people of other tools write, with what it is here.
 _OTHER_WORDS = {
     "device": "a run takes the GPU when there is one; use_cpu: true keeps it on the CPU",
-    "early_stopping_patience": "runs are not stopped early; keep the best checkpoint with "
-    "load_best_model_at_end: true",
     "model": "a file of settings is flat: write model_name_or_path: NAME",
     "dataset": "a file of settings is flat: write dataset_name: NAME",
     "data": "a file of settings is flat: write dataset_name: NAME",

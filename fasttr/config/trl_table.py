@@ -44,13 +44,11 @@ def _r(name: str, default: Any, type_: str, advice: str) -> Key:
     return Key(name, default, type_, "refused", advice)
 
 
-_ONE = "sharding is not built: every process holds the whole model; write num_processes alone"
+_SHARDS = "sharding by FSDP2, whatever the file names: see shard_size"
 _TRACKIO = "fasttr hands it to nobody; set TRACKIO_SPACE_ID in the environment, or leave it out"
 _HUB = "read only with push_to_hub"
 _LORA = "read only with use_peft"
-_QUANTIZED = (
-    "a quantised base is not built; use_peft with bf16 keeps the matrices in 2 bytes a weight"
-)
+_QUANTIZED = "8 bits are not built; load_in_4bit with use_peft holds the frozen matrices in 4"
 _PACKING = "read only with packing"
 _OLD = "transformers no longer has it, and it changes no values"
 _LOADER = "no data loader: rows are read once and planned ahead"
@@ -180,7 +178,13 @@ TRAINING = [
         "train_batch_size",
         "times per_device_train_batch_size",
     ),
-    _i("per_device_eval_batch_size", 8, "int", "packing decides; means are over all rows"),
+    _n(
+        "per_device_eval_batch_size",
+        8,
+        "int",
+        "eval_group_size",
+        "rows that a loss sees together in an evaluation; packing decides what shares a pass",
+    ),
     _h("num_train_epochs", 3.0, "float"),
     _h("max_steps", -1, "int"),
     _h("learning_rate", 1e-6, "float"),
@@ -314,7 +318,7 @@ TRAINING = [
         "any",
         "accelerate is not used; only its defaults are accepted, leave it out",
     ),
-    _r("parallelism_config", None, "any", _ONE),
+    _r("parallelism_config", None, "any", "FSDP2 under shard_size; leave it out"),
     _h("dataloader_drop_last", False, "bool"),
     *(
         _i(name, default, type_, _LOADER)
@@ -343,9 +347,15 @@ TRAINING = [
         )
     ),
     _h("ddp_timeout", 1800, "int"),
-    _r("fsdp", None, "any", _ONE),
-    _r("fsdp_config", None, "any", _ONE),
-    _r("deepspeed", None, "any", _ONE),
+    _n("fsdp", None, "any", "shard_size", f"{_SHARDS}; offload is refused"),
+    _n(
+        "fsdp_config",
+        None,
+        "any",
+        "reshard_after_forward",
+        "read only with fsdp; offload is refused",
+    ),
+    _n("deepspeed", None, "any", "shard_size", f"{_SHARDS}; its ZeRO stage; offload is refused"),
     _i("debug", "", "any", "it concerns transformers' trainer"),
     _i("skip_memory_metrics", True, "bool", "memory/peak_gib is always logged"),
     _i("do_train", False, "bool", "fasttr train trains"),
@@ -381,9 +391,9 @@ MODEL = [
     _h("use_rslora", False, "bool", _LORA),
     _h("use_dora", False, "bool", f"{_LORA}; refused with a soft reference"),
     _r("load_in_8bit", False, "bool", _QUANTIZED),
-    _r("load_in_4bit", False, "bool", _QUANTIZED),
-    _i("bnb_4bit_quant_type", "nf4", "str", "read only with load_in_4bit"),
-    _i("use_bnb_nested_quant", False, "bool", "read only with load_in_4bit"),
+    _h("load_in_4bit", False, "bool", f"{_LORA}; needs bitsandbytes"),
+    _h("bnb_4bit_quant_type", "nf4", "str", "read only with load_in_4bit"),
+    _h("use_bnb_nested_quant", False, "bool", "read only with load_in_4bit"),
     _i("bnb_4bit_quant_storage", None, "str?", "read only with load_in_4bit"),
 ]
 
@@ -416,16 +426,18 @@ LAUNCH = [
     _r("gpu_ids", "all", "str", "set CUDA_VISIBLE_DEVICES to one GPU"),
     _n("mixed_precision", "no", "str", "bf16", "bf16: true; fp16 and fp8 are refused"),
     _i("multi_gpu", False, "bool", "num_processes says how many there are"),
-    _r("use_fsdp", False, "bool", _ONE),
-    _r("use_deepspeed", False, "bool", _ONE),
+    _n("use_fsdp", False, "bool", "shard_size", _SHARDS),
+    _r("use_deepspeed", False, "bool", "write shard_size: 0, or accelerate_config: zero3"),
     _n(
         "accelerate_config",
         "single_gpu",
         "str",
-        "num_processes",
-        "single_gpu, and multi_gpu beside num_processes; sharding is not built",
+        "shard_size",
+        "single_gpu, multi_gpu, fsdp1, fsdp2, zero1 to zero3 (8 processes unless num_processes "
+        "says otherwise), or a file of accelerate: its processes, precision and sharding; offload "
+        "is refused",
     ),
-    _r("config_file", None, "any", "a configuration of accelerate is not read; leave it out"),
+    _n("config_file", None, "any", "shard_size", "a file of accelerate, as with accelerate_config"),
 ]
 
 _CUTS = "TRL 1.16 cuts by max_length alone; leave it out"

@@ -41,6 +41,35 @@ def converted(key: Key, value: Any) -> Any:
         raise FasttrError(f"{key.name}: got {value}; wanted {wanted}") from None
 
 
+def named_columns(words: str | list[Any]) -> Any:
+    """`chosen=good rejected=bad` of a command line as a mapping, or one that is written as in a
+    file."""
+    if isinstance(words, str) and words.startswith("{"):
+        return _mapping(words)
+    pairs = [
+        str(word).partition("=") for word in (words.split() if isinstance(words, str) else words)
+    ]
+    if not all(name and equals and value for name, equals, value in pairs):
+        raise _wrong_columns(words)
+    return {name: value for name, _, value in pairs}
+
+
+def _mapping(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise _wrong_columns(text) from error
+
+
+def _wrong_columns(words: Any) -> FasttrError:
+    return FasttrError(
+        f"columns: got {words!r:.60}; wanted such as chosen=good rejected=bad, or in a file a "
+        "mapping"
+    )
+
+
 def _as_is(value: Any) -> Any:
     return value
 

@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -144,7 +145,7 @@ def _renamed(rows: Any, config: DataConfig) -> Any:
             f"{config.place}: columns names {absent[0]!r}, and the data set has "
             f"{', '.join(map(repr, names))}"
         )
-    replaced = [here for here, there in config.columns.items() if here in names and here != there]
+    replaced = [here for here in config.columns if here in names and here not in theirs]
     rows = rows.remove_columns(replaced) if replaced else rows
     return rows.rename_columns({there: here for there, here in theirs.items() if there != here})
 
@@ -222,7 +223,7 @@ def _encode_dataset(
                 features=encoder.features(),
                 num_proc=config.num_proc,
                 new_fingerprint=digest.hexdigest(),
-                desc=f"Tokenizing {config.split}",
+                desc=f"Tokenizing {Path(config.name).name} ({config.split})",
             )
         )
     except OSError as error:

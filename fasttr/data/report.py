@@ -83,10 +83,13 @@ class DataReport:
             lines.append(f"  cut {self.truncated} at max_length {self.max_length}{self._end}")
         if self.boundary_mismatches:
             share = self.boundary_mismatches / self.rows
-            lines.append(
-                f"  boundary: in {self.boundary_mismatches} ({share:.1%}) the prompt's own tokens "
-                "are not how the whole text begins; their completion starts where the two part"
-            )
+            lines += [
+                f"  boundary: in {self.boundary_mismatches} ({share:.1%}) a prompt's last "
+                "characters get other tokens once",
+                "    a completion follows; those are trained on as the completion's. A blank at a "
+                "prompt's",
+                "    end does that: move it to the start of the completions",
+            ]
         return lines + [f"  {hint}" for hint in self.hints]
 
     @property

@@ -9,6 +9,7 @@ clock, signal or exception leaves the others waiting for ever.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import functools
 import os
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fasttr.errors import FasttrError, one_line
 
@@ -36,19 +38,64 @@ class Ranks:
     rank: int = 0
     world: int = 1
     local_rank: int = 0  # among those of its machine
+    shard_size: int = 1  # neighbours in rank that hold one copy of the weights together
+    mesh: DeviceMesh | None = None  # (copies, shards), where the weights are divided
 
     @property
     def is_first(self) -> bool:
         """Whether this one writes files and lines for all."""
         return self.rank == 0
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Add up tensors of one dtype over all ranks, in place, in few messages."""
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the weights are divided, so that ranks meet in every layer."""
+        return self.shard_size > 1
+
+    @property
+    def shard(self) -> int:
+        """The number of this rank among those that hold one copy together."""
+        return self.rank % self.shard_size
+
+    @property
+    def is_first_copy(self) -> bool:
+        """Whether it is one of those that write the weights."""
+        return self.rank < self.shard_size
+
+    def sharded(self, shard_size: int, on_gpu: bool) -> Ranks:
+        """These ranks with weights that are divided among so many neighbours; 0 means all of them.
+
+        Every rank calls this. FasttrError where they do not make whole copies.
+        """
+        size = shard_size or self.world
+        if size > self.world or self.world % size:
+            raise FasttrError(
+                f"shard_size: got {size} with {self.world} processes; wanted a number that "
+                "divides theirs, or 0 for all of them"
+            )
+        if size == 1:
+            return self
+        mesh = init_device_mesh(
+            "cuda" if on_gpu else "cpu",
+            (self.world // size, size),
+            mesh_dim_names=("copies", "shards"),
+        )
+        return dataclasses.replace(self, shard_size=size, mesh=mesh)
+
+    def sum_(self, tensors: Sequence[Tensor], among: str = "all") -> None:
+        """Add up tensors of one dtype over all ranks, in place, in few messages.
+
+        `among`: `shards` sums over the ranks of one copy, `copies` over those that hold the same
+        shard of every copy.
+        """
         if self.world == 1:
             return
+        group = None
+        if among != "all":
+            assert self.mesh is not None
+            group = self.mesh.get_group(among)
         for bucket in _buckets(tensors):
             flat = torch.cat([x.reshape(-1) for x in bucket])
-            _wait_for_all(functools.partial(dist.all_reduce, flat))
+            _wait_for_all(functools.partial(dist.all_reduce, flat, group=group))
             parts = flat.split([x.numel() for x in bucket])
             for x, part in zip(bucket, parts, strict=True):
                 x.copy_(part.view_as(x))
@@ -85,12 +132,17 @@ class Ranks:
         found = merged.numpy()
         values[:] = np.where(found == UNKNOWN, np.float32("nan"), found.view(np.float32))
 
-    def same(self, what: str, value: Any) -> None:
-        """Raise FasttrError on every rank unless all of them hold the same value."""
+    def gathered(self, value: T) -> list[T]:
+        """What each rank has, by rank."""
         if self.world == 1:
-            return
+            return [value]
         found: list[Any] = [None] * self.world
         _wait_for_all(lambda: dist.all_gather_object(found, value))
+        return found
+
+    def same(self, what: str, value: Any) -> None:
+        """Raise FasttrError on every rank unless all of them hold the same value."""
+        found = self.gathered(value)
         differing = [rank for rank, other in enumerate(found) if other != found[0]]
         if differing:
             raise FasttrError(
@@ -112,9 +164,7 @@ class Ranks:
             yield
         except Exception as raised:
             error = raised
-        told: list[Any] = [None] * self.world
-        mine = None if error is None else one_line(error)
-        _wait_for_all(lambda: dist.all_gather_object(told, mine))
+        told = self.gathered(None if error is None else one_line(error))
         if error is not None:
             raise error
         for rank, line in enumerate(told):
@@ -159,21 +209,33 @@ def _wait_for_all(call: Callable[[], Any]) -> None:
     try:
         call()
     except RuntimeError as error:
-        raise PeerGone(
-            f"another process of the run is gone ({one_line(error)}); this one stops too: go on "
-            "from the last checkpoint with --resume_from_checkpoint true"
-        ) from error
+        raise _gone(error) from error
+
+
+def _gone(error: RuntimeError) -> PeerGone:
+    return PeerGone(
+        f"another process of the run is gone ({one_line(error)}); this one stops too: go on "
+        "from the last checkpoint with --resume_from_checkpoint true"
+    )
+
+
+def _is_of_a_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed that torch called, inside a layer of divided weights."""
+    if isinstance(error, dist.DistError):
+        return True
+    return any(word in str(error) for word in ("gloo", "Gloo", "NCCL", "Connection closed"))
 
 
 @contextlib.contextmanager
-def joined(use_cpu: bool, timeout: int = 1800) -> Iterator[Ranks]:
+def joined(use_cpu: bool, timeout: int = 1800, shard_size: int = 1) -> Iterator[Ranks]:
     """The ranks that a launcher (torchrun, accelerate) set up; alone without one.
 
-    `timeout`: seconds after which a rank that nobody answers gives up.
+    `timeout`: seconds after which a rank that nobody answers gives up. `shard_size`: see
+    `Ranks.sharded`.
     """
     world = _number("WORLD_SIZE", 1)
     if world <= 1:
-        yield Ranks()
+        yield Ranks().sharded(shard_size, on_gpu=False)
         return
     ranks = Ranks(_number("RANK", 0), world, _number("LOCAL_RANK", 0))
     on_gpu = torch.cuda.is_available() and not use_cpu
@@ -191,7 +253,11 @@ def joined(use_cpu: bool, timeout: int = 1800) -> Iterator[Ranks]:
         limit = datetime.timedelta(seconds=timeout)
         _wait_for_all(lambda: dist.init_process_group(backend, timeout=limit))
     try:
-        yield ranks
+        yield ranks.sharded(shard_size, on_gpu)
+    except RuntimeError as error:
+        if not _is_of_a_peer(error):
+            raise
+        raise _gone(error) from error
     except SystemExit:  # a signal, which all of them have agreed on
         if is_ours:
             dist.destroy_process_group()

@@ -17,10 +17,9 @@ import numpy as np
 
 from fasttr.batch import TreeSource
 from fasttr.errors import FasttrError
-from fasttr.models.load import ModelConfig, load_model
+from fasttr.losses.ratios import prefix_sums
 from fasttr.models.packed import PackedModel
 from fasttr.models.policy import token_logps
-from fasttr.models.reward import load_scorer, score_all
 from fasttr.packing.plan import sweep
 from fasttr.rollouts.engine import Rollout, TransformersEngine
 from fasttr.rollouts.prompts import Prompts
@@ -39,15 +38,22 @@ class JudgeSettings(NamedTuple):
     budget: int  # tokens of a pack
 
 
+class Judged(NamedTuple):
+    """What is found of a policy."""
+
+    metrics: dict[str, float]
+    gold_B: np.ndarray  # (B,) mean gold reward of each prompt's samples, to be paired with others'
+
+
 def judge(
-    policy: ModelConfig,
-    initial: ModelConfig,
+    policy: PackedModel,
+    initial: PackedModel,
     tokenizer: Any,
     prompts: Prompts,
     gold: RewardSource,
     settings: JudgeSettings,
-    reward_models: Mapping[str, ModelConfig] | None = None,
-) -> dict[str, float]:
+    reward_models: Mapping[str, RewardSource] | None = None,
+) -> Judged:
     """Gold reward, KL to the initial policy, length; and of reward models how well they order the
     policy's own samples.
 
@@ -61,27 +67,30 @@ def judge(
     gold_Bm = _by_prompt(gold(inputs), settings.samples)
     if np.isnan(gold_Bm).any():
         raise FasttrError(f"label: {gold.name} gives no reward for a sample; wanted one for each")
-    own = summed_logps(load_model(policy), rollout.trees, settings.budget)
+    own = summed_logps(policy, rollout.trees, settings.budget)
     found = _with_stderr("gold", gold_Bm)
     found |= _with_stderr("length", rollout.lengths.reshape(gold_Bm.shape))
     found |= _with_stderr("unfinished", ~rollout.finished.reshape(gold_Bm.shape))
-    found |= _with_stderr(
-        "kl", own - summed_logps(load_model(initial), rollout.trees, settings.budget)
-    )
+    found |= _with_stderr("kl", own - summed_logps(initial, rollout.trees, settings.budget))
     if "response" in prompts.columns:
         found |= _with_stderr("win_rate", gold_Bm > _gold_of_responses(prompts, gold)[:, None])
-    for name, model in (reward_models or {}).items():
-        score_Bm = score_all(load_scorer(model), rollout.trees, settings.budget)
+    for name, source in (reward_models or {}).items():
+        score_Bm = _by_prompt(source(inputs), settings.samples)
         found |= _with_stderr(f"{name}/reward", score_Bm)
         found |= _of_pairs(name, score_Bm, gold_Bm, settings.label_noise)
-    return found
+    return Judged(found, gold_Bm.mean(axis=1))
+
+
+def paired(name: str, mine_B: np.ndarray, others_B: np.ndarray) -> dict[str, float]:
+    """NAME and NAME_stderr: how much more of it is mine, over prompts that both were asked."""
+    return _with_stderr(name, (mine_B - others_B)[:, None])
 
 
 def draw_rollout(
-    model: ModelConfig, tokenizer: Any, prompts: Prompts, settings: JudgeSettings
+    model: PackedModel, tokenizer: Any, prompts: Prompts, settings: JudgeSettings
 ) -> Rollout:
     engine = TransformersEngine(
-        load_model(model),
+        model,
         tokenizer,
         max_new_tokens=settings.max_completion_length,
         temperature=settings.temperature,
@@ -91,13 +100,18 @@ def draw_rollout(
 
 
 def summed_logps(
-    model: PackedModel, trees: TreeSource, budget: int, temperature: float = 1.0
+    model: PackedModel,
+    trees: TreeSource,
+    budget: int,
+    temperature: float = 1.0,
+    tokens: int | None = None,
 ) -> np.ndarray:
-    """(n, m) fp64 log-probs of completions, their fp32 tokens added up in fp64."""
+    """(n, m) fp64 log-probs of completions, or of their first `tokens`; fp32 tokens are added up in
+    fp64."""
     found = np.empty(trees.completion_lengths.shape)
     for batch in sweep(trees, budget):
-        logp = token_logps(model, batch, temperature).double().cpu()
-        sums = np.add.reduceat(logp.numpy(), batch.cu_completions[:-1].numpy())
+        logp = token_logps(model, batch, temperature).cpu().numpy()
+        sums = prefix_sums(logp, batch.cu_completions.diff().numpy(), tokens)
         found[list(batch.rows)] = sums.reshape(len(batch.rows), -1)
     return found
 

@@ -10,6 +10,7 @@ Legend: N completions of a pack, B rows, m completions of a row.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from torch import Tensor
 from fasttr.batch import PackedBatch, TreeSource
 from fasttr.distributed.ranks import ALONE, Ranks
 from fasttr.losses import Loss
-from fasttr.losses.objective import AnyObjective
+from fasttr.losses.objective import AnyObjective, Objective
 from fasttr.metrics.ledger import Ledger
 from fasttr.metrics.sums import binomial_stderr, by_name
 from fasttr.models.packed import PackedModel
@@ -42,11 +43,19 @@ class EvaluationSplit:
     tier: str = SHARED
     ref_logps: LogpTable | None = None  # of the window's reference
     anchor_logps: LogpTable | None = None  # of the initial policy
+    objective: AnyObjective | None = None  # None: what the run trains on
 
     @classmethod
-    def of(cls, trees: TreeSource, loss: Loss, plan: Plan) -> EvaluationSplit:
-        """A split that is packed as the training rows of `plan` are."""
-        split = cls(trees, plan.max_tokens_per_batch, plan.group_rows, plan.tier)
+    def of(
+        cls, trees: TreeSource, loss: Loss, plan: Plan, group_size: int | None = None
+    ) -> EvaluationSplit:
+        """A split that is packed as the training rows of `plan` are, but that a loss which couples
+        rows sees `group_size` of them together."""
+        group_rows = plan.group_rows
+        if loss.coupled and group_size is not None:
+            group_rows = group_size
+        objective = Objective(loss, average_over=group_size)
+        split = cls(trees, plan.max_tokens_per_batch, group_rows, plan.tier, objective=objective)
         return split.with_tables(loss) if loss.needs_reference else split
 
     def with_tables(self, loss: Loss) -> EvaluationSplit:
@@ -94,6 +103,9 @@ def evaluate(
     with model.weights_still():
         for host_batch in split.packs(ranks):
             batch = host_batch.to(model.device)
+            if not batch.rows:
+                model(batch)
+                continue
             ref_logp = None
             if split.ref_logps is not None:
                 ref_logp = split.ref_logps.get(batch.rows).to(model.device)
@@ -145,6 +157,9 @@ class _AgainstAnchor(NamedTuple):
             share = float((chosen > rejected).float().mean())
             found["rewards/accuracies"] = share
             found["rewards/accuracies_stderr"] = binomial_stderr(share, len(chosen))
+            if len(chosen) > 1:
+                spread = float((chosen - rejected).double().std())
+                found["rewards/margins_stderr"] = loss.beta * spread / math.sqrt(len(chosen))
         return {f"anchor/{name}": value for name, value in found.items()}
 
     def _sides(self, loss: Loss) -> tuple[Tensor, Tensor]:

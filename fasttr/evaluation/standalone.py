@@ -20,11 +20,11 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fasttr.batch import PackedBatch, TreeSource
 from fasttr.config.rows import RowReader, as_loss_reads
 from fasttr.config.train_config import TrainConfig
+from fasttr.console import Progress
 from fasttr.environment import device_for
 from fasttr.errors import FasttrError
 from fasttr.evaluation.split import EvaluationSplit, evaluate
@@ -105,13 +105,13 @@ def measure(config: TrainConfig, anchor: str | None = None) -> Measured:
     anchor_logps = None
     if of_anchor is not None:  # one model at a time
         anchor_logps = LogpTable(len(trees), loss.completions)
-        with _Bar(config, "Scoring the anchor", trees) as bar:
+        with _Bar(config, "scoring by the anchor", trees) as bar:
             fill_logps(_loaded(of_anchor, tier, trees), bar.passing(split), anchor_logps)
         if loss.needs_reference:
             split = dataclasses.replace(split, ref_logps=anchor_logps)
     policy = _loaded(model, tier, trees).requires_grad_(False)
     logps = LogpTable(len(trees), loss.completions)
-    with _Bar(config, "Evaluating", trees) as bar:
+    with _Bar(config, "evaluating", trees) as bar:
         ledger = PreferenceLedger(loss)
         found = evaluate(policy, split, config.objective(loss), ledger, bar.after(logps))
     metrics = {name.removeprefix("eval_"): value for name, value in found.items()}
@@ -184,17 +184,16 @@ def _said_of(config: TrainConfig, loss: Loss) -> dict[str, Any]:
 
 
 class _Bar:
-    """A progress bar over rows."""
+    """Progress over rows."""
 
     def __init__(self, config: TrainConfig, what: str, trees: TreeSource):
-        hidden = config.disable_tqdm or None
-        self._bar = tqdm(total=len(trees), desc=what, unit="row", leave=False, disable=hidden)
+        self._bar = Progress(what, len(trees), "row", hides_bar=config.disable_tqdm)
 
     def __enter__(self) -> _Bar:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
+    def __exit__(self, *error: object) -> None:
+        self._bar.__exit__(*error)
 
     def passing(self, split: EvaluationSplit) -> Any:
         for batch in split.packs():

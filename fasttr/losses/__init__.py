@@ -140,10 +140,14 @@ def make_loss(
     return Wpo(loss, wpo_max_weight) if use_weighting else loss
 
 
+def unknown_losses(names: Sequence[str]) -> list[str]:
+    """Why each name is refused that no loss has."""
+    return [f"loss_type: got {name!r}; {_meant_by(name)}" for name in names if name not in LOSSES]
+
+
 def _classes(names: Sequence[str]) -> list[type[BaseLoss]]:
-    for name in names:
-        if name not in LOSSES:
-            raise ValueError(f"loss_type: got {name!r}; {_meant_by(name)}")
+    for reason in unknown_losses(names):
+        raise ValueError(reason)
     if not names or len(set(names)) < len(names):
         raise ValueError(
             f"loss_type: got {list(names)}; wanted one name, or a list of different ones"

@@ -54,23 +54,39 @@ def generalised(
 ) -> Tensor:
     """(R,) advantages of tokens (arXiv:1506.02438): sum_k (gamma lam)^k delta_{t+k} within a
     completion, delta_t = reward_t + gamma value_{t+1} - value_t, the value after its end 0."""
-    advantage_R = torch.empty_like(reward_R)
-    end = 0
-    for length in lengths_N.tolist():
-        start, end = end, end + length
-        later = reward_R.new_zeros(())
-        next_value = reward_R.new_zeros(())
-        for t in range(end - 1, start - 1, -1):
-            delta = reward_R[t] + gamma * next_value - value_R[t]
-            later = delta + gamma * lam * later
-            advantage_R[t] = later
-            next_value = value_R[t]
-    return advantage_R
+    is_token_NL = torch.arange(int(lengths_N.max()))[None] < lengths_N[:, None]
+    reward_NL, value_NL = (
+        x_R.new_zeros(is_token_NL.shape).masked_scatter(is_token_NL, x_R)
+        for x_R in (reward_R, value_R)
+    )
+    after_NL = torch.cat([value_NL[:, 1:], torch.zeros_like(value_NL[:, :1])], dim=1)
+    delta_NL = reward_NL + gamma * after_NL - value_NL
+    advantage_NL = delta_NL.clone()
+    for t in range(delta_NL.shape[1] - 2, -1, -1):
+        # Behind a completion's end there are zeros alone.
+        advantage_NL[:, t] += gamma * lam * advantage_NL[:, t + 1]
+    return advantage_NL[is_token_NL]
 
 
-def whitened(x_R: Tensor) -> Tensor:
-    """(R,) of mean 0 and deviation 1."""
-    return (x_R - x_R.mean()) * torch.rsqrt(x_R.var(unbiased=False) + 1e-8)
+def token_rewards(score_N: Tensor, penalty_R: Tensor, lengths_N: Tensor) -> Tensor:
+    """(R,) what PPO takes as the reward of a token: minus its penalty, and at the last token of a
+    completion its score as well."""
+    reward_R = -penalty_R
+    reward_R[lengths_N.cumsum(0) - 1] += score_N
+    return reward_R
+
+
+def whitened(x_R: Tensor, kept_R: Tensor, keeps_mean: bool = False) -> Tensor:
+    """(R,) of deviation 1, and of mean 0 unless it is kept, over those that are kept (bool)."""
+    known = x_R[kept_R]
+    mean = known.mean()
+    found = (x_R - mean) * torch.rsqrt(known.var(unbiased=False) + 1e-8)
+    return found + mean if keeps_mean else found
+
+
+def explained_variance(value_R: Tensor, target_R: Tensor) -> float:
+    """1 - Var(target - value) / Var(target): 1 for a critic that is right, 0 for a constant."""
+    return float(1 - (target_R - value_R).var() / target_R.var().clamp(min=1e-12))
 
 
 def k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
@@ -87,3 +103,7 @@ def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """exp(-k1) + k1 - 1: unbiased, and never negative."""
     difference = ref_logp - logp
     return difference.exp() - difference - 1
+
+
+# What a reward is lowered by; all are averages of the policy's samples.
+KL_ESTIMATORS = {"k1": k1, "k3": k3}

@@ -115,6 +115,12 @@ METRICS = (
         "eval_anchor/rewards/margins", "beta times the difference of the two", "nats", _REFERENCE
     ),
     Metric(
+        "eval_anchor/rewards/margins_stderr",
+        "standard error of that margin",
+        "nats",
+        "losses of pairs with a reference",
+    ),
+    Metric(
         "eval_anchor/rewards/accuracies",
         "share of pairs whose chosen side gained more on the initial policy",
         "share",
@@ -136,6 +142,17 @@ METRICS = (
         "1/s",
         "the last line",
     ),
+)
+# Of runs with log_completions.
+SAMPLE_METRICS = (
+    Metric(
+        "completions",
+        "prompt, completion, tokens and finished of each sample, in a line with event completions",
+        "",
+        "log_completions",
+    ),
+    Metric("completions/mean_length", "mean length of the samples", "tokens", "log_completions"),
+    Metric("completions/clipped_ratio", "share that did not end", "share", "log_completions"),
 )
 # Of runs on reward models, beside those that every run has.
 REWARD_METRICS = (
@@ -161,6 +178,7 @@ REWARD_METRICS = (
 )
 _CLIP = "losses with a clip range"
 _LENGTH = "of the completions of a rollout"
+_PPO = "ppo"
 # Of runs on rollouts; NAME is that of a source of rewards.
 ONLINE_METRICS = (
     Metric("reward", "mean of the weighted rewards of a rollout", "of the reward", "always"),
@@ -170,7 +188,7 @@ ONLINE_METRICS = (
     Metric("rewards/NAME/std", "its standard deviation", "of the reward", "always"),
     Metric(
         "kl",
-        "estimate of KL(policy || reference) a token: the log-ratio with rloo, else k3",
+        "estimate of KL(policy || reference) a token: the log-ratio with rloo and ppo, else k3",
         "nats",
         "beta above 0",
     ),
@@ -187,10 +205,21 @@ ONLINE_METRICS = (
     Metric("completions/mean_terminated_length", "mean length of those that ended", "tokens", ""),
     Metric("completions/min_terminated_length", "least length of those that ended", "tokens", ""),
     Metric("completions/max_terminated_length", "largest length of those that ended", "tokens", ""),
+    Metric("value", "mean value that the critic gave a rollout's tokens", "of the reward", _PPO),
+    Metric("value_loss", "the critic's loss a token, before vf_coef", "squared reward", _PPO),
+    Metric("value_clip_ratio", "share of tokens where the value's clip decides", "share", _PPO),
+    Metric(
+        "explained_variance",
+        "1 - Var(target - value) / Var(target) over a rollout's tokens: 1 is a perfect critic, 0 "
+        "one that is constant",
+        "share",
+        _PPO,
+    ),
+    Metric("kl_coef", "factor of the KL in the reward", "of the reward a nat", _PPO),
     Metric("perf/generation_share", "share of the time spent on rollouts", "share", _LINE),
 )
 NAMES = frozenset(metric.name for metric in METRICS)
-ALL_NAMES = NAMES | {metric.name for metric in (*REWARD_METRICS, *ONLINE_METRICS)}
+ALL_NAMES = NAMES | {metric.name for metric in (*SAMPLE_METRICS, *REWARD_METRICS, *ONLINE_METRICS)}
 
 
 def is_known(name: str) -> bool:

@@ -21,6 +21,8 @@ OF_STEPS = (
     "clip_ratio/high_mean",
     "clip_ratio/high_max",
     "clip_ratio/region_mean",
+    "value_loss",
+    "value_clip_ratio",
 )
 OF_ROLLOUTS = (
     "reward",
@@ -33,6 +35,9 @@ OF_ROLLOUTS = (
     "completions/mean_terminated_length",
     "completions/min_terminated_length",
     "completions/max_terminated_length",
+    "value",
+    "explained_variance",
+    "kl_coef",
 )
 
 

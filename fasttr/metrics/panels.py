@@ -42,13 +42,20 @@ RUN_PANELS = (
     ),
     Panel(
         "rewards",
-        "Implicit rewards against the current reference",
+        "Implicit rewards against the reference",
         "reward (nats)",
         (
             Curve("rewards/chosen", "chosen", BLUE),
             Curve("rewards/rejected", "rejected", VERMILION),
             Curve("rewards/margins", "margin", GREEN),
             Curve("eval_rewards/margins", "margin, held out", BLACK, True),
+            Curve(
+                "eval_anchor/rewards/margins",
+                "margin, held out, against the initial policy",
+                ORANGE,
+                True,
+                "eval_anchor/rewards/margins_stderr",
+            ),
         ),
         0.0,
     ),
@@ -57,8 +64,21 @@ RUN_PANELS = (
         "Pairs whose chosen completion has the higher reward",
         "share of pairs",
         (
-            Curve("rewards/accuracies", "train", BLUE),
-            Curve("eval_rewards/accuracies", "held out", ORANGE, True),
+            Curve("rewards/accuracies", "train, against the reference", BLUE),
+            Curve(
+                "eval_rewards/accuracies",
+                "held out, against the reference",
+                ORANGE,
+                True,
+                "eval_rewards/accuracies_stderr",
+            ),
+            Curve(
+                "eval_anchor/rewards/accuracies",
+                "held out, against the initial policy",
+                GREEN,
+                True,
+                "eval_anchor/rewards/accuracies_stderr",
+            ),
         ),
         0.5,
         "chance",
@@ -94,7 +114,13 @@ RUN_PANELS = (
         "Log-ratio to the initial policy",
         "log-ratio (nats)",
         (
-            Curve("eval_kl_to_initial", "KL of fresh samples", PURPLE, True),
+            Curve(
+                "eval_kl_to_initial",
+                "KL of fresh samples",
+                PURPLE,
+                True,
+                "eval_kl_to_initial_stderr",
+            ),
             Curve("eval_anchor/logratios/chosen", "chosen, held out", BLUE, True),
             Curve("eval_anchor/logratios/rejected", "rejected, held out", VERMILION, True),
         ),
@@ -113,6 +139,10 @@ class Compared(NamedTuple):
     keys: tuple[str, ...]
     over: str = "step"
     over_unit: str = "optimizer step"
+    level: float | None = None  # a value to compare with, drawn as a thin line
+    level_label: str = ""
+    unless: str = ""  # a metric that says it better: not drawn where a run has it
+    restarts: bool = False  # where the reference moves: not the same thing in two runs
 
 
 COMPARISONS = (
@@ -134,12 +164,32 @@ COMPARISONS = (
         "margin (nats)",
         ("eval_anchor/rewards/margins", "anchor/rewards/margins"),
     ),
-    Compared("accuracies", "Held-out accuracy", "share of pairs", ("eval_rewards/accuracies",)),
     Compared(
-        "margins", "Margin against the current reference", "margin (nats)", ("rewards/margins",)
+        "accuracies",
+        "Held-out accuracy against the initial policy",
+        "share of pairs",
+        ("eval_anchor/rewards/accuracies",),
+        level=0.5,
+        level_label="chance",
+    ),
+    Compared(
+        "margins",
+        "Training margin against the reference",
+        "margin (nats)",
+        ("rewards/margins",),
+        restarts=True,
     ),
     Compared(
         "logps_chosen", "Log-probability of the chosen", "log-probability (nats)", ("logps/chosen",)
     ),
-    Compared("loss", "Training loss", "loss", ("loss",)),
+    Compared("loss", "Training loss", "loss", ("loss",), restarts=True),
+    Compared(
+        "reward_accuracies",
+        "Held-out accuracy by the loss's own rewards",
+        "share of pairs",
+        ("eval_rewards/accuracies",),
+        level=0.5,
+        level_label="chance",
+        unless="eval_anchor/rewards/accuracies",
+    ),
 )

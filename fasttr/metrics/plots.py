@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from fasttr.metrics.panels import (
     Curve,
     Panel,
 )
+from fasttr.metrics.ties import without_ties
 
 RUN_COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 RUN_STYLES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
@@ -46,28 +47,31 @@ def plot_run(run_dir: str | Path) -> list[Path]:
     Thin vertical lines mark where the reference moved. Raises FasttrError when there is nothing to
     read or to draw.
     """
-    lines = read_metrics(run_dir)
-    written = []
-    for panel in RUN_PANELS:
-        figure = panel_figure(panel, lines)
-        if figure is not None:
-            written.append(_save(figure, Path(run_dir) / "plots" / f"{panel.name}.png"))
-    if not written:
+    run_dir = Path(run_dir)
+    figures = run_figures(read_metrics(run_dir), run_dir.resolve().name)
+    if not figures:
         raise FasttrError(
-            f"{Path(run_dir) / 'metrics.jsonl'} holds no metric that is drawn; wanted a loss at "
-            "least"
+            f"{run_dir / 'metrics.jsonl'} holds no metric that is drawn; wanted a loss at least"
         )
-    return written
+    return [_save(figure, run_dir / "plots" / f"{name}.png") for name, figure in figures.items()]
 
 
-def panel_figure(panel: Panel, lines: list[dict[str, Any]]) -> Any:
+def run_figures(lines: list[dict[str, Any]], run_name: str) -> dict[str, Any]:
+    """Every picture of a run by its name, as matplotlib Figures."""
+    found = {panel.name: panel_figure(panel, lines, run_name) for panel in RUN_PANELS}
+    return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def panel_figure(panel: Panel, lines: list[dict[str, Any]], run_name: str = "") -> Any:
     """One picture as a matplotlib Figure; None where the run recorded none of its curves."""
+    lines = [without_ties(line) for line in lines]
     curves = [curve for curve in panel.curves if series(lines, curve.key)[0]]
     if not curves:
         return None
     figure, (ax,) = _figure(1)
     _draw_panel(ax, panel, curves, lines)
     _legend(figure, ax)
+    _sign(figure, run_name)
     return figure
 
 
@@ -75,24 +79,51 @@ def plot_comparison(runs: Mapping[str, str | Path], output_dir: str | Path) -> l
     """Several runs on the same axes: one PNG a metric in `output_dir`, and comparison.png with the
     first six.
 
-    runs: name shown -> run folder. Marks at the foot of a panel are a run's reference updates.
+    runs: name shown -> run folder. Marks at the top of a panel are a run's reference updates.
     """
     data = {name: read_metrics(folder) for name, folder in runs.items()}
-    found = [(panel, _shown_key(panel, data)) for panel in COMPARISONS]
+    figures = comparison_figures(data)
+    return [_save(figure, Path(output_dir) / f"{name}.png") for name, figure in figures.items()]
+
+
+def comparison_figures(data: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Pictures of several runs by their names, an overview first; FasttrError where the runs have
+    nothing to compare.
+
+    data: name shown -> lines of metrics.
+    """
+    shown = {name: [without_ties(line) for line in lines] for name, lines in data.items()}
+    found = [(panel, _shown_key(panel, shown)) for panel in COMPARISONS]
     panels = [(panel, key) for panel, key in found if key is not None]
     if not panels:
         raise FasttrError(
             f"none of the runs {', '.join(data)} has a metric to compare; wanted a loss at least"
         )
     pages = {"comparison": panels[:OVERVIEW], **{pair[0].name: [pair] for pair in panels}}
-    written = []
+    figures = {}
     for name, chosen in pages.items():
         figure, axes = _figure(len(chosen))
         for ax, (panel, key) in zip(axes, chosen, strict=True):
-            _draw_compared(ax, panel, key, data)
+            _draw_compared(ax, panel, key, shown)
         _legend(figure, axes[0])
-        written.append(_save(figure, Path(output_dir) / f"{name}.png"))
-    return written
+        figures[name] = figure
+    return figures
+
+
+def run_names(folders: Sequence[str | Path]) -> dict[str, Path]:
+    """A name for every run folder: as much of the end of its path as tells it from the others.
+
+    FasttrError for a folder that is given twice.
+    """
+    paths = [Path(folder).resolve() for folder in folders]
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise FasttrError(f"{twice} is given twice; wanted different runs")
+    for length in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return dict(zip(names, map(Path, folders), strict=True))
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -142,7 +173,8 @@ def reference_moves(lines: list[dict[str, Any]]) -> list[int]:
 
 
 def _shown_key(panel: Compared, data: dict[str, list[dict[str, Any]]]) -> str | None:
-    for key in panel.keys:
+    has_better = any(series(lines, panel.unless)[0] for lines in data.values())
+    for key in () if has_better else panel.keys:
         if any(series(lines, key, panel.over)[0] for lines in data.values()):
             return key
     return None
@@ -178,31 +210,53 @@ def _draw_panel(ax: Any, panel: Panel, curves: list[Curve], lines: list[dict[str
 
 
 def _draw_compared(
-    ax: Any, panel: Compared, key: str, data: dict[str, list[dict[str, Any]]]
+    ax: Any, panel: Compared, key: str, data: Mapping[str, list[dict[str, Any]]]
 ) -> None:
-    feet = []
+    all_moves = []
     for i, (name, lines) in enumerate(data.items()):
         x, y = series(lines, key, panel.over)
         moves = reference_moves(lines) if panel.over == "step" else []
         colour = RUN_COLOURS[i % len(RUN_COLOURS)]
         style = RUN_STYLES[i % len(RUN_STYLES)]
-        if key.startswith("eval_"):
+        if not key.startswith("eval_"):
+            _smooth(ax, x, y, [] if key.startswith("logps") else moves, colour, style, label=name)
+        else:
             marks: dict[str, Any] = {"linestyle": style, "marker": "o", "markersize": 3.5}
             ax.plot(x, y, color=colour, linewidth=1.6, label=name, **marks)
-            if key == "eval_gold_reward":
+            if panel.over == "step":
                 _band(ax, lines, key, f"{key}_stderr", panel.over, colour)
-        else:
-            _smooth(ax, x, y, [] if key.startswith("logps") else moves, colour, style, label=name)
+            else:
+                _crosses(ax, lines, key, panel.over, colour)
         if moves:
-            feet.append((moves, colour))
-    low, high = ax.get_ylim()
-    for i, (moves, colour) in enumerate(feet, 1):  # below every curve, one row a run
-        foot = low - 0.045 * i * (high - low)
+            all_moves.append((moves, colour))
+    if panel.level is not None:
+        ax.axhline(panel.level, color=INK, linewidth=0.7, linestyle=(0, (1, 3)))
+        where = {"transform": ax.get_yaxis_transform(), "va": "center"}
+        ax.text(1, panel.level, f" {panel.level_label}", fontsize=8, color=INK, **where)
+    _mark_moves(ax, all_moves)
+    title = panel.title
+    if panel.restarts and all_moves:
+        title += " (restarts with updates)"
+    _finish(ax, title, panel.unit, panel.over_unit)
+
+
+def _mark_moves(ax: Any, all_moves: list[tuple[list[int], str]]) -> None:
+    """A row of ticks a run along the top, outside the scale of the values."""
+    for row, (moves, colour) in enumerate(all_moves):
         every = -(-len(moves) // MAX_MARKS)
         shown = moves[every - 1 :: every]
-        ax.plot(shown, [foot] * len(shown), "|", color=colour, markersize=5, markeredgewidth=1.0)
-        ax.set_ylim(foot - 0.03 * (high - low), high)
-    _finish(ax, panel.title, panel.unit, panel.over_unit)
+        height = 1.0 - 0.035 * row
+        ax.plot(
+            shown,
+            [height] * len(shown),
+            "|",
+            color=colour,
+            markersize=5,
+            markeredgewidth=1.0,
+            transform=ax.get_xaxis_transform(),
+            clip_on=False,
+            label=None if row else "reference updates",
+        )
 
 
 def _smooth(
@@ -238,6 +292,21 @@ def _band(
     ax.fill_between([line[over] for line in rows], low, high, color=colour, alpha=0.2, linewidth=0)
 
 
+def _crosses(ax: Any, lines: list[dict[str, Any]], key: str, over: str, colour: str) -> None:
+    """Standard errors of both values: a band would fold back where the one across does."""
+    known = [line for line in lines if _finite(line.get(key)) and _finite(line.get(over))]
+    ax.errorbar(
+        [line[over] for line in known],
+        [line[key] for line in known],
+        xerr=[line.get(f"{over}_stderr", 0) for line in known],
+        yerr=[line.get(f"{key}_stderr", 0) for line in known],
+        fmt="none",
+        ecolor=colour,
+        elinewidth=0.8,
+        alpha=0.5,
+    )
+
+
 def _figure(panels: int) -> tuple[Any, list[Any]]:
     # Figure alone, without pyplot: no global state, no display; saving it draws with Agg.
     from matplotlib.figure import Figure
@@ -265,9 +334,26 @@ def _finish(ax: Any, title: str, unit: str, over_unit: str) -> None:
 def _legend(figure: Any, ax: Any) -> None:
     handles, labels = ax.get_legend_handles_labels()  # outside, where it hides no curve
     style: dict[str, Any] = {"frameon": False, "fontsize": 9, "labelcolor": INK}
-    width = sum(map(len, labels)) + 6 * len(labels)
-    columns = len(labels) if width <= 13 * figure.get_figwidth() else 3
+    columns = legend_columns(labels, characters=13 * figure.get_figwidth())
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, **style)
+
+
+def legend_columns(labels: list[str], characters: float) -> int:
+    """The most columns of a legend whose widest labels fit side by side, each with its handle."""
+    for columns in range(len(labels), 1, -1):
+        # matplotlib fills column after column, the first ones with one more.
+        ends = [-(-len(labels) * (column + 1) // columns) for column in range(columns)]
+        starts = [0, *ends[:-1]]
+        widest = [max(map(len, labels[a:b])) for a, b in zip(starts, ends, strict=True)]
+        if sum(width + 8 for width in widest) <= characters:
+            return columns
+    return 1
+
+
+def _sign(figure: Any, run_name: str) -> None:
+    """The run's name on its picture."""
+    if run_name:
+        figure.suptitle(run_name, fontsize=8, color=INK, x=0.99, ha="right")
 
 
 def _save(figure: Any, path: Path) -> Path:

@@ -41,6 +41,7 @@ SUMS: dict[str, str | None] = {
     "correct": "chosen_tokens",
     "kl": "groups",
     "router_loss": "rows",
+    "margin": None,  # no sum: `means` makes it of the two rewards
 }
 NAMES = tuple(SUMS)
 
@@ -206,8 +207,8 @@ def _token_sums(
 def means(sums: Tensor) -> Tensor:
     """Sums of micro-batches (or of an evaluation) to means, still on the device, of their shape.
 
-    NaN where there was nothing to average: one without desirable rows has no mean of them. The loss
-    is a mean already and stands in the first.
+    NaN where there was nothing to average: one without desirable rows has no mean of them, and no
+    margin. The loss is a mean already and stands in the first.
     """
     place = {name: i for i, name in enumerate(NAMES)}
     values = []
@@ -215,6 +216,8 @@ def means(sums: Tensor) -> Tensor:
         total = sums[:, place[name]]
         values.append(total if count is None else total / sums[:, place[count]])
     found = torch.stack(values, dim=1)
+    chosen, rejected = (found[:, place[f"{side}_reward"]] for side in ("chosen", "rejected"))
+    found[:, place["margin"]] = chosen - rejected
     found[1:, place["loss"]] = torch.nan
     return found
 
@@ -262,12 +265,11 @@ def as_metrics(means_of: dict[str, float], loss: Loss) -> dict[str, float]:
     }
     has_both_sides = loss.completions > 1 or loss.unpaired
     if has_both_sides:
-        chosen, rejected = means_of["chosen_reward"], means_of["rejected_reward"]
         out["logps/rejected"] = means_of["rejected_logp"]
         out["logits/rejected"] = means_of["rejected_logit"]
-        out["rewards/chosen"] = chosen
-        out["rewards/rejected"] = rejected
-        out["rewards/margins"] = chosen - rejected
+        out["rewards/chosen"] = means_of["chosen_reward"]
+        out["rewards/rejected"] = means_of["rejected_reward"]
+        out["rewards/margins"] = means_of["margin"]
     if loss.needs_reference:
         out["ref/distance"] = means_of["distance"]
     if means_of["router_loss"]:

@@ -17,6 +17,7 @@ import torch
 
 from fasttr.batch import PackedBatch
 from fasttr.distributed.ranks import ALONE, Ranks
+from fasttr.optim.matrices import size_of
 from fasttr.packing.tiers import SHARED, model_tokens
 
 # Dense bfloat16 peak of one device, FLOP/s, from NVIDIA's data sheets (without sparsity).
@@ -60,7 +61,7 @@ class FlopCount(NamedTuple):
 
 
 def _operations(weight: torch.nn.Parameter) -> int:
-    return (6 if weight.requires_grad else 4) * weight.numel()
+    return (6 if weight.requires_grad else 4) * size_of(weight)
 
 
 class Throughput:

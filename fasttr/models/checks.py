@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 
 from fasttr.batch import Tree
 from fasttr.errors import FasttrError, first_line
+from fasttr.models.attention import own_attention
 from fasttr.models.packed import PackedModel
+from fasttr.models.sharded import Opaque
 from fasttr.packing.layout import pack
+from fasttr.packing.tiers import PADDED, SHARED, unshared
 
 
 def check_causal(config: Any, key: str) -> None:
@@ -59,6 +67,12 @@ def check_weight_files(folder: Path, key: str) -> None:
     if not folder.is_dir():
         return
     files = sorted(folder.glob("*.safetensors"))
+    missing = sorted(_parts_of_index(folder) - {file.name for file in files})
+    if missing:
+        raise FasttrError(
+            f"{key}: {folder} lacks {missing[0]}, which its index of weights names; copy or "
+            "download it again"
+        )
     if not files:
         raise FasttrError(
             f"{key}: {folder} holds no safetensors weights, and pickled ones (pytorch_model.bin) "
@@ -72,6 +86,66 @@ def check_weight_files(folder: Path, key: str) -> None:
             raise FasttrError(
                 f"{key}: cannot load {file}: {first_line(error)}; copy or download it again"
             ) from error
+
+
+def check_tensors(hf_config: Any, folder: Path, key: str, trust_remote_code: bool) -> None:
+    """That a local folder holds every tensor of its model in its shape, by the headers alone.
+
+    Says nothing where a folder has names that the model has not: transformers converts those.
+    """
+    from transformers import AutoModelForCausalLM
+
+    stored = _stored_shapes(folder)
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(hf_config), trust_remote_code=trust_remote_code
+            )
+            model.tie_weights()
+    except Exception:  # any code of a repository runs here; loading says what is wrong
+        return
+    wanted = model.state_dict(keep_vars=True)
+    if not stored or stored.keys() - wanted.keys():
+        return
+    there = {id(wanted[name]) for name in stored}  # a tied weight is stored once
+    may_lack = getattr(model, "_keys_to_ignore_on_load_missing", None) or []
+    missing = [
+        name
+        for name, tensor in wanted.items()
+        if id(tensor) not in there and not any(re.search(one, name) for one in may_lack)
+    ]
+    if missing:
+        raise FasttrError(
+            f"{key}: {folder} lacks {len(missing)} weights ({missing[0]} first), which would be "
+            "random; wanted a folder with all of them"
+        )
+    for name, shape in stored.items():
+        if shape != list(wanted[name].shape):
+            raise FasttrError(
+                f"{key}: {folder} holds {name} of shape {shape}, and its config.json means "
+                f"{list(wanted[name].shape)}; wanted the weights and the config of one model"
+            )
+
+
+def _stored_shapes(folder: Path) -> dict[str, list[int]]:
+    from safetensors import safe_open
+
+    shapes: dict[str, list[int]] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _parts_of_index(folder: Path) -> set[str]:
+    """The files that a model's weights are said to lie in, where there are several."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file() or (folder / "model.safetensors").is_file():
+        return set()
+    try:
+        return set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, OSError):
+        return set()  # transformers says what is wrong with it
 
 
 def check_rope(config: Any, name: str, max_length: int | None) -> None:
@@ -102,8 +176,8 @@ def check_positions(config: Any, longest: int, name: str) -> None:
         )
 
 
-def check_finite(model: nn.Module, key: str, name: str) -> None:
-    for weight, parameter in model.named_parameters():
+def check_finite(parameters: Iterable[tuple[str, Tensor]], key: str, name: str) -> None:
+    for weight, parameter in parameters:
         if not bool(torch.isfinite(parameter).all()):
             raise FasttrError(
                 f"{key}: {name} holds NaN or infinity in {weight}; wanted finite weights"
@@ -144,10 +218,48 @@ def head_error(packed: PackedModel) -> float:
     model = packed.model
     ids = torch.arange(8) % model.config.get_text_config().vocab_size
     batch = pack([Tree(0, ids[:1].numpy(), (ids[1:].numpy(),))]).to(packed.device)
-    with packed.autocast():
-        output = model(**packed.rows.inputs(batch))
-    own_logits = packed.rows.flat(output.logits, batch)[:-1]
+    own_logits = packed.own_logits(Opaque(batch))[:-1]
     own_logits = own_logits.to(torch.promote_types(own_logits.dtype, torch.float32))
     own_logps = torch.log_softmax(own_logits, dim=-1).gather(1, batch.target[:, None])[:, 0]
     worst = (packed(batch).token_logp - own_logps).abs().max()
     return float(worst / (1.0 + own_logits.abs().max()))
+
+
+@torch.no_grad()
+def check_forward(packed: PackedModel, key: str, name: str) -> None:
+    """Log-probs of two short trees, with the loaded weights on the run's device, are near those of
+    the model's own padded forward.
+
+    The probe has held the structure to rounding, on a CPU. This finds what is wrong on this device
+    or with this folder, on the mean of many tokens: in bf16 a single one may be far off where
+    rounding sends it to other experts.
+    """
+    if packed.tier == PADDED or packed.shards is not None:
+        return
+    model, trees = packed.model, _two_trees(packed.model.config.get_text_config().vocab_size)
+    apart = [unshared(Tree(t.row, t.prompt_ids, (c,))) for t in trees for c in t.completions]
+    found = packed(pack(trees if packed.tier == SHARED else apart).to(packed.device)).token_logp
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation(own_attention(model))
+    try:
+        padded = PackedModel(model, packed.head, bf16=packed.bf16, tier=PADDED)
+        wanted = padded(pack(apart).to(packed.device)).token_logp
+    finally:
+        model.set_attn_implementation(implementation)
+    distance = float((found - wanted).abs().mean() / (1.0 + wanted.abs().mean()))
+    allowed = 0.05 if packed.bf16 else 1e-3
+    if not distance <= allowed:
+        raise FasttrError(
+            f"{key}: log-probs of {name} in the tier {packed.tier} differ by {distance:.1e} from "
+            f"those of its own padded forward (allowed {allowed:.0e}); attention_tier padded takes "
+            "that one"
+        )
+
+
+def _two_trees(vocabulary: int) -> list[Tree]:
+    generator = np.random.default_rng(0)
+
+    def ids(count: int) -> np.ndarray:
+        return generator.integers(0, vocabulary, count, dtype=np.int32)
+
+    return [Tree(0, ids(11), (ids(5), ids(9))), Tree(1, ids(3), (ids(2), ids(4)))]

@@ -18,26 +18,33 @@ from fasttr.batch import PackedBatch, Tree
 from fasttr.console import say
 from fasttr.errors import FasttrError, first_line
 from fasttr.models.packed import PackedModel
+from fasttr.models.quantised import is_quantised
 from fasttr.packing.layout import pack
 from fasttr.packing.tiers import SHARED
+
+Backend = str | Callable[..., Any]
 
 GRAPHS = 64  # of one function: kinds of layers, each with and without gradients and adapters
 
 
 def compile_layers(
-    packed: PackedModel, asked: bool | None, backend: str | Callable[..., Any] = "inductor"
+    packed: PackedModel,
+    asked: bool | None,
+    backend: Backend = "inductor",
+    budget: float | None = None,
 ) -> bool:
     """Compile every decoder layer where `asked` is true, or None and the model is on a CUDA device;
     whether it was done.
 
     None goes on without, and says so, where a layer has no whole graph; true is refused there with
-    a FasttrError.
+    a FasttrError. `budget`: torch's activation_memory_budget, the share of a layer's activations
+    that is kept for the backward; None keeps what is fastest.
     """
     if asked is False or (asked is None and packed.device.type != "cuda"):
         return False
     reason = _obstacle(packed)
     if reason is None:
-        reason = _compiled(packed, backend)
+        reason = _compiled(packed, budgeted(backend, budget))
     if reason is None:
         return True
     if asked:
@@ -49,41 +56,85 @@ def compile_layers(
 def _obstacle(packed: PackedModel) -> str | None:
     if packed.tier != SHARED:
         return f"the model's own attention in tier {packed.tier} has a graph for every length"
+    if any(is_quantised(p) for p in packed.parameters()):
+        return "weights in 4 bits are unpacked by functions of another package"
     if packed.router is not None:
         return "the router's logits are read on their way through the layers"
-    return None if _layers(packed) else "no decoder layers were found in it"
+    return None if layers_of(packed) else "no decoder layers were found in it"
 
 
-def _layers(packed: PackedModel) -> list[nn.Module]:
+def budgeted(backend: Backend, budget: float | None) -> Backend:
+    """The back end, whose partitioner may keep only a share of the activations that it would.
+
+    A function of its own for every budget: compiled code is found again by it.
+    """
+    if budget is None or budget >= 1:
+        return backend
+
+    def within_budget(graph: Any, inputs: Any) -> Any:
+        from torch._dynamo.backends.registry import lookup_backend
+
+        compile_graph = lookup_backend(backend) if isinstance(backend, str) else backend
+        with torch._functorch.config.patch(activation_memory_budget=budget):
+            return compile_graph(graph, inputs)
+
+    return within_budget
+
+
+def layers_of(packed: PackedModel) -> list[nn.Module]:
+    """The decoder layers, each of which is compiled, or made again in the backward, by itself."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [m for m in packed.model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
-def _compiled(packed: PackedModel, backend: str | Callable[..., Any]) -> str | None:
+def _compiled(packed: PackedModel, backend: Backend) -> str | None:
     """Compile, and why that failed."""
-    layers = _layers(packed)
+    layers = layers_of(packed)
     say(f"compile: compiling {len(layers)} layers, a minute or two where they are large")
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     begin = time.perf_counter()
     for layer in layers:
-        layer.compile(fullgraph=True, dynamic=True, backend=backend)
+        _compile(layer, backend, is_divided=packed.shards is not None)
     try:
         scores_alike = all([_same_scores(packed, batch) for batch in _trial_packs(packed)])
     except torch._dynamo.exc.TorchDynamoException as error:
         for layer in layers:
-            layer._compiled_call_impl = None
+            _undo(layer)
         return f"a layer has no whole graph: {first_line(error)}"
+    if packed.shards is not None:
+        packed.reshard()
+        # Ranks must go the same way.
+        (differs,) = packed.shards.ranks.largest([int(not scores_alike)])
+        scores_alike = not differs
     packed.scores_as_it_trains = not scores_alike
     say(f"compile: done in {time.perf_counter() - begin:.0f} s")
     return None
 
 
+def _compile(layer: Any, backend: str | Callable[..., Any], is_divided: bool) -> None:
+    """A layer of divided weights gathers them in hooks around its forward, which stay outside."""
+    options: dict[str, Any] = {"fullgraph": True, "dynamic": True, "backend": backend}
+    if is_divided:
+        layer.forward = torch.compile(layer.forward, **options)
+    else:
+        layer.compile(**options)
+
+
+def _undo(layer: Any) -> None:
+    layer._compiled_call_impl = None
+    layer.__dict__.pop("forward", None)
+
+
 def _same_scores(packed: PackedModel, batch: PackedBatch) -> bool:
     """Whether log-probs with and without gradients are equal bit for bit. Leaves no gradients."""
     trained = packed(batch, lambda logp, ref_logp, groups: logp.sum())
-    parameters = [p for p in packed.parameters() if p.requires_grad]
-    torch.autograd.grad(trained.loss, parameters, allow_unused=True)
+    if packed.shards is None:
+        parameters = [p for p in packed.parameters() if p.requires_grad]
+        torch.autograd.grad(trained.loss, parameters, allow_unused=True)
+    else:
+        trained.loss.backward()
+        packed.zero_grad()
     return torch.equal(trained.logp, packed.logps(batch))
 
 

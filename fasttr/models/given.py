@@ -20,6 +20,7 @@ from fasttr.models.load import (
 )
 from fasttr.models.packed import PackedModel
 from fasttr.models.probe import probe
+from fasttr.models.slices import InMemory
 from fasttr.packing.tiers import SHARED
 
 _KEPT = "_fasttr_kept"
@@ -35,18 +36,25 @@ def pack_model(model: Any, config: ModelConfig | None = None) -> PackedModel:
     checks.check_given(model, config.key)
     probe(model.config, type(model)).require(config.tier, config.key, config.name)
     checks.check_rope(model.config, config.name, config.max_length)
+    if config.quantisation is not None:
+        raise FasttrError(
+            "load_in_4bit: got true beside a model that is given; wanted its name, under which it "
+            "is read in 4 bits"
+        )
     other = {str(p.dtype).removeprefix("torch.") for p in model.parameters()} - {"float32"}
     if other:
         raise FasttrError(
             f"{config.key}: got weights in {', '.join(sorted(other))}; wanted float32: call "
             "model.float(), bf16: true computes in bfloat16"
         )
-    checks.check_finite(model, config.key, config.name)
+    checks.check_finite(model.named_parameters(), config.key, config.name)
     model.fasttr_config = copy.deepcopy(model.config)
     setattr(model, _KEPT, _Kept(model))
     if config.tier == SHARED:
         model.set_attn_implementation(attention.register())
     adapter = adapter_on(model, config)
+    if config.ranks.is_sharded:
+        return finish_packed(model.train(), config, adapter, InMemory(model))
     model.to(config.device).train()
     return finish_packed(model, config, adapter)
 

@@ -7,7 +7,7 @@ import copy
 import importlib.util
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,19 @@ import torch
 
 from fasttr.console import say
 from fasttr.data.tokens import adjust
+from fasttr.distributed.ranks import ALONE, Ranks
 from fasttr.errors import FasttrError, first_line
 from fasttr.hub import go_offline_if_unreachable
-from fasttr.models import attention, checks, lora
+from fasttr.models import attention, checks, lora, quantised
 from fasttr.models.compiled import compile_layers
+from fasttr.models.empty import empty_model, files_of, make_room
 from fasttr.models.halves import in_bf16, round_matrices
 from fasttr.models.packed import HeadSpec, PackedModel
 from fasttr.models.probe import probe
+from fasttr.models.quantised import Quantisation
 from fasttr.models.router import RouterLoss
+from fasttr.models.sharded import Layout, divide
+from fasttr.models.slices import FiniteOnly, InMemory, Source
 from fasttr.models.vocabulary import add_rows
 from fasttr.packing.tiers import SHARED
 
@@ -49,6 +54,9 @@ class ModelConfig:
     trust_remote_code: bool = False
     router_aux_loss_coef: float = 0.0  # 0: the router's loss is not computed
     embedding_rows: int | None = None  # the embedding grows to as many; None: as it is
+    quantisation: Quantisation | None = None  # of the frozen matrices under an adapter
+    ranks: Ranks = ALONE  # among which its weights may be divided
+    layout: Layout = field(default_factory=Layout)  # of weights that are
     key: str = "model_name_or_path"  # the setting that names it, for errors
 
     def read(self) -> Any:
@@ -68,17 +76,20 @@ def load_model(config: ModelConfig) -> PackedModel:
     original = copy.deepcopy(hf_config)
     for key in dropout_rates(hf_config):
         setattr(hf_config, key, 0.0)
+    if config.ranks.is_sharded:
+        return _load_divided(config, hf_config, original)
     model = _read_weights(config, hf_config)
     model.fasttr_config = original
     grow_embedding(model, config)
-    checks.check_finite(model, config.key, config.name)
+    checks.check_finite(model.named_parameters(), config.key, config.name)
     adapter = adapter_on(model, config)
     if config.bf16 and adapter is not None:
         lora.store_frozen_in_bf16(model)
     elif config.bf16 and not config.is_trained:
         round_matrices(model)
-    model.to(config.device).train()
-    return finish_packed(model, config, adapter)
+    if config.quantisation is None:
+        model.to(config.device)
+    return finish_packed(model.train(), config, adapter)
 
 
 def grow_embedding(model: Any, config: ModelConfig) -> None:
@@ -88,6 +99,43 @@ def grow_embedding(model: Any, config: ModelConfig) -> None:
         say(f"resize_embeddings: {config.name} has {config.embedding_rows} rows now")
 
 
+def _load_divided(config: ModelConfig, hf_config: Any, original: Any) -> PackedModel:
+    """Every rank reads its own rows where the files are as the model wants them; else the whole
+    model, of which it keeps its rows."""
+    implementation = attention.register() if config.tier == SHARED else None
+    model = empty_model(hf_config, implementation, config.trust_remote_code)
+    source: Source | None = None
+    # New rows are the mean of all; a magnitude of DoRA starts as the norm of a whole weight.
+    needs_all = config.embedding_rows or (config.adapter and config.adapter.use_dora)
+    if not lora.is_adapter(config.name) and not needs_all:
+        source = files_of(config.name, config.revision, model, config.ranks)
+    if source is None:
+        with config.ranks.together():
+            model = _read_weights(config, hf_config)
+    elif config.adapter is not None:
+        make_room(model)
+    _take_generation_config(model, config)
+    model.fasttr_config = original
+    grow_embedding(model, config)
+    adapter = adapter_on(model, config)
+    model.train()
+    if source is None:
+        source = InMemory(model)
+    elif adapter is not None:
+        source = files_of(config.name, config.revision, model, config.ranks)
+    return finish_packed(model, config, adapter, source)
+
+
+def _take_generation_config(model: Any, config: ModelConfig) -> None:
+    """That of the folder, which a model without values has not read."""
+    from transformers import GenerationConfig
+
+    with contextlib.suppress(OSError):  # a folder may have none
+        model.generation_config = GenerationConfig.from_pretrained(
+            config.name, revision=config.revision
+        )
+
+
 def adapter_on(model: Any, config: ModelConfig) -> lora.Adapter | None:
     """The adapter that is to be trained, now in the model; None where the model itself is."""
     if config.adapter is None:
@@ -95,8 +143,14 @@ def adapter_on(model: Any, config: ModelConfig) -> lora.Adapter | None:
     return lora.add_adapter(model, config.adapter, config.name, config.revision)
 
 
-def finish_packed(model: Any, config: ModelConfig, adapter: lora.Adapter | None) -> PackedModel:
-    """A model whose attention is packed and whose weights are on their device, as a PackedModel."""
+def finish_packed(
+    model: Any,
+    config: ModelConfig,
+    adapter: lora.Adapter | None,
+    source: Source | None = None,
+) -> PackedModel:
+    """A model whose attention is packed and whose weights are on their device, as a PackedModel;
+    or divided among `config.ranks`, with the weights of `source`."""
     if config.use_liger_kernel and config.device.type != "cuda":
         raise FasttrError(
             f"use_liger_kernel: got true on {config.device.type}; Liger's kernels need CUDA: "
@@ -123,7 +177,13 @@ def finish_packed(model: Any, config: ModelConfig, adapter: lora.Adapter | None)
         else None,
         adapter=adapter,
     )
+    if source is not None:
+        finite = FiniteOnly(source, config.key, config.name)
+        packed.shards = divide(packed, finite, config.ranks, config.layout, config.device)
     checks.check_head(packed, config.key, config.name)
+    checks.check_forward(packed, config.key, config.name)
+    if packed.shards is not None:
+        packed.shards.settle()
     compile_layers(packed, config.compile)
     return packed
 
@@ -171,7 +231,10 @@ def check_loadable(config: ModelConfig) -> Any:
     """The model's config, once its weights are known to be there, as far as that can be seen
     without reading them."""
     content = config.read()
-    checks.check_weight_files(Path(config.name), config.key)
+    folder = Path(config.name)
+    checks.check_weight_files(folder, config.key)
+    if folder.is_dir() and not lora.is_adapter(config.name):
+        checks.check_tensors(content, folder, config.key, config.trust_remote_code)
     return content
 
 
@@ -259,6 +322,7 @@ def _read_weights(config: ModelConfig, hf_config: Any) -> Any:
             revision=revision,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
+            **_held_as(config),
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if "no file named model.safetensors" in str(error):
@@ -277,6 +341,12 @@ def _read_weights(config: ModelConfig, hf_config: Any) -> Any:
             "would be random"
         )
     return model if name == config.name else lora.merge_folder(model, config.name, config.key)
+
+
+def _held_as(config: ModelConfig) -> dict[str, Any]:
+    if config.quantisation is None:
+        return {}
+    return quantised.arguments(config.quantisation, config.bf16, config.device)
 
 
 def checkpoint_activations(model: Any, on: bool) -> None:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fasttr.errors import FasttrError, first_line, one_line
+from fasttr.models.quantised import is_quantised
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -45,6 +46,20 @@ class Factors(NamedTuple):
     b: str
 
 
+class AdapterContent(NamedTuple):
+    """An adapter apart from its model."""
+
+    weights: dict[str, Tensor]
+    config: Any  # peft's
+
+    def write(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        content = {name: x.contiguous() for name, x in self.weights.items()}
+        save_file(content, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        self.config.save_pretrained(str(folder))
+
+
 class Adapter:
     """The adapter of one model: what is trained, saved and read in place of the model's weights."""
 
@@ -53,18 +68,20 @@ class Adapter:
 
     def save(self, folder: Path) -> None:
         """Write a peft folder: adapter_model.safetensors and adapter_config.json."""
+        self.content().write(folder)
+
+    def content(self) -> AdapterContent:
+        """What `save` writes, on the host: a copy of what the adapter is now."""
         from peft import get_peft_model_state_dict
-        from safetensors.torch import save_file
 
         # What is saved must not depend on whether the hub can be asked about the base.
         found = get_peft_model_state_dict(
             self.peft_model, adapter_name=_NAME, save_embedding_layers=False
         )
-        on_host = {name: x.detach().cpu().contiguous() for name, x in found.items()}
-        save_file(on_host, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         config = copy.copy(self.peft_model.peft_config[_NAME])
         config.inference_mode = True
-        config.save_pretrained(str(folder))
+        weights = {name: x.detach().to("cpu", copy=True) for name, x in found.items()}
+        return AdapterContent(weights, config)
 
     def read(self, folder: Path) -> None:
         """Take up the weights that `save` wrote for the same settings."""
@@ -149,7 +166,7 @@ def store_frozen_in_bf16(model: Any) -> None:
     for module in model.modules():
         if not isinstance(module, nn.Linear) or module.weight is embedding:
             continue
-        if not module.weight.requires_grad:
+        if not module.weight.requires_grad and not is_quantised(module.weight):
             module.weight.data = module.weight.data.to(torch.bfloat16)
 
 

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from fasttr_kernels import PreferenceLoss, linear_preference_loss
+from fasttr_kernels import PreferenceLoss
+from fasttr_kernels.chunks import default_rows, rows_of_memory
 from torch import Tensor, nn
 
 from fasttr.batch import PackedBatch
@@ -24,6 +25,7 @@ from fasttr.losses import LossFn
 from fasttr.models.gather import gather_rows
 from fasttr.models.lora import Adapter
 from fasttr.models.router import RouterLoss
+from fasttr.models.sharded import Opaque, Shards, score_through
 from fasttr.models.tiers import rows_of
 from fasttr.packing.tiers import SHARED
 
@@ -47,6 +49,13 @@ class HeadSpec(NamedTuple):
         for key in _DIVISORS:
             scale /= getattr(config, key, None) or 1.0
         return cls(scale, getattr(config, "final_logit_softcapping", None))
+
+
+def head_rows(vocabulary: int, memory: float | None) -> int:
+    """Rows whose logits the head has at once, on a GPU of that many bytes or (None) on a CPU."""
+    if memory is None:
+        return default_rows(vocabulary, torch.device("cpu"))
+    return rows_of_memory(vocabulary, int(memory))
 
 
 class HeadWeight(NamedTuple):
@@ -112,6 +121,21 @@ class PackedModel(nn.Module):
         self.ld_alpha = ld_alpha
         self._cast_head: Tensor | None = None
         self.adapter = adapter
+        self.shards: Shards | None = None  # what lies here of a model that is divided among ranks
+
+    def __call__(self, batch: PackedBatch, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(batch if self.shards is None else Opaque(batch), *args, **kwargs)
+
+    def local_parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter by name: of a divided model this process's rows, in plain tensors."""
+        if self.shards is None:
+            return dict(self.named_parameters())
+        return self.shards.parameters
+
+    def reshard(self) -> None:
+        """Before the rows of a divided model change: what is gathered of them is let go of."""
+        if self.shards is not None:
+            self.shards.reshard()
 
     @property
     def trained_model(self) -> Any:
@@ -139,15 +163,16 @@ class PackedModel(nn.Module):
     def weights_still(self) -> Iterator[None]:
         """Within, no weight changes: an fp32 head is cast to bf16 once, not in every call."""
         weight = self.head_weight().weight.detach()
-        if self.bf16 and weight.dtype != torch.bfloat16:
+        if self.bf16 and weight.dtype != torch.bfloat16 and self.shards is None:
             self._cast_head = weight.to(torch.bfloat16)
         try:
             yield
         finally:
             self._cast_head = None
+            self.reshard()
 
     def head_weight(self) -> HeadWeight:
-        """The one place where the output weight is read."""
+        """The output weight, whole where the model is; see `score_through`."""
         output = self.model.get_output_embeddings()
         return HeadWeight(output.weight, output.bias)
 
@@ -162,9 +187,17 @@ class PackedModel(nn.Module):
         hidden_TD = self.rows.flat(output.last_hidden_state, batch)
         return hidden_TD, output.router_logits if reads_router else None
 
+    @torch.no_grad()
+    def own_logits(self, batch: PackedBatch | Opaque) -> Tensor:
+        """(T, V) what the model's own forward makes of a pack, for a check of the head."""
+        batch = batch.content if isinstance(batch, Opaque) else batch
+        with self.autocast():
+            output = self.model(**self.rows.inputs(batch))
+        return self.rows.flat(output.logits, batch)
+
     def forward(
         self,
-        batch: PackedBatch,
+        batch: PackedBatch | Opaque,
         loss_fn: LossFn | None = None,
         ref_logp: Tensor | None = None,  # (N,) fp32
         normalizer: float = 1.0,
@@ -180,6 +213,7 @@ class PackedModel(nn.Module):
         differentiated once, as it is. `head_means`: statistics whose means over completions
         `loss_fn` gets as fourth argument.
         """
+        batch = batch.content if isinstance(batch, Opaque) else batch
         cu_completions, cu_groups = batch.cu_completions, batch.cu_groups
         if self.ld_alpha is not None:
             # Both parts of a completion are summed apart, and joined before anybody sees them.
@@ -187,21 +221,19 @@ class PackedModel(nn.Module):
             if loss_fn is not None:
                 loss_fn = self._of_joined_parts(loss_fn, ref_logp, batch)
             ref_logp = None
-        head = self.head_weight()
         with self.autocast():
             reads_router = self.router is not None and router_share > 0
             hidden_TD, router_logits = self._decoded(batch, reads_router)
             hidden_RD = gather_rows(hidden_TD, batch.predicting)
-            out = linear_preference_loss(
+            out = score_through(
+                self.model.get_output_embeddings(),
                 hidden_RD,
-                head.weight,
-                batch.target,
-                cu_completions,
-                cu_groups,
-                loss_fn,
+                target=batch.target,
+                cu_completions=cu_completions,
+                cu_groups=cu_groups,
+                loss_fn=loss_fn,
                 ref_logp=ref_logp,
                 normalizer=normalizer,
-                bias=head.bias,
                 logit_scale=self.head.logit_scale,
                 softcap=self.head.softcap,
                 stats=stats,

@@ -112,10 +112,17 @@ class RewardModel(PackedModel):
             return (rows_D.float() @ weight_1D.float().T)[:, 0]
 
 
+def scoring_model(config: Any) -> Any:
+    """The model of a transformers config that gives one score, with random weights."""
+    from transformers import AutoModelForSequenceClassification
+
+    config.num_labels = 1
+    return AutoModelForSequenceClassification.from_config(config)
+
+
 def is_reward_folder(name: str, revision: str = "main", key: str = "model_name_or_path") -> bool:
     """Whether a folder or hub id holds a model for sequence classification."""
-    config = load_config(name, revision, key)
-    return any(kind.endswith(CLASSIFIER) for kind in config.architectures or ())
+    return _has_head(load_config(name, revision, key))
 
 
 def load_reward_model(config: ModelConfig, seed: int | None = None) -> RewardModel:
@@ -129,17 +136,8 @@ def load_reward_model(config: ModelConfig, seed: int | None = None) -> RewardMod
     checks.check_rope(hf_config, config.name, config.max_length)
     support = probe(hf_config, trust_remote_code=config.trust_remote_code)
     support.require(SHARED, config.key, config.name)
-    is_reward = any(kind.endswith(CLASSIFIER) for kind in hf_config.architectures or ())
-    if is_reward and hf_config.num_labels != 1:
-        raise FasttrError(
-            f"{config.key}: {config.name} has num_labels {hf_config.num_labels}; wanted 1, a "
-            "score for each text"
-        )
-    if not is_reward and seed is None:
-        raise FasttrError(
-            f"{config.key}: {config.name} is no reward model, its head would be random; wanted a "
-            "folder that fasttr reward or TRL's RewardTrainer wrote"
-        )
+    is_reward = _has_head(hf_config)
+    _check_labels(hf_config, config.name, config.key, needs_head=seed is None)
     original = copy.deepcopy(hf_config)
     for name in dropout_rates(hf_config):
         setattr(hf_config, name, 0.0)
@@ -152,7 +150,7 @@ def load_reward_model(config: ModelConfig, seed: int | None = None) -> RewardMod
     grow_embedding(model, config)
     # The folder that is written names another padding token: resumed, its row must go on learning.
     model.get_input_embeddings().padding_idx = None
-    checks.check_finite(model, config.key, config.name)
+    checks.check_finite(model.named_parameters(), config.key, config.name)
     model.to(config.device).train()
     if config.gradient_checkpointing:
         checkpoint_activations(model, True)
@@ -161,6 +159,12 @@ def load_reward_model(config: ModelConfig, seed: int | None = None) -> RewardMod
     packed = RewardModel(model, attention_backend=backend, bf16=config.bf16)
     _check_score(packed, config)
     return packed
+
+
+def check_reward_folder(name: str, key: str) -> None:
+    """Raise FasttrError where a folder's configuration and files are no reward model's."""
+    _check_labels(load_config(name, key=key), name, key, needs_head=True)
+    _check_safetensors(name, key)
 
 
 def load_scorer(config: ModelConfig) -> RewardModel:
@@ -234,6 +238,29 @@ def set_padding(model: RewardModel, tokenizer: Any) -> None:
     model.model.config.pad_token_id = tokenizer.pad_token_id
 
 
+def _has_head(hf_config: Any) -> bool:
+    return any(kind.endswith(CLASSIFIER) for kind in hf_config.architectures or ())
+
+
+def _check_labels(hf_config: Any, name: str, key: str, *, needs_head: bool) -> None:
+    if _has_head(hf_config) and hf_config.num_labels != 1:
+        raise FasttrError(
+            f"{key}: {name} has num_labels {hf_config.num_labels}; wanted 1, a score for each text"
+        )
+    if needs_head and not _has_head(hf_config):
+        raise FasttrError(
+            f"{key}: {name} is no reward model, its head would be random; wanted a folder that "
+            "fasttr reward or TRL's RewardTrainer wrote"
+        )
+
+
+def _check_safetensors(name: str, key: str) -> None:
+    if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
+        raise FasttrError(
+            f"{key}: {name} holds no safetensors weights; convert them with save_pretrained"
+        )
+
+
 def _read_weights(config: ModelConfig, hf_config: Any, *, has_head: bool) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
@@ -241,11 +268,7 @@ def _read_weights(config: ModelConfig, hf_config: Any, *, has_head: bool) -> Any
 
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
-    if Path(config.name).is_dir() and not any(Path(config.name).glob("*.safetensors")):
-        raise FasttrError(
-            f"{config.key}: {config.name} holds no safetensors weights; convert them with "
-            "save_pretrained"
-        )
+    _check_safetensors(config.name, config.key)
     try:
         if not has_head:
             # Its report says that there is a new head, which is what is wanted.

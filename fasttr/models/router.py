@@ -32,8 +32,11 @@ def coefficient_of(config: Any, asked: float | None) -> float:
 class RouterLoss:
     """transformers' load_balancing_loss_func of a model's own module, arXiv:2101.03961 (4) to (6).
 
-    Each token counts as often as it would with a prompt for every completion.
+    Each token counts as often as it would with a prompt for every completion. Those of mismatched
+    completions do not where `leaves_out_mismatched` is set: nothing is learned from them.
     """
+
+    leaves_out_mismatched = False
 
     def __init__(self, model: Any, coefficient: float):
         self.coefficient = coefficient
@@ -49,5 +52,6 @@ class RouterLoss:
 
     def __call__(self, router_logits: tuple[Tensor, ...], rows: Rows, batch: PackedBatch) -> Tensor:
         """() fp32, before the coefficient."""
-        weights = rows.token_weights(batch)
+        count = rows.without_mismatched if self.leaves_out_mismatched else rows.token_weights
+        weights = count(batch)
         return self._function(router_logits, self._experts, self._chosen, weights)

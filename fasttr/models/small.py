@@ -76,7 +76,7 @@ def _random_model(config: Any, build: Build) -> Any:
     Raises ValueError where the config describes more than `LARGEST` parameters.
     """
     with torch.device("meta"):
-        config = _shallow(config, build)
+        config = shallow(config, build)
         size = sum(p.numel() for p in build(copy.deepcopy(config)).parameters())
     if size > LARGEST:
         raise ValueError(f"its smallest copy still has {size / 1e6:.0f} million parameters")
@@ -87,9 +87,9 @@ def _random_model(config: Any, build: Build) -> Any:
     return model
 
 
-def _shallow(config: Any, build: Build) -> Any:
+def shallow(config: Any, build: Build) -> Any:
     """The config of as few layers, at least two, as hold one of each kind."""
-    kinds = _kinds_of_layers(build(copy.deepcopy(config)), config)
+    kinds = kinds_of_layers(build(copy.deepcopy(config)), config)
     depth = max([2, *(kinds.index(kind) + 1 for kind in kinds)])
     if depth >= len(kinds):
         return config
@@ -97,12 +97,12 @@ def _shallow(config: Any, build: Build) -> Any:
     cut.num_hidden_layers = depth
     for key, values in _values_of_layers(config).items():
         setattr(cut, key, values[:depth])
-    if set(_kinds_of_layers(build(copy.deepcopy(cut)), cut)) != set(kinds):
+    if set(kinds_of_layers(build(copy.deepcopy(cut)), cut)) != set(kinds):
         return config
     return cut
 
 
-def _kinds_of_layers(model: nn.Module, config: Any) -> list[object]:
+def kinds_of_layers(model: nn.Module, config: Any) -> list[object]:
     """What tells a layer from others: its modules, their settings, and the config's lists."""
     depth = _count(config, "num_hidden_layers")
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]

@@ -27,6 +27,10 @@ class Rows(Protocol):
         """Of the shape of the input ids: how many completions read a token, 0 for padding."""
         ...
 
+    def without_mismatched(self, batch: PackedBatch) -> Tensor:
+        """The same of trees (completion, mismatched completion), of which the first counts."""
+        ...
+
 
 class SharedRows:
     """The packed attention. The layout comes with the call; nothing is inferred from position
@@ -50,6 +54,9 @@ class SharedRows:
     def token_weights(self, batch: PackedBatch) -> Tensor:
         return batch.attention.keys.offsets.diff()[None]
 
+    def without_mismatched(self, batch: PackedBatch) -> Tensor:
+        return _in_first_segments(batch)[None]
+
 
 class PackedRows:
     """The model's own attention: without a mask, transformers parts one row where its position ids
@@ -67,6 +74,9 @@ class PackedRows:
 
     def token_weights(self, batch: PackedBatch) -> Tensor:
         return batch.attention.keys.offsets.diff()[None]
+
+    def without_mismatched(self, batch: PackedBatch) -> Tensor:
+        return _in_first_segments(batch)[None]
 
 
 class PaddedRows:
@@ -86,6 +96,18 @@ class PaddedRows:
         place = _place(batch)
         blank = batch.input_ids.new_zeros(place.rows * place.length)
         return blank.index_fill(0, place.of_token, 1).view(place.rows, place.length)
+
+    def without_mismatched(self, batch: PackedBatch) -> Tensor:
+        weights = self.token_weights(batch)
+        weights[1::2] = 0
+        return weights
+
+
+def _in_first_segments(batch: PackedBatch) -> Tensor:
+    """(T,) 1 for tokens of every other segment, from the first: a completion with its prompt."""
+    counts = batch.attention.cu_q.diff()
+    is_first = 1 - torch.arange(len(counts), device=counts.device) % 2
+    return torch.repeat_interleave(is_first, counts, output_size=len(batch.input_ids))
 
 
 class _Place(NamedTuple):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fasttr.errors import FasttrError
@@ -34,6 +35,13 @@ SCHEDULES = (
 )
 
 
+class LocalRows(NamedTuple):
+    """What lies here of a model that is divided among processes, by the names of its parameters."""
+
+    parameters: Mapping[str, nn.Parameter]  # bf16 already, those that are split
+    remainders: Mapping[str, Tensor]  # of those, int16
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """An optimizer and the schedule of its rate."""
@@ -51,22 +59,53 @@ class OptimizerConfig:
     keeps_masters: bool = True  # bf16 weights have the other 16 bits of fp32 beside them
     seed: int = 0  # of stochastic rounding
 
-    def optimizer(self, model: nn.Module, bf16: bool = False) -> torch.optim.Optimizer:
+    def splits(self, bf16: bool) -> bool:
+        """Whether bf16 compute makes the matrices bf16 in place: where AdamW is the optimizer."""
+        return bf16 and OPTIMIZERS[self.name].is_adamw
+
+    def check_rows(self) -> None:
+        """Raise FasttrError where the optimizer looks at more than single weights, and so cannot
+        step the rows of a divided model."""
+        if not OPTIMIZERS[self.name].is_elementwise:
+            raise FasttrError(
+                f"optim: got {self.name} with shard_size above 1; it looks at whole matrices, of "
+                "which a process has some rows: take adamw_torch_fused"
+            )
+
+    def optimizer(
+        self, model: nn.Module, bf16: bool = False, rows: LocalRows | None = None
+    ) -> torch.optim.Optimizer:
         """Over all trainable parameters; step it by `fasttr.optim.update.update`.
 
         Under bf16 compute the matrices become bf16 in place where AdamW is the optimizer (see
-        `MasterAdamW`); all other parameters, and all of other optimizers, stay fp32 leaves.
+        `MasterAdamW`); all other parameters, and all of other optimizers, stay fp32 leaves. Of a
+        divided model it is over `rows`; see `check_rows`.
         """
         own = parse_arguments(self.name, self.arguments)
         kind = OPTIMIZERS[self.name]
+        local = None if rows is None else rows.parameters
         if kind.is_adamw and (bf16 or self.moments != "fp32"):
+            if rows is not None:
+                return self._of_rows(model, rows)
             return self._master_adamw(model, matrices(model) if bf16 else set())
         wanted = Arguments(self.learning_rate, self.betas, self.eps, own)
-        return kind.build(parameter_groups(model, self.weight_decay), wanted)
+        return kind.build(parameter_groups(model, self.weight_decay, local=local), wanted)
 
-    def _master_adamw(self, model: nn.Module, split: set[nn.Parameter]) -> MasterAdamW:
-        groups = parameter_groups(model, self.weight_decay, split)
-        options: dict[str, Any] = {
+    def _of_rows(self, model: nn.Module, rows: LocalRows) -> MasterAdamW:
+        """Over rows some of which are bf16, with their remainders."""
+        halves = {p for p in rows.parameters.values() if p.dtype == torch.bfloat16}
+        groups = parameter_groups(model, self.weight_decay, halves, rows.parameters)
+        if not self.keeps_masters:
+            groups = [{**group, "split": False} for group in groups]
+        optimizer = MasterAdamW(groups, **self._options())
+        for name, remainder in rows.remainders.items():
+            state = optimizer.state[rows.parameters[name]]
+            if "remainder" in state:
+                state["remainder"].copy_(remainder)
+        return optimizer
+
+    def _options(self) -> dict[str, Any]:
+        return {
             "lr": self.learning_rate,
             "betas": self.betas,
             "eps": self.eps,
@@ -74,6 +113,10 @@ class OptimizerConfig:
             "split": False,  # but for the groups that say otherwise
             "seed": self.seed,
         }
+
+    def _master_adamw(self, model: nn.Module, split: set[nn.Parameter]) -> MasterAdamW:
+        groups = parameter_groups(model, self.weight_decay, split)
+        options = self._options()
         if self.keeps_masters:
             return MasterAdamW.from_fp32(groups, **options)
         for p in split:
@@ -151,20 +194,25 @@ def take_up_schedule(
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, split: AbstractSet[nn.Parameter] = frozenset()
+    model: nn.Module,
+    weight_decay: float,
+    split: AbstractSet[nn.Parameter] = frozenset(),
+    local: Mapping[str, nn.Parameter] | None = None,
 ) -> list[dict[str, Any]]:
     """Every trainable parameter once, with its name: no decay on biases and on norms.
 
     Those of `split` have groups of their own. A group without parameters is left out, but for the
-    first two.
+    first two. `local`: in place of the model's own parameters of the same names.
     """
     kinds: dict[tuple[bool, bool], dict[str, nn.Parameter]] = {
         (decays, is_split): {} for is_split in (False, True) for decays in (True, False)
     }
     undecayed = _undecayed(model)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            kinds[name not in undecayed, parameter in split][name] = parameter
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if local is not None:
+        trained = {name: local[name] for name in trained}
+    for name, parameter in trained.items():
+        kinds[name not in undecayed, parameter in split][name] = parameter
     groups: list[dict[str, Any]] = []
     for (decays, is_split), found in kinds.items():
         if not found and is_split:
@@ -175,7 +223,7 @@ def parameter_groups(
             "weight_decay": weight_decay if decays else 0.0,
         }
         groups.append({**group, "split": is_split} if split else group)
-    wanted = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    wanted = sum(p.numel() for p in trained.values())
     counted = sum(p.numel() for group in groups for p in group["params"])
     if counted != wanted:
         raise RuntimeError(f"parameter groups hold {counted} of {wanted} trainable values")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def matrices(model: Any) -> set[nn.Parameter]:
@@ -14,6 +14,11 @@ def matrices(model: Any) -> set[nn.Parameter]:
     Embeddings, norms, biases, routers and convolutions are not among them: they are small, or what
     reads them computes in fp32.
     """
+    return {p for p in all_matrices(model) if p.requires_grad}
+
+
+def all_matrices(model: Any) -> set[nn.Parameter]:
+    """Those of `matrices`, and frozen ones."""
     stacks = [part for part in model.base_model.modules() if isinstance(part, nn.ModuleList)]
     head = model.get_output_embeddings()  # a reward model has none
     found = set() if head is None else {head.weight}
@@ -25,7 +30,13 @@ def matrices(model: Any) -> set[nn.Parameter]:
             # Experts are products with one tensor for all: (experts, in, out).
             found |= {p for p in own.values() if p.ndim == 3}
     tables = [part.weight for part in model.modules() if isinstance(part, nn.Embedding)]
-    return {p for p in found.difference(tables) if p.requires_grad}
+    return found.difference(tables)
+
+
+def size_of(parameter: Tensor) -> int:
+    """How many weights a parameter holds; of a packed one two are in a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(state.shape.numel())
 
 
 def _is_linear(part: nn.Module) -> bool:

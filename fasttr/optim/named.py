@@ -31,6 +31,7 @@ class Kind(NamedTuple):
     package: str | None = None  # that it needs beside torch and transformers
     notice: str = ""  # how it differs from what the name says
     is_adamw: bool = False  # in fp32: its weights may be split and its moments held otherwise
+    is_elementwise: bool = True  # a weight's step does not depend on other rows of its matrix
 
 
 def _adamw(groups: Groups, wanted: Arguments) -> torch.optim.Optimizer:
@@ -86,7 +87,7 @@ OPTIMIZERS: dict[str, Kind] = {
     "adamw_8bit": _ADAMW_8BIT._replace(notice=_BY_TORCHAO),
     "adamw_bnb_8bit": _ADAMW_8BIT._replace(notice=_BY_TORCHAO),
     "paged_adamw_8bit": _ADAMW_8BIT._replace(notice=f"{_BY_TORCHAO}; not paged"),
-    "adafactor": Kind(_adafactor),
+    "adafactor": Kind(_adafactor, is_elementwise=False),
     "sgd": Kind(_sgd, ("momentum", "dampening", "weight_decay", "nesterov")),
     "adagrad": Kind(_adagrad, ("lr_decay", "weight_decay", "initial_accumulator_value", "eps")),
     "rmsprop": Kind(_rmsprop, ("momentum", "alpha", "eps", "weight_decay", "centered")),

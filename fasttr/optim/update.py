@@ -43,9 +43,15 @@ class MasterAdamW(SplitAdamW):
             if p.dtype == torch.bfloat16:
                 p.grad = torch.zeros_like(p, dtype=torch.float32) if packs > 1 else None
 
-    def update(self, loss: Tensor, max_grad_norm: float, followers: Followers | None) -> Update:
+    def update(
+        self,
+        loss: Tensor,
+        max_grad_norm: float,
+        followers: Followers | None,
+        squares: Tensor | None = None,
+    ) -> Update:
         """See `update` below."""
-        squares = self.grad_squares()
+        squares = self.grad_squares() if squares is None else squares
         norm = squares.sqrt()
         is_broken = ~torch.isfinite(norm) | ~torch.isfinite(loss)
         factor = clip_factor(squares, max_grad_norm if max_grad_norm > 0 else torch.inf)
@@ -77,27 +83,38 @@ def update(
     loss: Tensor,
     max_grad_norm: float,
     followers: Followers | None = None,
+    squares: Tensor | None = None,
 ) -> Update:
     """Clip the gradients of `model` to a norm, where it is above 0, and step; then they are gone.
 
     Where they or `loss` (), that of the step, are not finite nothing is changed, and nobody waits
-    for the device. `followers` are for MasterAdamW alone.
+    for the device. `followers` are for MasterAdamW alone. `squares`: the sum of squares of the
+    whole gradient, () fp64, where the optimizer has a part of a divided model.
     """
     if isinstance(optimizer, MasterAdamW):
-        done = optimizer.update(loss, max_grad_norm, followers)
+        done = optimizer.update(loss, max_grad_norm, followers, squares)
     else:
         assert followers is None, "these weights are followed after the step"
-        norm = _clipped(model, max_grad_norm)
+        norm = _clipped(optimizer, model, max_grad_norm, squares)
         done = Update(norm, ~torch.isfinite(norm) | ~torch.isfinite(loss))
         named.update(optimizer, done.is_broken)
     optimizer.zero_grad(set_to_none=True)
     return done
 
 
-def _clipped(model: nn.Module, max_grad_norm: float) -> Tensor:
+def _clipped(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    max_grad_norm: float,
+    squares: Tensor | None,
+) -> Tensor:
     """Clip the gradient's norm and return what it was; 0 clips nothing."""
-    trained = [p for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    if squares is None:
+        trained = [p for p in model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    else:
+        trained = [p for p in parameters_of(optimizer) if p.grad is not None]
+        norm = squares.sqrt().to(torch.float32)
     if max_grad_norm > 0:
         nn.utils.clip_grads_with_norm_(trained, max_grad_norm, norm)
     return norm
@@ -127,6 +144,16 @@ def give_back(optimizer: torch.optim.Optimizer) -> None:
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def masters(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The fp32 weights of a model by name: bf16 ones with the remainders that the optimizer has."""
+    whole = optimizer.master if isinstance(optimizer, MasterAdamW) else _as_it_is
+    return {name: whole(p) for name, p in model.named_parameters()}
+
+
+def _as_it_is(parameter: Tensor) -> Tensor:
+    return parameter.data
 
 
 def _clock(saved: Tensor, betas: tuple[float, float]) -> Tensor:

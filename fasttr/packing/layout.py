@@ -40,6 +40,55 @@ def first_fit_decreasing(sizes: Sequence[int], budget: int) -> list[list[int]]:
     return sorted(sorted(members) for members in bins)
 
 
+def dealt(costs: Sequence[int] | np.ndarray, bins: int) -> np.ndarray:
+    """(len(costs),) which of `bins` each item is dealt to: dearest first, each to the bin with the
+    least so far. Ties go by position, of items and of bins.
+
+    Items that go to different bins, whatever those before them cost, are dealt at once: the work
+    grows little faster than that of sorting the costs.
+    """
+    costs = np.asarray(costs, dtype=np.int64)
+    owner = np.empty(len(costs), dtype=np.int64)
+    loads = np.zeros(bins, dtype=np.int64)
+    order = np.argsort(-costs, kind="stable")
+    first = 0
+    while first < len(order):
+        emptiest = np.argsort(loads, kind="stable")[: len(order) - first]
+        found = loads[emptiest] + costs[order[first : first + len(emptiest)]]
+        # A bin is the next as long as none before it is emptier, now that it has an item more.
+        is_next = loads[emptiest[1:]] < np.minimum.accumulate(found)[:-1]
+        count = 1 + (len(is_next) if is_next.all() else int(is_next.argmin()))
+        owner[order[first : first + count]] = emptiest[:count]
+        loads[emptiest[:count]] = found[:count]
+        first += count
+    return owner
+
+
+def members_of(owner: np.ndarray, bins: int) -> list[list[int]]:
+    """The items of each bin, in order."""
+    order = np.argsort(owner, kind="stable").tolist()
+    ends = np.cumsum(np.bincount(owner, minlength=bins)).tolist()
+    return [order[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def evenly_filled(costs: Sequence[int], bins: int, budget: int) -> list[list[int]] | None:
+    """Items in `bins` bins as `dealt`; None where two of them together are over the budget."""
+    owner = dealt(costs, bins)
+    loads = np.bincount(owner, weights=np.asarray(costs), minlength=bins)
+    is_shared = np.bincount(owner, minlength=bins) > 1
+    return None if (loads[is_shared] > budget).any() else members_of(owner, bins)
+
+
+def balanced_bins(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """As few bins as `first_fit_decreasing` needs, of about equal sizes: their peak is lower, and
+    no small rest costs a pass of its own. Where even bins have no room, the fullest stay.
+    """
+    fullest = first_fit_decreasing(sizes, budget)
+    if len(fullest) < 2:
+        return fullest
+    return sorted(evenly_filled(sizes, len(fullest), budget) or fullest)
+
+
 def pack(trees: Sequence[Tree], group_sizes: Sequence[int] | None = None) -> PackedBatch:
     """Lay `trees` out in one packed row; completions keep their order.
 
@@ -72,6 +121,17 @@ def pack(trees: Sequence[Tree], group_sizes: Sequence[int] | None = None) -> Pac
         per_completion=_per_completion(trees),
         rows=tuple(tree.row for tree in trees),
     )
+
+
+def idle_pack(tree: Tree) -> PackedBatch:
+    """A pack without a row: two tokens, so that a rank with nothing to do goes through every layer
+    when the others do. `tree` shows how the pack's trees are made."""
+    token = np.zeros(1, dtype=np.int32)
+    stand_in = tree._replace(prompt_ids=token, completions=(token,))
+    if tree.prompt_skips is not None:
+        stand_in = stand_in._replace(prompt_skips=(0,))
+    one = {name: np.zeros(1, dtype=np.float32) for name in tree.per_completion}
+    return pack([stand_in._replace(per_completion=one)])._replace(rows=())
 
 
 class _Parts(NamedTuple):

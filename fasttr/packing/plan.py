@@ -16,8 +16,8 @@ import torch
 
 from fasttr.batch import PackedBatch, Tree, TreeSource, own_prompt_lengths
 from fasttr.distributed.ranks import ALONE, Ranks
-from fasttr.packing.layout import first_fit_decreasing, pack
-from fasttr.packing.shares import even_shares
+from fasttr.packing.layout import balanced_bins, idle_pack, pack
+from fasttr.packing.shares import even_shares, in_micro_steps, micro_steps
 from fasttr.packing.tiers import SHARED, bins_of_groups, tree_sizes, unshared
 
 SWEEP_ROWS = 256  # rows packed together
@@ -62,6 +62,14 @@ class Plan:
         if self.max_steps > 0:
             return self.max_steps
         return math.ceil(self.num_train_epochs * self.steps_per_epoch)
+
+    def epochs(self, steps: int) -> float:
+        """Passes over the rows after so many steps, by micro-batches as in TRL: a smaller last one
+        counts as the others."""
+        whole, within = divmod(steps, self.steps_per_epoch)
+        size = self.micro_batch_size or self.train_batch_size
+        of_a_step = self.train_batch_size // size
+        return whole + within * of_a_step / math.ceil(self.rows_per_epoch / size)
 
     def rows(self, step: int) -> np.ndarray:
         """Data-set rows of optimizer step `step` (counted from 0), in TRL's order."""
@@ -154,32 +162,56 @@ def pack_rows(
     ranks: Ranks = ALONE,
 ) -> list[PackedBatch]:
     """Pack some rows under `budget` tokens of the model; among several ranks, this one's even
-    share of them.
+    share of them: as many packs as every other rank where the weights are divided, some of them
+    idle.
 
     Each run of `group_rows` rows stays together. `weights` (len(rows),) multiply those of the rows.
     """
     rows = np.asarray(rows)
-    places = np.arange(len(rows))
     starts = np.arange(0, len(rows), group_rows)
-    groups = np.split(places, starts[1:])
-    if ranks.world > 1:
-        sizes = np.add.reduceat(tree_sizes(trees, rows), starts)
-        groups = [groups[i] for i in even_shares(sizes.tolist(), ranks.world)[ranks.rank]]
-        if not groups:
-            return []
-        places = np.concatenate(groups)
-        starts = np.cumsum([0, *map(len, groups[:-1])])
+    ends = np.minimum(starts + group_rows, len(rows))
     packs = []
-    for members in bins_of_groups(tier, trees, rows[places], starts, budget):
-        chosen = [
-            _weighted(trees[int(rows[place])], weights, place)
-            for group in members
-            for place in groups[group]
-        ]
+    for members in _own_bins(tier, trees, rows, starts, budget, ranks):
+        places = [place for group in members for place in range(starts[group], ends[group])]
+        chosen = [_weighted(trees[int(rows[place])], weights, place) for place in places]
+        of_bin = chosen or [trees[int(rows[0])]]
         if tier != SHARED:
-            chosen = [unshared(tree) for tree in chosen]
-        packs.append(pack(chosen, [len(groups[group]) for group in members]))
+            of_bin = [unshared(tree) for tree in of_bin]
+        if chosen:
+            packs.append(pack(of_bin, (ends - starts)[members].tolist()))
+        else:
+            packs.append(idle_pack(of_bin[0]))
     return packs
+
+
+def _own_bins(
+    tier: str,
+    trees: TreeSource,
+    rows: np.ndarray,
+    starts: np.ndarray,
+    budget: int,
+    ranks: Ranks,
+) -> list[list[int]]:
+    """The bins of this rank: numbers of groups of rows, which begin at `starts`. Where the weights
+    are divided there are as many as every other rank has, and one without groups is idle."""
+    if ranks.world == 1:
+        return bins_of_groups(tier, trees, rows, starts, budget)
+    sizes = np.add.reduceat(tree_sizes(trees, rows), starts).tolist()
+    if not ranks.is_sharded:
+        own = even_shares(sizes, ranks.world)[ranks.rank]
+        if not own:
+            return []
+        ends = np.append(starts[1:], len(rows))
+        own_rows = [rows[starts[group] : ends[group]] for group in own]
+        own_starts = np.cumsum([0, *map(len, own_rows[:-1])])
+        bins = bins_of_groups(tier, trees, np.concatenate(own_rows), own_starts, budget)
+        return [[own[number] for number in members] for members in bins]
+    if tier == SHARED:
+        steps = micro_steps(sizes, ranks.world, budget)
+    else:
+        found = bins_of_groups(tier, trees, rows, starts, budget)
+        steps = in_micro_steps(found, sizes, ranks.world)
+    return [step[ranks.rank] for step in steps]
 
 
 def pack_by_prompt(
@@ -207,7 +239,7 @@ def pack_by_prompt(
             sizes.append(tokens + int(trees.prompt_lengths[rows[place]]))
         newest = prompt
     packs = []
-    for members in first_fit_decreasing(sizes, budget):
+    for members in balanced_bins(sizes, budget):
         places = [place for run in members for place in runs[run]]
         packs.append(pack([_weighted(trees[int(rows[p])], weights, p) for p in places]))
     return packs

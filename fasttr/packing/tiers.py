@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fasttr.batch import Tree, TreeSource, own_prompt_lengths
-from fasttr.packing.layout import first_fit_decreasing
+from fasttr.packing.layout import balanced_bins
 
 SHARED = "shared"  # one row of tokens, each prompt once
 PACKED = "packed"  # one row of tokens, a prompt for every completion
@@ -47,6 +47,17 @@ def tree_sizes(trees: TreeSource, rows: np.ndarray | Sequence[int]) -> np.ndarra
     return np.where(is_shared, trees.prompt_lengths[rows], prompts) + completions
 
 
+def row_tokens(tier: str, trees: TreeSource) -> np.ndarray:
+    """(n,) tokens of the model that each row takes by itself."""
+    rows = np.arange(len(trees))
+    if tier == SHARED:
+        return tree_sizes(trees, rows)
+    lengths_nm = sequence_lengths(trees, rows)
+    if tier == PACKED:
+        return lengths_nm.sum(axis=1)
+    return lengths_nm.shape[1] * lengths_nm.max(axis=1)
+
+
 def bins_of_groups(
     tier: str, trees: TreeSource, rows: np.ndarray, starts: np.ndarray, budget: int
 ) -> list[list[int]]:
@@ -54,11 +65,11 @@ def bins_of_groups(
     padding among them. A group over the budget has a bin of its own."""
     if tier == SHARED:
         sizes = np.add.reduceat(tree_sizes(trees, rows), starts)
-        return first_fit_decreasing(sizes.tolist(), budget)
+        return balanced_bins(sizes.tolist(), budget)
     lengths_Bm = sequence_lengths(trees, rows)
     if tier == PACKED:
         sizes = np.add.reduceat(lengths_Bm.sum(axis=1), starts)
-        return first_fit_decreasing(sizes.tolist(), budget)
+        return balanced_bins(sizes.tolist(), budget)
     longest = np.maximum.reduceat(lengths_Bm.max(axis=1), starts)
     counts = np.add.reduceat(np.full(len(rows), lengths_Bm.shape[1]), starts)
     return padded_bins(counts.tolist(), longest.tolist(), budget)

@@ -66,19 +66,20 @@ def fill_logps(
     table: LogpTable,
     after: Callable[[], None] | None = None,
 ) -> None:
-    """The model's log-probs of packs into `table`; a pack whose rows are all there is passed over.
+    """The model's log-probs of packs into `table`; a pack whose rows are all there is passed over,
+    unless the model is divided: then every rank goes through as many packs as the others.
 
     `after` is called after every pack (progress, a partial save, a stop asked for by a signal).
     """
     newest: tuple[tuple[int, ...], Tensor] | None = None
     with model.weights_still():
         for batch in packs:
-            if table.lacks(batch.rows):
+            if model.shards is not None or table.lacks(batch.rows):
                 logp = model.logps(batch)
                 if newest is not None:
                     # One pack late: reading the newest would leave the device idle.
                     table.put(*newest)
-                newest = batch.rows, logp
+                newest = (batch.rows, logp) if batch.rows else None
             if after is not None:
                 after()
     if newest is not None:

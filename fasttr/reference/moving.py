@@ -101,7 +101,7 @@ class MovingReference:
         if self.weights is None or not isinstance(self.schedule, Soft):
             return
         alpha = self.schedule.alpha
-        policy = dict(self.policy.named_parameters())
+        policy = self.policy.local_parameters()
         done = self._moved_already | self._in_products
         left = [name for name in self.weights if name not in done]
         beside = [name for name in left if self._rests_beside and name not in self.remainders]
@@ -125,7 +125,7 @@ class MovingReference:
             return None
         if not (self._rests_beside and isinstance(self.optimizer, MasterAdamW)):
             return None
-        name_of = {p: name for name, p in self.policy.named_parameters()}
+        name_of = {p: name for name, p in self.policy.local_parameters().items()}
         followed = [(p, name_of[p]) for p in parameters_of(self.optimizer)]
         if any(p.grad is None for p, _ in followed):
             return None
@@ -140,7 +140,7 @@ class MovingReference:
         return {**(self.weights or {}), **remainders}
 
     @torch.no_grad()
-    def take_up(self, saved: dict[str, Tensor]) -> None:
+    def take_up(self, saved: Mapping[str, Tensor]) -> None:
         """Go on from `named_tensors`, split or not."""
         for name, mine in (self.weights or {}).items():
             whole = saved[name].float()
@@ -156,7 +156,7 @@ class MovingReference:
     @torch.no_grad()
     def _keep(self, whole: Iterator[tuple[str, Tensor]]) -> None:
         assert self.weights is not None
-        policy = dict(self.policy.named_parameters())
+        policy = self.policy.local_parameters()
         for name, values in whole:
             if policy[name].dtype == torch.bfloat16:
                 self.weights[name], self.remainders[name] = split_halves(values.float())
@@ -165,7 +165,7 @@ class MovingReference:
 
     def _masters(self) -> Iterator[tuple[str, Tensor]]:
         """Copies of the policy's weights as its optimizer has them, one after the other."""
-        for name, p in self.policy.named_parameters():
+        for name, p in self.policy.local_parameters().items():
             if p.requires_grad:
                 master = self._master(p)
                 yield name, master.clone() if master.data_ptr() == p.data_ptr() else master
@@ -212,15 +212,32 @@ class MovingReference:
     @contextlib.contextmanager
     def _lent(self, weights: dict[str, Tensor]) -> Iterator[None]:
         """Within, the policy's module computes with these weights."""
-        lent = {name: p for name, p in self.policy.named_parameters() if name in weights}
-        own = {name: p.data for name, p in lent.items()}
+        policy = self.policy.local_parameters()
+        divided = set() if self.policy.shards is None else set(self.policy.shards.pieces)
+        exchanged = [name for name in weights if name in divided]
+        own = {name: policy[name].data for name in weights if name not in divided}
+        self._exchange(exchanged, weights)
         try:
-            for name, parameter in lent.items():
-                parameter.data = weights[name].to(parameter.device, non_blocking=True)
+            for name in own:
+                policy[name].data = weights[name].to(policy[name].device, non_blocking=True)
             yield
         finally:
-            for name, parameter in lent.items():
-                parameter.data = own[name]
+            for name, data in own.items():
+                policy[name].data = data
+            self._exchange(exchanged, weights)
+
+    @torch.no_grad()
+    def _exchange(self, names: list[str], weights: dict[str, Tensor]) -> None:
+        """Rows of a divided policy against those of `weights`: what is gathered for a layer is read
+        from the memory of the rows themselves."""
+        if not names:
+            return
+        self.policy.reshard()
+        policy = self.policy.local_parameters()
+        for name in names:
+            own = policy[name].detach().clone()
+            policy[name].copy_(weights[name], non_blocking=True)
+            weights[name].copy_(own, non_blocking=True)
 
 
 def _on_host(x: Tensor) -> Tensor:
@@ -230,8 +247,8 @@ def _on_host(x: Tensor) -> Tensor:
 
 def _taken_from(initial: PackedModel, policy: PackedModel) -> Iterator[tuple[str, Tensor]]:
     """The weights of another model, which must have the policy's names, shapes and buffers."""
-    weights = {name: p.detach() for name, p in initial.named_parameters()}
-    shapes = {name: tuple(x.shape) for name, x in weights.items()}
+    weights = {name: p.detach() for name, p in initial.local_parameters().items()}
+    shapes = {name: tuple(x.shape) for name, x in initial.named_parameters()}
     wanted = {name: tuple(p.shape) for name, p in policy.named_parameters()}
     names = sorted(shapes.keys() | wanted.keys())
     differing = [name for name in names if shapes.get(name) != wanted.get(name)]
@@ -258,6 +275,6 @@ def _fits_beside(policy: PackedModel) -> bool:
     half the device free."""
     if policy.device.type != "cuda":
         return True
-    size = sum(4 * p.numel() for p in policy.parameters() if p.requires_grad)
+    size = sum(4 * p.numel() for p in policy.local_parameters().values() if p.requires_grad)
     free, _ = torch.cuda.mem_get_info(policy.device)
     return 4 * size < free / 2

@@ -3,6 +3,8 @@ scores do not exist before they are drawn."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from fasttr_kernels import SplitAdamW, multi_tensor_lerp_
 from torch import Tensor
@@ -36,7 +38,7 @@ class ResidentReference:
         return dict(self.weights or {})
 
     @torch.no_grad()
-    def take_up(self, saved: dict[str, Tensor]) -> None:
+    def take_up(self, saved: Mapping[str, Tensor]) -> None:
         """Go on from `named_tensors`."""
         for name, mine in (self.weights or {}).items():
             mine.copy_(saved[name])

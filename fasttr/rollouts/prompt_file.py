@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from fasttr.console import Progress
 from fasttr.data.reading import read_prompt
 from fasttr.data.sources import FILE_KINDS, read_rows
 from fasttr.data.tokens import Messages
@@ -53,7 +53,7 @@ def sample_file(
     ids = encode_prompts(tokenizer, prompts, str(files.prompts))
     tier = Candidate.named(model).support.best()
     packed = load_model(dataclasses.replace(model, tier=tier, is_trained=False))
-    _check_lengths(packed, ids, sampling)
+    check_lengths(packed, ids, sampling)
     partial = files.samples_file.with_name(files.samples_file.name + ".partial")
     written = 0
     try:
@@ -68,50 +68,57 @@ def sample_file(
     return written
 
 
-def read_prompts(path: str | Path) -> list[str | Messages]:
+def read_prompts(path: str | Path, key: str = "prompts") -> list[str | Messages]:
     """Prompts of a data file (column `prompt`) or of the lines of a text file.
 
-    FasttrError names the row at fault.
+    FasttrError names the setting `key` and the row at fault.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise FasttrError(
-            f"prompts: {path} does not exist; wanted a file of rows with a prompt, or of lines of "
+            f"{key}: {path} does not exist; wanted a file of rows with a prompt, or of lines of "
             "text"
         )
     if Path(path.name.removesuffix(".gz")).suffix.lower() in FILE_KINDS:
-        return _prompts_of_rows(path)
+        return _prompts_of_rows(path, key)
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise FasttrError(f"prompts: cannot read {path}: {error}") from error
+        raise FasttrError(f"{key}: cannot read {path}: {error}") from error
     prompts: list[str | Messages] = [line for line in lines if line.strip()]
     if not prompts:
-        raise FasttrError(f"prompts: {path} holds no line of text; wanted one prompt a line")
+        raise FasttrError(f"{key}: {path} holds no line of text; wanted one prompt a line")
     return prompts
 
 
-def _prompts_of_rows(path: Path) -> list[str | Messages]:
+def _prompts_of_rows(path: Path, key: str) -> list[str | Messages]:
     rows = read_rows(str(path))
     if "prompt" not in rows.column_names:
         raise FasttrError(
-            f"prompts: {path} has no column 'prompt': it has {', '.join(rows.column_names)}"
+            f"{key}: {path} has no column 'prompt': it has {', '.join(rows.column_names)}"
         )
     try:
         column = rows.with_format(None)["prompt"]
         return [read_prompt(row, prompt) for row, prompt in enumerate(column)]
     except FasttrError as error:
-        raise FasttrError(f"prompts: {path}: {error}") from error
+        raise FasttrError(f"{key}: {path}: {error}") from error
 
 
-def _check_lengths(packed: PackedModel, ids: Sequence[np.ndarray], sampling: Sampling) -> None:
+def check_lengths(
+    packed: PackedModel,
+    ids: Sequence[np.ndarray],
+    sampling: Sampling,
+    key: str = "max_new_tokens",
+) -> None:
+    """Raise FasttrError (naming the setting `key`) where prompt and sample are longer than the
+    model's positions allow."""
     positions = getattr(packed.model.config, "max_position_embeddings", None)
     if positions is None:
         return
     for i, prompt in enumerate(ids):
         if len(prompt) + sampling.max_new_tokens > positions:
             raise FasttrError(
-                f"max_new_tokens: prompt {i} (counted from 0) has {len(prompt)} tokens, and with "
+                f"{key}: prompt {i} (counted from 0) has {len(prompt)} tokens, and with "
                 f"{sampling.max_new_tokens} new ones it is longer than the model's positions "
                 "allow; shorten one of them"
             )
@@ -127,8 +134,7 @@ def _lines(
     draw_batch: Callable[..., list[list[Sample]]],
 ) -> Iterator[dict[str, Any]]:
     total = len(ids) * sampling.num_samples
-    hidden = files.disable_tqdm or None
-    with tqdm(total=total, desc="Sampling", unit="sample", disable=hidden) as bar:
+    with Progress("sampling", total, "sample", hides_bar=files.disable_tqdm) as bar:
         for batch, first in enumerate(range(0, len(ids), files.batch_size)):
             here = slice(first, first + files.batch_size)
             of_batch = sampling._replace(seed=sampling.seed + batch)

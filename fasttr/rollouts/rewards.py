@@ -19,7 +19,12 @@ from fasttr.data.in_memory import ListTrees
 from fasttr.data.tokens import Messages, encode_texts
 from fasttr.errors import FasttrError, one_line
 from fasttr.models.load import ModelConfig, load_tokenizer
-from fasttr.models.reward import load_scorer, read_calibration, score_all
+from fasttr.models.reward import (
+    check_reward_folder,
+    load_scorer,
+    read_calibration,
+    score_all,
+)
 from fasttr.rollouts.engine import Rollout
 
 GOLD = "fasttr.toy.task:reward"  # what the word gold stands for
@@ -134,11 +139,6 @@ class FolderReward:
         assert self._own is not None
         if isinstance(prompt, str):
             return prompt + text + (self._own.eos_token if ended else "")
-        if not self._own.chat_template:
-            raise FasttrError(
-                f"reward_model_name_or_path: {self.name} has no chat template and the prompts are "
-                "messages; wanted a reward model trained on conversations"
-            )
         whole = [*prompt, {"role": "assistant", "content": text}]
         return self._own.apply_chat_template(whole, tokenize=False)
 
@@ -153,10 +153,26 @@ def reward_source(name: str, model: ModelConfig, tokenizer: Any, budget: int) ->
     return FunctionReward(load_function(GOLD if name == "gold" else name), name.split(":")[-1])
 
 
-def check_source(name: str) -> None:
-    """Raise FasttrError where no source has that name; nothing large is read."""
-    if not Path(name).is_dir() and name not in ("gold", GIVEN):
-        load_function(name)
+def check_source(name: str, key: str = "reward_funcs") -> None:
+    """Raise FasttrError where no source has that name, or a folder holds no reward model; nothing
+    large is read."""
+    if Path(name).is_dir():
+        check_reward_folder(name, key)
+    elif name not in ("gold", GIVEN):
+        load_function(name, key)
+
+
+def check_renders(names: Sequence[str], tokenizer: Any, prompts: Sequence[str | Messages]) -> None:
+    """Raise FasttrError where a folder's own tokenizer could not write the prompts' messages."""
+    if isinstance(prompts[0], str):
+        return
+    for name in names:
+        own = load_tokenizer(name, key="reward_funcs") if Path(name).is_dir() else tokenizer
+        if own.get_vocab() != tokenizer.get_vocab() and not own.chat_template:
+            raise FasttrError(
+                f"reward_model_name_or_path: {name} has no chat template and the prompts are "
+                "messages; wanted a reward model trained on conversations"
+            )
 
 
 def load_function(name: str, key: str = "reward_funcs") -> Callable[..., Any]:

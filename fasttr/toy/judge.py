@@ -17,7 +17,7 @@ from fasttr.rollouts.sampler import Sampling, draw, encode_prompts
 from fasttr.toy.task import gold_reward
 
 LONGEST = 40  # tokens of a sample
-TOKENS_AT_ONCE = 4096
+TOKENS_AT_ONCE = 1024
 
 
 class Mean(NamedTuple):
@@ -43,12 +43,19 @@ class Judged(NamedTuple):
 def judge(policy: str | Path, initial: str | Path, prompts: Sequence[str], seed: int) -> Judged:
     """Draw one completion a prompt from the model in folder `policy` and judge them."""
     tokenizer = load_tokenizer(str(policy))
-    model = load_model(ModelConfig(str(policy)))
+    model, anchor = (load_model(ModelConfig(str(folder))) for folder in (policy, initial))
+    return judge_model(model, anchor, tokenizer, prompts, seed)
+
+
+def judge_model(
+    model: PackedModel, anchor: PackedModel, tokenizer: Any, prompts: Sequence[str], seed: int
+) -> Judged:
+    """The same of loaded models: one completion a prompt from `model`; `anchor` is the initial
+    policy."""
     drawn = sample(model, tokenizer, prompts, seed)
     trees = [Tree(row, prompt, (ids,)) for row, (prompt, ids) in enumerate(drawn)]
     texts = tuple(tokenizer.decode(ids, skip_special_tokens=True) for _, ids in drawn)
     gold = [gold_reward(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-    anchor = load_model(ModelConfig(str(initial)))
     return Judged(
         gold=Mean.of(np.array(gold)),
         kl=Mean.of(logps(model, trees) - logps(anchor, trees)),

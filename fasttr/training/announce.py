@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fasttr.batch import TreeSource
 from fasttr.config.train_config import TrainConfig
-from fasttr.console import say
+from fasttr.console import counted, duration, say, shortened
 from fasttr.distributed.ranks import ALONE, Ranks
 from fasttr.losses import Loss
+from fasttr.metrics.ties import without_ties
 from fasttr.models.choice import Choice
 from fasttr.models.lora import factor_names
 from fasttr.models.packed import PackedModel
+from fasttr.optim.matrices import size_of
 from fasttr.optim.named import OPTIMIZERS
 from fasttr.packing.plan import Plan, unshared_tokens
-from fasttr.packing.shares import balance
+from fasttr.packing.shares import balance, lockstep_balance
 from fasttr.packing.tiers import (
     SHARED,
     bins_of_groups,
@@ -25,24 +28,42 @@ from fasttr.packing.tiers import (
     tree_sizes,
 )
 from fasttr.settings import settings_of
+from fasttr.training.pace import Pace
 from fasttr.training.run import Run
+
+WIDTH = 80  # columns of a line
+# Said before the first line that has the metric.
+_HOW_TO_READ = {
+    "rewards/accuracies": "acc and margin against the reference",
+    "memory/peak_gib": "G: peak GiB",
+}
+
+
+class Part(NamedTuple):
+    """A piece of a line; the highest `rank` is left out first where a line is too long."""
+
+    text: str
+    rank: int = 0
 
 
 class _Shown(NamedTuple):
     key: str
     label: str
     format: str
+    rank: int
 
 
 _STEP_LINE = (
-    _Shown("rewards/margins", "margin", "+.4f"),
-    _Shown("rewards/accuracies", "accuracy", ".3f"),
-    _Shown("margin", "margin", "+.4f"),
-    _Shown("accuracy", "accuracy", ".3f"),
-    _Shown("kl", "kl", ".3f"),
-    _Shown("ref/updates", "updates", "d"),
-    _Shown("grad_norm", "grad", ".3g"),
-    _Shown("learning_rate", "lr", ".2e"),
+    _Shown("loss", "loss", ".4f", 0),
+    _Shown("reward", "reward", "+.4f", 0),
+    _Shown("rewards/margins", "margin", "+.3f", 1),
+    _Shown("rewards/accuracies", "acc", ".3f", 1),
+    _Shown("margin", "margin", "+.3f", 1),
+    _Shown("accuracy", "acc", ".3f", 1),
+    _Shown("kl", "kl", ".3f", 2),
+    _Shown("completions/mean_length", "length", ".1f", 2),
+    _Shown("perf/generation_share", "generating", ".0%", 3),
+    _Shown("grad_norm", "grad", ".3g", 4),
 )
 
 
@@ -52,9 +73,10 @@ def announce_plan(config: TrainConfig, loss: Loss, plan: Plan, ranks: Ranks = AL
     shared = plan.tokens(np.arange(len(trees)))
     unshared = unshared_tokens(trees, np.arange(len(trees)), trees.completion_lengths.shape[1])
     epochs = steps / plan.steps_per_epoch
+    rows = min(config.train_batch_size, plan.rows_per_epoch)
     say(
-        f"{steps} steps of {config.train_batch_size} rows ({epochs:.2f} epochs of "
-        f"{plan.steps_per_epoch} steps)"
+        f"{counted(steps, 'step')} of {counted(rows, 'row')} ({epochs:.2f} epochs of "
+        f"{counted(plan.steps_per_epoch, 'step')})"
     )
     say(
         f"tokens per step: {shared / plan.steps_per_epoch:,.0f} packed, "
@@ -78,12 +100,21 @@ def _announce_ranks(config: TrainConfig, plan: Plan, ranks: Ranks) -> None:
     found = []
     for step in range(min(plan.total_steps, 8)):
         costs = tree_sizes(plan.trees, plan.rows(step)).tolist()
-        found.append(balance(costs, ranks.world))
+        if ranks.is_sharded:
+            found.append(lockstep_balance(costs, ranks.world, plan.max_tokens_per_batch))
+        else:
+            found.append(balance(costs, ranks.world))
     share = sum(found) / max(len(found), 1)
     advice = ""
     if share < 0.9:
         advice = f"; raise train_batch_size, {config.train_batch_size} rows cannot be dealt evenly"
     say(f"{ranks.world} processes, whose shares of a step are {share:.0%} of even{advice}")
+    if ranks.is_sharded:
+        copies = ranks.world // ranks.shard_size
+        say(
+            f"weights: divided among {ranks.shard_size} processes, {copies} "
+            f"{'copy' if copies == 1 else 'copies'} in all"
+        )
 
 
 def announce_tier(choice: Choice, trees: TreeSource, config: TrainConfig) -> None:
@@ -153,19 +184,23 @@ def _announce_unpaired(config: TrainConfig, loss: Loss, trees: TreeSource) -> No
 def _announce_reference(config: TrainConfig, steps: int) -> None:
     schedule = config.schedule
     updates = schedule.updates(steps)
-    say(
-        f"reference: {config.ref_update}, {updates} updates planned, mean age "
-        f"{schedule.mean_age(steps):.1f} steps"
-    )
-    if schedule.every is not None and updates == 0:
+    if schedule.every is None:
+        first = config.ref_model_name_or_path or "the policy at its start"
+        say(f"reference: fixed, {first}")
+        return
+    trails = ""
+    if updates:
+        trails = f"; it trails the policy by {schedule.mean_age(steps):.1f} steps on average"
+    say(f"reference: {config.ref_update}, {counted(updates, 'update')} planned{trails}")
+    if updates == 0:
         say(
             "WARNING: the reference will never move: ref_update_every is "
-            f"{schedule.every} and the run has {steps} steps; lower ref_update_every"
+            f"{schedule.every} and the run has {counted(steps, 'step')}; lower ref_update_every"
         )
 
 
 def announce_adapter(policy: PackedModel) -> None:
-    sizes = [(p.numel(), p.requires_grad) for p in policy.parameters()]
+    sizes = [(size_of(p), p.requires_grad) for p in policy.parameters()]
     trained = sum(size for size, is_trained in sizes if is_trained)
     adapted = len(factor_names(policy))
     say(
@@ -174,25 +209,87 @@ def announce_adapter(policy: PackedModel) -> None:
     )
 
 
-def announce_step(run: Run, line: dict[str, Any]) -> None:
-    parts = [f"step {run.step}/{run.plan.total_steps}", f"loss {line['loss']:.4f}"]
-    for key, label, form in _STEP_LINE:
-        if key in line:
-            parts.append(f"{label} {line[key]:{form}}")
-    parts.append(f"{line['perf/pairs_per_second']:.1f} rows/s")
-    say("  ".join(parts))
+def announce_step(run: Any, line: dict[str, Any], pace: Pace) -> None:
+    """A line of metrics; before the first one, how it is read."""
+    total = run.plan.total_steps
+    if pace.is_first_line():
+        words = [text for key, text in _HOW_TO_READ.items() if key in line]
+        say("; ".join(["lines: elapsed<left", *words]))
+    say(step_line(run.step, total, line, pace.elapsed, pace.left(run.step, total)))
+
+
+def step_line(
+    step: int, total_steps: int, line: dict[str, Any], elapsed: float, left: float
+) -> str:
+    """At most 80 columns; what does not fit stands in metrics.jsonl."""
+    shown = without_ties(line)
+    parts = [Part(f"step {step}/{total_steps}"), Part(f"{duration(elapsed)}<{duration(left)}")]
+    parts += [
+        Part(f"{one.label} {shown[one.key]:{one.format}}", one.rank)
+        for one in _STEP_LINE
+        if one.key in shown
+    ]
+    if "perf/tokens_per_second" in shown:
+        parts.append(Part(f"{shortened(shown['perf/tokens_per_second'])} tok/s"))
+    if "memory/peak_gib" in shown:
+        parts.append(Part(f"{shown['memory/peak_gib']:.1f}G", 1))
+    return _fitted(parts)
+
+
+def _fitted(parts: list[Part]) -> str:
+    """Parts in their order, closer together or without the least of them where they are long."""
+    kept = list(parts)
+    while True:
+        texts = [part.text for part in kept]
+        wide, narrow = "  ".join(texts), " ".join(texts)
+        last = max(part.rank for part in kept)
+        if len(wide) <= WIDTH:
+            return wide
+        if last <= 1 and len(narrow) <= WIDTH:
+            return narrow
+        if last == 0:
+            return narrow
+        dropped = max(range(len(kept)), key=lambda place: (kept[place].rank, place))
+        del kept[dropped]
 
 
 def announce_evaluation(run: Run, metrics: dict[str, float], name: str) -> None:
+    for line in evaluation_lines(run.step, metrics, name):
+        say(line)
+
+
+def evaluation_lines(step: int, metrics: dict[str, float], name: str = "") -> list[str]:
+    """First how far the policy has come from where it began, which compares over a run and between
+    runs; then what restarts with the reference, where that is another number."""
     prefix = f"eval_{name}_" if name else "eval_"
     line = {metric.removeprefix(prefix): value for metric, value in metrics.items()}
     where = f" on {name}" if name else ""
-    parts = [f"evaluation{where} at step {run.step}: loss {line['loss']:.4f}"]
+    head = f"evaluation{where} at step {step}:"
+    has_anchor = "anchor/logratios/chosen" in line
+    shown = without_ties(line)
+    loss = f"loss {line['loss']:.4f}"
+    if not has_anchor:
+        return [f"{head} {'  '.join([*_accuracy_and_margin(shown, ''), loss])}"]
+    if line["anchor/logratios/chosen"] == line.get("anchor/logratios/rejected", 0) == 0:
+        return [f"{head} the policy is the initial one  {loss}"]
+    first, *further = _accuracy_and_margin(shown, "anchor/") or ["no pairs"]
+    second = "  ".join([*further, loss])
+    of_reference = _accuracy_and_margin({**shown, "rewards/accuracies_stderr": None}, "")
+    is_another = not math.isclose(
+        line.get("rewards/margins", 0), line.get("anchor/rewards/margins", 0), abs_tol=5e-4
+    )
+    if of_reference and is_another:
+        second += f"; against the reference {' '.join(of_reference)}"
+    return [f"{head} {first} against the initial policy", f"  {second}"]
+
+
+def _accuracy_and_margin(line: dict[str, Any], prefix: str) -> list[str]:
+    parts = []
     for share in ("rewards/accuracies", "accuracy"):
-        if share in line:
-            parts.append(f"accuracy {line[share]:.3f} +- {line[f'{share}_stderr']:.3f}")
-    if "rewards/margins" in line:
-        parts.append(f"margin {line['rewards/margins']:+.4f}")
-    if "anchor/rewards/margins" in line:
-        parts.append(f"against the initial policy {line['anchor/rewards/margins']:+.4f}")
-    say("  ".join(parts))
+        if prefix + share in line:
+            stderr = line[f"{prefix}{share}_stderr"]
+            error = "" if stderr is None else f" +- {stderr:.3f}"
+            parts.append(f"accuracy {line[prefix + share]:.3f}{error}")
+    if f"{prefix}rewards/margins" in line:
+        parts.append(f"margin {line[f'{prefix}rewards/margins']:+.3f}")
+    return parts

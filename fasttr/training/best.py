@@ -1,4 +1,4 @@
-"""Which checkpoint is the best, by one metric of the evaluations."""
+"""Which checkpoint is the best, by one metric of the evaluations, and when none gets better."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from fasttr.config.train_config import TrainConfig
+from fasttr.console import counted
 from fasttr.errors import FasttrError
 
 
@@ -37,6 +38,48 @@ class Best:
 
     def _is_better(self, value: float, than: float) -> bool:
         return value > than if self.more_is_better else value < than
+
+
+@dataclass
+class Patience:
+    """Ends a run whose metric has not improved for `evaluations` of them, as transformers'
+    EarlyStoppingCallback does: by more than `threshold`, on the best of all evaluations so far."""
+
+    metric: str
+    more_is_better: bool
+    evaluations: int
+    threshold: float
+    best: float | None = None
+    waited: int = 0  # evaluations since the last one that counted
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Patience | None:
+        """None for a run that is not stopped early."""
+        if config.early_stopping_patience is None:
+            return None
+        return cls(
+            config.best_metric,
+            config.more_is_better,
+            config.early_stopping_patience,
+            config.early_stopping_threshold,
+        )
+
+    def is_over(self, evaluation: dict[str, float]) -> bool:
+        """Take up an evaluation; whether the run should end. NaN never improves."""
+        value = value_of(evaluation, self.metric)
+        gain = math.inf
+        if self.best is not None:
+            gain = value - self.best if self.more_is_better else self.best - value
+        improves = not math.isnan(value) and gain > self.threshold
+        self.waited = 0 if improves else self.waited + 1
+        # The best moves by less than the threshold too: many small gains are no progress.
+        if not math.isnan(value) and gain > 0:
+            self.best = value
+        return self.waited >= self.evaluations
+
+    def explained(self) -> str:
+        waited = counted(self.waited, "evaluation")
+        return f"{self.metric} has not improved on {self.best:.6g} for {waited}"
 
 
 def value_of(evaluation: dict[str, float], metric: str) -> float:

@@ -10,18 +10,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fasttr import files
+from fasttr.checkpoint import divided
 from fasttr.checkpoint import folder as folders
 from fasttr.checkpoint import state as states
 from fasttr.config.train_config import TrainConfig
 from fasttr.console import say
+from fasttr.distributed.ranks import ALONE, Ranks
 from fasttr.errors import FasttrError
 from fasttr.losses import Loss
 from fasttr.metrics import log
 from fasttr.packing.plan import Plan
 from fasttr.training.callbacks import Callbacks
-from fasttr.training.run import Run
+from fasttr.training.card import model_card
+from fasttr.training.facts import write_facts
+from fasttr.training.run import PendingCheckpoint, Run
 
 _CONFIG = "train_config.json"
+CARD = "README.md"
 
 
 class Resume(NamedTuple):
@@ -31,7 +36,7 @@ class Resume(NamedTuple):
     state: states.RunState
 
 
-def find_resume(config: TrainConfig) -> Resume | None:
+def find_resume(config: TrainConfig, ranks: Ranks = ALONE) -> Resume | None:
     """The checkpoint to go on from, or None for a fresh start in a folder that holds no run."""
     asked, output_dir = config.resume_from_checkpoint, config.output_folder
     if output_dir.exists() and not output_dir.is_dir():
@@ -45,8 +50,9 @@ def find_resume(config: TrainConfig) -> Resume | None:
             )
     files.remove_torn(output_dir, "checkpoint-*")
     folders.remove_torn_final(output_dir)
+    share = states.Share(ranks.rank, ranks.world)
     if isinstance(asked, str):
-        return Resume(Path(asked), states.read_state(Path(asked)))
+        return Resume(Path(asked), states.read_state(Path(asked), share))
     if asked:
         newest = folders.newest_with_state(output_dir)
         if newest is None and folders.list_checkpoints(output_dir):
@@ -61,7 +67,7 @@ def find_resume(config: TrainConfig) -> Resume | None:
                 "beginning"
             )
             return None
-        return Resume(newest, states.read_state(newest))
+        return Resume(newest, states.read_state(newest, share))
     _require_no_run(config)
     return None
 
@@ -109,6 +115,8 @@ def take_up(run: Run, resume: Resume) -> None:
             "that length"
         )
     _take_up_best(run, facts.get("best"))
+    if run.patience is not None and facts.get("patience") is not None:
+        run.patience.best, run.patience.waited = facts["patience"]
     say(f"resumed from {resume.folder} at step {run.step}")
 
 
@@ -124,6 +132,7 @@ def _own_output_dir(run: Run) -> None:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         files.write_json(output_dir / _CONFIG, run.config.as_dict())
+        write_facts(run, output_dir)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise FasttrError(f"output_dir: cannot write {run.config.output_dir!r}: {error}") from error
     if run.is_resumed:
@@ -149,6 +158,7 @@ def _is_finished(run: Run) -> bool:
 
 def save(run: Run, callbacks: Callbacks) -> Path:
     """Write checkpoint-STEP and return it, unless it was just written."""
+    settle(run, callbacks)
     folder = folders.folder_of(run.output_dir, run.step)
     is_there = run.ranks.is_first and run.saved_step == run.step and folder.is_dir()
     if run.ranks.largest([int(is_there)]) == [1]:
@@ -177,12 +187,17 @@ def save_final(run: Run) -> None:
         if best is not None:
             run.policy.adapter.read(best)
         run.policy.merge_adapter()
-    with run.ranks.together():
-        if is_copied and run.ranks.is_first:
-            assert best is not None
-            folders.copy_final(best, run.output_dir)
-        elif run.ranks.is_first:
-            folders.save_final(run.output_dir, run.policy, run.tokenizer)
+    if run.policy.shards is not None and not is_copied:
+        divided.save_final(run.output_dir, run.policy, run.tokenizer)
+    else:
+        with run.ranks.together():
+            if is_copied and run.ranks.is_first:
+                assert best is not None
+                folders.copy_final(best, run.output_dir)
+            elif run.ranks.is_first:
+                folders.save_final(run.output_dir, run.policy, run.tokenizer)
+    if not is_copied:  # the card came with the best checkpoint
+        _write_card(run, run.output_dir, model_card(run))
 
 
 def best_folder(run: Run) -> Path | None:
@@ -192,12 +207,37 @@ def best_folder(run: Run) -> Path | None:
 
 
 def _save(run: Run, callbacks: Callbacks, state: states.RunState | None) -> Path:
-    folder = folders.folder_of(run.output_dir, run.step)
-    with run.ranks.together():
-        if run.ranks.is_first:
-            folders.save_checkpoint(run.output_dir, run.step, run.policy, run.tokenizer, state)
+    settle(run, callbacks)
     if state is not None:
         run.saved_step = run.step
+    if run.policy.shards is None:
+        with run.ranks.together():
+            if run.ranks.is_first:
+                folders.save_checkpoint(run.output_dir, run.step, run.policy, run.tokenizer, state)
+        return _after(run, callbacks, run.step, model_card(run))
+    asked = run.config.save_in_background
+    in_background = run.device.type == "cuda" if asked is None else asked
+    writing = divided.begin_checkpoint(
+        run.output_dir, run.step, run.policy, run.tokenizer, state, in_background
+    )
+    run.pending = PendingCheckpoint(writing, run.step, model_card(run))
+    if not in_background:
+        settle(run, callbacks)
+    return folders.folder_of(run.output_dir, run.step)
+
+
+def settle(run: Run, callbacks: Callbacks) -> None:
+    """Wait for a checkpoint that is under way and put it into its place."""
+    if run.pending is not None:
+        pending, run.pending = run.pending, None
+        pending.writing.finish()
+        _after(run, callbacks, pending.step, pending.card)
+
+
+def _after(run: Run, callbacks: Callbacks, step: int, card: str) -> Path:
+    """What follows when a checkpoint is there."""
+    folder = folders.folder_of(run.output_dir, step)
+    _write_card(run, folder, card)
     with run.ranks.together():
         if run.ranks.is_first:
             folders.rotate(run.output_dir, run.config.save_total_limit, best_folder(run))
@@ -205,14 +245,22 @@ def _save(run: Run, callbacks: Callbacks, state: states.RunState | None) -> Path
     return folder
 
 
+def _write_card(run: Run, folder: Path, card: str) -> None:
+    with run.ranks.together():
+        if run.ranks.is_first:
+            with folders.disk_errors(folder):
+                files.write_text(folder / CARD, card)
+
+
 def _facts(run: Run) -> dict[str, Any]:
-    best = run.best
+    best, patience = run.best, run.patience
     return {
         "config": run.config.as_dict(),
         "loss": _name_of(run.loss),
         "data": run.trees.fingerprint,
         "total_steps": run.plan.total_steps,
         "best": None if best is None or best.step is None else [best.value, best.step],
+        "patience": None if patience is None else [patience.best, patience.waited],
     }
 
 

@@ -70,6 +70,8 @@ def coupled_step(
     logp_Bm = np.full((len(rows), run.loss.completions), np.nan, dtype=np.float32)
     for batch in packs:
         found = run.policy.logps(batch).cpu().numpy()
+        if not batch.rows:
+            continue
         logp_Bm[[place[row] for row in batch.rows]] = found.reshape(len(batch.rows), -1)
     run.ranks.merge_(logp_Bm)
     whole = run.plan.one_pack(step)

@@ -7,7 +7,6 @@ move the reference. At a step where several fall together: evaluate, move, save.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,18 +19,20 @@ from fasttr.config.train_config import TrainConfig
 from fasttr.console import say, silent
 from fasttr.distributed.ranks import Ranks, joined
 from fasttr.errors import FasttrError
-from fasttr.evaluation.split import evaluate
 from fasttr.metrics.log import MetricsLog, NoLog
 from fasttr.metrics.throughput import Throughput
 from fasttr.models.given import give_back
 from fasttr.optim import update
 from fasttr.optim.adamw import PLATEAU, after_evaluation
 from fasttr.training import checkpoints
-from fasttr.training.announce import announce_evaluation, announce_step
+from fasttr.training.announce import announce_step
 from fasttr.training.best import value_of
 from fasttr.training.callbacks import Callback, Callbacks
+from fasttr.training.completions import Completions
+from fasttr.training.evaluating import evaluate_splits
 from fasttr.training.hub import hub_callbacks
 from fasttr.training.intervals import Intervals
+from fasttr.training.pace import Pace
 from fasttr.training.run import REQUESTS, Run
 from fasttr.training.setup import Given, setup
 from fasttr.training.step import StepMetrics, train_step
@@ -104,7 +105,9 @@ def to_the_end(
     """Set a run up, alone in its folder, and train until it is over; `loop` is another than that of
     rows that are there from the start. FasttrError for several processes, or an adapter, where the
     run is not one that `takes_ranks`."""
-    with joined(config.use_cpu, config.ddp_timeout) as ranks, silent(not ranks.is_first):
+    wanted = config.sharding()
+    launched = joined(config.use_cpu, config.ddp_timeout, wanted.shard_size)
+    with launched as ranks, silent(not ranks.is_first):
         if not takes_ranks:
             _require_plain(config, ranks)
         told = [*callbacks, *(hub_callbacks(config) if ranks.is_first else ())]
@@ -156,7 +159,8 @@ class _Loop:
         self.throughput = Throughput(run.policy.model, run.device, tier=run.policy.tier)
         self.stillness = StillnessWatch()
         self.last_line: dict[str, float] = {}
-        self.began_at = time.perf_counter()
+        self.pace = Pace(run.step)
+        self.completions = Completions.of(run)
         self.began_step = run.step
         self._agreed_signum = 0
 
@@ -165,6 +169,7 @@ class _Loop:
         self.callbacks.on_train_begin(run)
         if run.step == 0:
             score_anchor(run)
+            self.sample()
         bar = tqdm(
             total=plan.total_steps,
             initial=run.step,
@@ -175,6 +180,7 @@ class _Loop:
         with bar:
             for window in plan.windows(schedule.every, start=run.step):
                 self.score(window)  # the only place where the reference's weights are used
+                self.pace.step_begins()
 
                 for step in window[run.step - window.start :]:
                     is_last = (
@@ -195,6 +201,9 @@ class _Loop:
                     is_saved = self.intervals.saves(run.step) or "save" in run.requests
                     if self.intervals.evaluates(run.step) or "evaluate" in run.requests:
                         is_saved |= self.evaluate(is_saved)
+
+                    # once in a while: samples of the same prompts
+                    self.sample()
 
                     # the window is over: the reference moves
                     if is_last:
@@ -240,10 +249,15 @@ class _Loop:
         self.callbacks.on_step(run, metrics)
 
     def agree(self) -> None:
-        """What a signal or a callback asks of one rank, it asks of all of them."""
+        """What a signal or a callback asks of one rank, it asks of all of them; and whether a
+        checkpoint is written."""
         run = self.run
         asked = [int(request in run.requests) for request in REQUESTS]
-        *asked, self._agreed_signum = run.ranks.largest([*asked, self.stop.signum or 0])
+        is_writing = run.pending is not None and not run.pending.writing.is_done
+        found = run.ranks.largest([*asked, int(is_writing), self.stop.signum or 0])
+        *asked, is_writing_somewhere, self._agreed_signum = found
+        if not is_writing_somewhere:
+            checkpoints.settle(run, self.callbacks)
         run.requests |= {
             request for request, is_asked in zip(REQUESTS, asked, strict=True) if is_asked
         }
@@ -259,14 +273,14 @@ class _Loop:
         line["grad_norm"] = float(metrics.gradient_norm)
         line["learning_rate"] = metrics.learning_rate
         line["num_tokens"] = run.num_tokens
-        line["epoch"] = run.step / run.plan.steps_per_epoch
+        line["epoch"] = run.plan.epochs(run.step)
         if run.loss.needs_reference:
             line["ref/updates"] = run.reference.updates
             line["ref/age_steps"] = run.step - 1 - window.start
         line |= self.throughput.read(run.ranks)
         self.guard.verify()
         self.log.write(run.step, line)
-        announce_step(run, line)
+        announce_step(run, line, self.pace)
         self.stillness.warn(run.step)
         self.last_line = line
 
@@ -285,20 +299,23 @@ class _Loop:
                 "evaluate: a callback asks for it in a window that was scored without the "
                 "evaluation rows; set may_evaluate = True on the callback"
             )
-        line: dict[str, float] = {}
-        for name, split in run.splits.items():
-            found = evaluate(
-                run.policy, split, run.objective, run.ledger, name=name, ranks=run.ranks
-            )
-            announce_evaluation(run, found, name)
-            line |= found
+        line = evaluate_splits(run)
         self.log.write(run.step, line)
         self.callbacks.on_evaluate(run, line)
         if run.config.lr_scheduler_type == PLATEAU:
             after_evaluation(run.scheduler, value_of(line, run.config.best_metric))
+        if run.patience is not None and run.patience.is_over(line):
+            say(f"early stopping: {run.patience.explained()}")
+            run.ask("stop")
         if run.best is None or not (is_saved or run.best.saves_itself):
             return False
         return run.best.note(line, run.step) and run.best.saves_itself
+
+    def sample(self, at_once: bool = False) -> None:
+        """Draw what `log_completions` asks for, where it is due."""
+        completions = self.completions
+        if completions is not None and (at_once or completions.is_due(self.run)):
+            self.log.write(self.run.step, completions.draw(self.run))
 
     def move(self) -> None:
         run = self.run
@@ -325,7 +342,11 @@ class _Loop:
     def finish(self) -> TrainResult:
         run = self.run
         self.guard.verify()
-        check_weights(run.policy.model, run.output_dir)
+        with run.ranks.together():
+            check_weights(run.policy.local_parameters(), run.output_dir)
+        if self.completions is not None and self.completions.drawn_at != run.step:
+            self.sample(at_once=True)
+        checkpoints.settle(run, self.callbacks)
         checkpoints.save_final(run)
         self.callbacks.on_train_end(run)
         totals = self._totals()
@@ -334,6 +355,10 @@ class _Loop:
             f"done: {run.step} steps in {totals['train_runtime']:.1f} s "
             f"({totals['train_pairs_per_second']:.2f} rows/s, scoring and saving included)"
         )
+        if run.device.type == "cuda" and run.memory is not None:
+            planned = run.memory.bytes.peak / 2**30
+            found = self.last_line.get("memory/peak_gib", 0.0)
+            say(f"memory: {found:.1f} GiB at most, {planned:.1f} were planned")
         say(f"model and metrics in {run.output_dir}")
         metrics = self.last_line | totals
         return TrainResult(
@@ -342,7 +367,7 @@ class _Loop:
 
     def _totals(self) -> dict[str, float]:
         run = self.run
-        seconds = time.perf_counter() - self.began_at
+        seconds = self.pace.elapsed
         rows = sum(len(run.plan.rows(step)) for step in range(self.began_step, run.step))
         return {
             "train_loss": float(run.total_loss) / max(run.step, 1),
@@ -359,8 +384,9 @@ def save_and_leave(run: Run, callbacks: Callbacks, signum: int) -> None:
 
 
 def _give_back(run: Run) -> None:
-    """The model as it was found, with its trained weights in fp32."""
-    update.give_back(run.optimizer)
+    """The model as it was found, with its trained weights in fp32; a divided one stays so."""
+    if run.policy.shards is None:
+        update.give_back(run.optimizer)
     give_back(run.policy)
 
 

@@ -1,4 +1,4 @@
-"""`fasttr ocrm`: stages of a reward model and a policy that follows it.
+"""`fasttr ocrm`: stages of a reward model and a policy that follows it, in arms.
 
     once:  pairs <- SFT policy; labels; q <- log-probs under it
     i = 1: reward_1 <- fit(pairs);  policy_1 <- train(from SFT, reference SFT, reward_1)
@@ -6,388 +6,237 @@
            reward_i <- fit(pairs, w, from SFT);  policy_i <- train(from policy_{i-1}, reward_i)
     each:  judge(policy_i, reward_i)
 
-Every line is a step of a `Store`, so arms share what they have in common, and a run that was killed
-goes on where it was.
+The baselines stand beside the last stage: PPO with as many episodes as all stages on the first
+reward model, and DPO and WPO on the pairs themselves.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fasttr.batch import Tree
-from fasttr.config.ocrm_config import OcrmConfig
+from fasttr.config.ocrm_config import BASELINES, Arm, OcrmConfig, PolicyRun
 from fasttr.console import say
-from fasttr.data.in_memory import ListTrees
-from fasttr.data.sources import read_rows
-from fasttr.environment import device_for
-from fasttr.errors import FasttrError
-from fasttr.evaluation.judge import (
-    JudgeSettings,
-    draw_rollout,
-    judge,
-    label_pairs,
-    summed_logps,
-)
+from fasttr.evaluation.judge import paired
 from fasttr.evaluation.stage_table import table
 from fasttr.files import write_json, write_text
-from fasttr.losses.ratios import pair_weights
-from fasttr.models.load import ModelConfig, load_config, load_model, load_tokenizer
-from fasttr.rollouts.prompts import Prompts, encode
-from fasttr.rollouts.rewards import RewardInputs, reward_source
-from fasttr.training.online import train_online
-from fasttr.training.reward import train_reward
-from fasttr.training.stages import Step, Store, model_digest, seed_of
+from fasttr.training.ocrm_steps import GOLD, Steps
+from fasttr.training.stages import Step, Store
 
-PAIRS = "pairs.jsonl"
-LOGPS = "logps.npy"
-WEIGHTS = "weights.npy"
 RESULTS = "results.jsonl"
+CONFIG = "ocrm_config.json"
 
 
-def run_ocrm(config: OcrmConfig) -> list[dict[str, Any]]:
+def run_ocrm(
+    config: OcrmConfig, make_steps: Callable[[OcrmConfig, Store], Steps] = Steps
+) -> list[dict[str, Any]]:
     """All stages of all arms; returns their lines of results, which are also written.
 
-    FasttrError as for the parts.
+    `make_steps`: a subclass of `Steps` that fits other reward models. FasttrError as for the parts.
     """
     store = Store(Path(config.output_dir))
     try:
-        return _Ocrm(config, store).all_arms()
+        announce_changes(config)
+        return _Arms(config, make_steps(config, store)).all_of_them()
     finally:
         store.close()
 
 
-class _Ocrm:
-    """What the steps of a run share."""
+@dataclass
+class _Stage:
+    """Where an arm is."""
 
-    def __init__(self, config: OcrmConfig, store: Store):
+    number: int = 0
+    policy: Step | None = None
+    reward: Step | None = None
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the ratios, or the like
+    controls: dict[str, Step] = dataclasses.field(default_factory=dict)  # judged too
+    episodes: int = 0  # completions drawn so far
+    labels: int = 0  # pairs labelled so far
+
+
+class _Arms:
+    def __init__(self, config: OcrmConfig, steps: Steps):
         self.config = config
-        self.store = store
-        self.device = device_for(config.use_cpu)
-        policy = config.policy(Path("p"), config.model_name_or_path, None, "gold", 0)
-        self.budget = policy.token_budget(self.device)
-        self.template = dataclasses.replace(policy.model(self.device), gradient_checkpointing=False)
-        load_config(config.model_name_or_path)
-        self.tokenizer = load_tokenizer(config.model_name_or_path)
-        self.sft = model_digest(config.model_name_or_path)
-        self.prompts = self._prompts(config.dataset_name)
-        self.held_out = self._prompts(config.judge_dataset_name)
+        self.steps = steps
         self.results: list[dict[str, Any]] = []
+        self.judged: dict[tuple[str, int], Step] = {}  # by arm and stage
 
-    def all_arms(self) -> list[dict[str, Any]]:
+    def all_of_them(self) -> list[dict[str, Any]]:
         if self.config.flattens_much:
             say(
                 f"ratio_tau {self.config.ratios.tau:g}: weights flattened so much differ little "
                 "from each other, so that a weighted arm is nearly an unweighted one"
             )
-        pairs = self._pairs("pairs", None)
-        q = self._logps("q", pairs, None)
-        for arm in self.config.arms:
-            self._arm(arm, pairs, q)
+        self.pairs = self.steps.pairs("pairs", None)
+        self.first = self.steps.reward("reward-1", self.pairs)
+        for arm in self.config.all_arms:
+            if arm.update in BASELINES:
+                self._baseline(arm)
+            elif arm.update == "synthetic":
+                self._synthetic(arm)
+            else:
+                self._stages(arm)
         self._write()
         return self.results
 
-    def _arm(self, arm: str, pairs: Step, q: Step) -> None:
-        policy: Step | None = None
-        first = reward = self._reward("reward-1", pairs, None)
-        self._judge(arm, 0, None, {"reward": reward}, {})
-        for number in range(1, self.config.stages + 1):
-            facts: dict[str, Any] = {}
-            if number > 1 and arm in ("weighted", "shuffled"):
-                assert policy is not None
-                ratios = self._ratios(number, policy, pairs, q)
-                facts = dict(ratios.facts)
-                if self._ends(arm, number, facts):
-                    return
-                reward = self._reward(f"reward-{number}", pairs, ratios, shuffled=arm == "shuffled")
-            elif number > 1 and arm == "unweighted":
-                reward = self._reward(f"reward-{number}", pairs, None)
-            elif number > 1 and arm == "fresh":
-                reward = self._reward(
-                    f"reward-{number}", self._pairs(f"pairs-{number}", policy), None
-                )
-            policy = self._policy(number, policy, reward)
-            rewards = (
-                {"reward": reward} if reward is first else {"reward": reward, "reward_1": first}
-            )
-            self._judge(arm, number, policy, rewards, facts)
+    # -- kinds of arms
 
-    def _ends(self, arm: str, number: int, facts: dict[str, Any]) -> bool:
-        if facts["ess"] >= self.config.stop_ess:
-            return False
-        say(
-            f"{arm}: stops before stage {number}: its weights are worth {facts['ess']:.0f} pairs, "
-            f"below stop_ess {self.config.stop_ess:g}"
-        )
+    def _stages(self, arm: Arm) -> None:
+        config, now = self.config, self._start()
+        self._judge(arm, now)
+        for number in range(1, config.stages + 1):
+            now.number = number
+            if number > 1 and not UPDATE[arm.update](self, arm, now):
+                return
+            self._follow(arm, now, f"policy-{number}", config.updates_per_stage)
+            self._judge(arm, now)
+
+    def _synthetic(self, arm: Arm) -> None:
+        """RLP-SPG: the policy of the first stage gives pairs, and starts again from SFT."""
+        config, now = self.config, self._start()
+        self._judge(arm, now)
+        now.number = 1
+        self._follow(arm, now, "policy-1", config.updates_per_stage)
+        self._judge(arm, now)
+        if config.stages == 1:
+            return
+        assert now.policy is not None
+        more = self.steps.synthetic_pairs(now.policy, self.first)
+        now.facts = {"synthetic": more.facts["synthetic"]}
+        now.reward = self.steps.reward("reward-2", self.pairs, more=more)
+        now.policy, now.number = None, config.stages
+        rest = (config.stages - 1) * config.updates_per_stage
+        self._follow(arm, now, "policy-synthetic", rest)
+        self._judge(arm, now)
+
+    def _baseline(self, arm: Arm) -> None:
+        config, now = self.config, self._start()
+        now.number = config.stages
+        if arm.update == "ppo-rlhf":
+            run = PolicyRun(config.stages * config.updates_per_stage, of_ppo=True)
+            now.policy = self.steps.policy("ppo-rlhf", None, self.first, run)
+            now.episodes = config.episodes(run)
+        else:
+            now.policy = self.steps.preferences(self.pairs, is_wpo=arm.update == "wpo")
+        self._judge(arm, now)
+
+    # -- how a reward model is updated; False where the arm ends
+
+    def _keep(self, arm: Arm, now: _Stage) -> bool:
         return True
 
-    # -- the steps
+    def _refit(self, arm: Arm, now: _Stage) -> bool:
+        now.reward = self.steps.reward(f"reward-{now.number}", self.pairs)
+        return True
 
-    def _pairs(self, name: str, policy: Step | None) -> Step:
-        """Pairs that a policy wrote, labelled."""
-        config = self.config
-        per_prompt = config.pairs_per_prompt
-        wanted = -(-config.pairs // per_prompt)
-        if wanted > len(self.prompts):
-            raise FasttrError(
-                f"pairs: got {config.pairs}, {per_prompt} of a prompt, and there are "
-                f"{len(self.prompts)} prompts; lower pairs or raise pairs_per_prompt"
+    def _weigh(self, arm: Arm, now: _Stage) -> bool:
+        config, number = self.config, now.number
+        assert now.policy is not None
+        q = self.steps.logps("q", self.pairs, None)
+        ratios = self.steps.ratios(number, now.policy, self.pairs, q)
+        now.facts = dict(ratios.facts)
+        if now.facts["ess"] < config.stop_ess:
+            say(
+                f"{arm.name}: stops before stage {number}: its weights are worth "
+                f"{now.facts['ess']:.0f} pairs, below stop_ess {config.stop_ess:g}"
             )
-        inputs = {
-            "writer": policy or self.sft,
-            "prompts": self.prompts.fingerprint,
-            "label": config.label,
-            "noise": config.label_noise,
-            "pairs": config.pairs,
-            "per_prompt": per_prompt,
-            "seed": config.seed,
-            **config.sampling(),
+            return False
+        name = f"reward-{number}"
+        fits: dict[str, Callable[[], Step]] = {
+            "weighted": lambda: self.steps.reward(name, self.pairs, ratios),
+            "shuffled": lambda: self.steps.reward(name, self.pairs, ratios, shuffled=True),
+            "unweighted": lambda: self.steps.reward(name, self.pairs),
         }
+        now.reward = fits.pop(arm.update)()
+        if config.judge_controls:
+            now.controls = {control: fit() for control, fit in fits.items()}
+        return True
 
-        def make(folder: Path) -> dict[str, Any]:
-            seed = seed_of(config.seed, name)
-            rng = np.random.default_rng(seed)
-            rows = np.sort(rng.permutation(len(self.prompts))[:wanted])
-            some = _picked(self.prompts, rows)
-            settings = self._judging(2 * per_prompt, seed)
-            rollout = draw_rollout(self._model(policy), self.tokenizer, some, settings)
-            gold = self._gold()(RewardInputs(some.raw, rollout, some.columns))
-            gold_B2 = gold.reshape(-1, 2)
-            first, labelled = label_pairs(gold_B2[:, 0], gold_B2[:, 1], config.label_noise, rng)
-            lines = []
-            for number, is_first in enumerate(first.tolist()):
-                tree = rollout.trees[number // per_prompt]
-                place = 2 * (number % per_prompt)
-                a, b = (tree.completions[place + side].tolist() for side in (0, 1))
-                if not labelled[number] or a == b:
-                    continue
-                chosen, rejected = (a, b) if is_first else (b, a)
-                row = {
-                    "prompt_ids": tree.prompt_ids.tolist(),
-                    "chosen_ids": chosen,
-                    "rejected_ids": rejected,
-                }
-                lines.append(json.dumps(row))
-            lines = lines[: config.pairs]
-            if not lines:
-                raise FasttrError(f"label: {config.label} finds no difference in any pair")
-            write_text(folder / PAIRS, "\n".join(lines) + "\n")
-            dropped = len(first) - len(lines)
-            say(f"{len(lines)} pairs, {dropped} dropped: both sides alike, or more than asked for")
-            return {"pairs": len(lines), "dropped": dropped, "gold": float(gold.mean())}
+    def _label_anew(self, arm: Arm, now: _Stage) -> bool:
+        pairs = self.steps.pairs(f"pairs-{now.number}", now.policy)
+        now.labels += pairs.facts["pairs"]
+        now.reward = self.steps.reward(f"reward-{now.number}", pairs)
+        return True
 
-        return self.store.step(name, inputs, make)
+    # -- what they share
 
-    def _logps(self, name: str, pairs: Step, policy: Step | None) -> Step:
-        """Summed log-probs (P, 2) of the pairs under a policy."""
-        config = self.config
-        inputs = {
-            "pairs": pairs,
-            "policy": policy or self.sft,
-            "temperature": config.ratio_temperature,
-            "bf16": self.template.bf16,
-        }
+    def _start(self) -> _Stage:
+        return _Stage(reward=self.first, labels=self.pairs.facts["pairs"])
 
-        def make(folder: Path) -> None:
-            model = load_model(self._model(policy))
-            trees = ListTrees([_tree(row) for row in _read(pairs)])
-            found = summed_logps(model, trees, self.budget, config.ratio_temperature)
-            np.save(folder / LOGPS, found)
+    def _follow(self, arm: Arm, now: _Stage, name: str, rollouts: int) -> None:
+        assert now.reward is not None
+        run = PolicyRun(rollouts, arm.resets)
+        now.policy = self.steps.policy(name, now.policy, now.reward, run)
+        now.episodes += self.config.episodes(run)
 
-        return self.store.step(name, inputs, make)
-
-    def _ratios(self, number: int, policy: Step, pairs: Step, q: Step) -> Step:
-        """Weights of the pairs for a policy."""
-        settings = self.config.ratios
-        p = self._logps(f"p-{number}", pairs, policy)
-
-        def make(folder: Path) -> dict[str, Any]:
-            trees = ListTrees([_tree(row) for row in _read(pairs)])
-            found = pair_weights(
-                np.load(p.folder / LOGPS),
-                np.load(q.folder / LOGPS),
-                settings,
-                trees.completion_lengths,
-            )
-            np.save(folder / WEIGHTS, found.weights)
-            facts = {
-                "ess": found.effective_size,
-                "tau": found.tau,
-                "largest_share": found.largest_share,
-                "length_correlation": found.length_correlation,
-            }
-            say(f"weights: worth {found.effective_size:.0f} pairs, tau {found.tau:.3g}")
-            return facts
-
-        inputs = {"p": p, "q": q, "ratios": dataclasses.asdict(settings)}
-        return self.store.step(f"ratios-{number}", inputs, make)
-
-    def _reward(
-        self, name: str, pairs: Step, ratios: Step | None, *, shuffled: bool = False
-    ) -> Step:
-        """A reward model fitted to pairs from the SFT policy, with a fresh head."""
-        inputs = {
-            "pairs": pairs,
-            "ratios": ratios,
-            "shuffled": shuffled,
-            "start": self.sft,
-            "seed": self.config.seed,
-            "settings": self.config.rm,
-        }
-        seed = seed_of(self.config.seed, name)
-
-        def make(folder: Path) -> dict[str, Any]:
-            rows = _read(pairs)
-            weights = np.ones(len(rows))
-            if ratios is not None:
-                weights = np.load(ratios.folder / WEIGHTS)
-            if shuffled:
-                weights = np.random.default_rng(seed).permutation(weights)
-            for row, weight in zip(rows, weights.tolist(), strict=True):
-                row["weight"] = weight
-            result = train_reward(self.config.reward(folder, seed), train_dataset=rows)
-            return _finite(result.metrics)
-
-        return self.store.step(name, inputs, make)
-
-    def _policy(self, number: int, before: Step | None, reward: Step) -> Step:
-        """The policy of a stage, from that of the stage before."""
-        config = self.config
-        name = f"policy-{number}"
-        start = self._model(before).name
-        reference = start if config.ref_reset else config.model_name_or_path
-        inputs = {
-            "start": before or self.sft,
-            "reference": None if config.ref_reset else self.sft,
-            "reward": reward,
-            "prompts": self.prompts.fingerprint,
-            "algorithm": config.algorithm,
-            "updates": config.updates_per_stage,
-            "seed": config.seed,
-            "settings": config.rl,
-        }
-
-        def make(folder: Path) -> dict[str, Any]:
-            own = config.policy(
-                folder, start, reference, str(reward.folder), seed_of(config.seed, name)
-            )
-            return _finite(train_online(own).metrics)
-
-        return self.store.step(name, inputs, make)
-
-    def _judge(
-        self,
-        arm: str,
-        number: int,
-        policy: Step | None,
-        rewards: dict[str, Step],
-        facts: dict[str, Any],
-    ) -> None:
+    def _judge(self, arm: Arm, now: _Stage) -> None:
         """Judge a stage's policy, and say and keep what was found."""
-        config = self.config
-        settings = self._judging(config.judge_samples, seed_of(config.seed, "judge"))
-        inputs = {
-            "policy": policy or self.sft,
-            "initial": self.sft,
-            "prompts": self.held_out.fingerprint,
-            "label": config.label,
-            "settings": settings._asdict(),
-            **{f"model {name}": step for name, step in rewards.items()},
+        assert now.reward is not None
+        rewards = {"reward": now.reward, **now.controls}
+        if now.reward is not self.first:
+            rewards["reward_1"] = self.first
+        step = self.steps.judged(f"judge-{now.number}", now.policy, rewards)
+        self.judged[arm.name, now.number] = step
+        found = {
+            "arm": arm.name,
+            "stage": now.number,
+            "episodes": now.episodes,
+            "labels": now.labels,
+            **step.facts,
+            **now.facts,
+            **self._against_first(arm, now.number, step),
         }
-
-        def make(folder: Path) -> dict[str, Any]:
-            models = {name: self._named(str(step.folder)) for name, step in rewards.items()}
-            return judge(
-                self._model(policy),
-                self._model(None),
-                self.tokenizer,
-                self.held_out,
-                self._gold(),
-                settings,
-                models,
-            )
-
-        found = self.store.step(f"judge-{number}", inputs, make).facts
-        self.results.append({"arm": arm, "stage": number, **found, **facts})
+        self.results.append(found)
         self._write()
         say(
-            f"{arm} stage {number}: gold {found['gold']:+.3f} +- {found['gold_stderr']:.3f}  "
-            f"KL to SFT {found['kl']:.2f}  length {found['length']:.1f}  reward accuracy on its "
-            f"own pairs {found['reward/accuracy']:.2f}"
+            f"{arm.name} stage {now.number}: gold {found['gold']:+.3f} +- "
+            f"{found['gold_stderr']:.3f}  KL to SFT {found['kl']:.2f}  length "
+            f"{found['length']:.1f}  reward accuracy on its own pairs "
+            f"{found['reward/accuracy']:.2f}"
         )
 
-    # -- what the steps read
-
-    def _prompts(self, name: str) -> Prompts:
-        path = Path(name)
-        split = "train"
-        rows = read_rows(name, split=split) if path.exists() else read_rows(name)
-        return encode(self.tokenizer, rows, name, None)[0]
-
-    def _model(self, policy: Step | None) -> ModelConfig:
-        if policy is None:
-            return self._named(self.config.model_name_or_path)
-        return self._named(str(policy.folder))
-
-    def _named(self, name: str) -> ModelConfig:
-        return dataclasses.replace(self.template, name=name)
-
-    def _gold(self) -> Any:
-        return reward_source(
-            self.config.label,
-            dataclasses.replace(self.template, key="label"),
-            self.tokenizer,
-            self.budget,
-        )
-
-    def _judging(self, samples: int, seed: int) -> JudgeSettings:
-        return JudgeSettings(
-            samples=samples,
-            seed=seed,
-            label_noise=self.config.label_noise,
-            budget=self.budget,
-            **self.config.sampling(),
-        )
+    def _against_first(self, arm: Arm, number: int, step: Step) -> dict[str, float]:
+        """How much more gold reward than the first arm's after as many stages, prompt by prompt."""
+        first = self.config.arms[0]
+        others = self.judged.get((first, number))
+        if arm.name == first or others is None:
+            return {}
+        mine_B, others_B = (np.load(one.folder / GOLD) for one in (step, others))
+        return paired("gold_difference", mine_B, others_B)
 
     def _write(self) -> None:
         out = Path(self.config.output_dir)
         write_text(out / RESULTS, "".join(json.dumps(line) + "\n" for line in self.results))
         write_text(out / "table.md", table(self.results) + "\n")
-        write_json(out / "ocrm_config.json", dataclasses.asdict(self.config))
+        write_json(out / CONFIG, dataclasses.asdict(self.config))
 
 
-def _read(pairs: Step) -> list[dict[str, Any]]:
-    lines = (pairs.folder / PAIRS).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+UPDATE: dict[str, Callable[[_Arms, Arm, _Stage], bool]] = {
+    "fixed": _Arms._keep,
+    "unweighted": _Arms._refit,
+    "weighted": _Arms._weigh,
+    "shuffled": _Arms._weigh,
+    "fresh": _Arms._label_anew,
+}
 
 
-def _tree(row: dict[str, Any]) -> Tree:
-    prompt, chosen, rejected = (
-        np.array(row[name], dtype=np.int32) for name in ("prompt_ids", "chosen_ids", "rejected_ids")
-    )
-    return Tree(0, prompt, (chosen, rejected))
-
-
-def _picked(prompts: Prompts, rows: np.ndarray) -> Prompts:
-    picked = rows.tolist()
-    return dataclasses.replace(
-        prompts,
-        raw=[prompts.raw[row] for row in picked],
-        ids=[prompts.ids[row] for row in picked],
-        columns={name: [values[row] for row in picked] for name, values in prompts.columns.items()},
-        positions=prompts.positions[rows],
-    )
-
-
-def _finite(metrics: dict[str, float]) -> dict[str, float]:
-    """What a step keeps of a run's metrics, its times left out."""
-    timed = ("perf/", "memory/", "train_runtime", "train_pairs")
-    return {
-        name: value
-        for name, value in metrics.items()
-        if not name.startswith(timed) and np.isfinite(value)
-    }
+def announce_changes(config: OcrmConfig) -> None:
+    """Name the keys in which a folder's last run was another one."""
+    path = Path(config.output_dir) / CONFIG
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    changed = [name for name, value in now.items() if before.get(name) != value]
+    if changed:
+        say(
+            f"output_dir: {config.output_dir} was made with another configuration "
+            f"({', '.join(changed)}); the steps that read it are made anew, the others are kept"
+        )

@@ -1,9 +1,9 @@
-"""On-policy training: draw completions, reward them, and take steps on them; `fasttr grpo` and
-`fasttr rloo`.
+"""On-policy training: draw completions, reward them, and take steps on them; `fasttr grpo`, `fasttr
+rloo` and `fasttr ppo`.
 
-A checkpoint is written only where a rollout is used up. There weights, optimizer and reference are
-all that the rest of the run depends on, so a run that was killed while it generated goes on as if
-it had not been.
+A checkpoint is written only where a rollout is used up. There weights, optimizer, reference and
+critic are all that the rest of the run depends on, so a run that was killed while it generated goes
+on as if it had not been.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ from fasttr.models.policy import policy_loss
 from fasttr.optim.update import begin_step
 from fasttr.packing.plan import unshared_tokens
 from fasttr.training import checkpoints
+from fasttr.training.announce import announce_step
 from fasttr.training.callbacks import Callback, Callbacks
+from fasttr.training.critic import ValueSums
 from fasttr.training.experience import Collector, Experience
 from fasttr.training.intervals import Intervals
 from fasttr.training.loop import TrainResult, save_and_leave, to_the_end
 from fasttr.training.online_setup import OnlineRun, set_up
+from fasttr.training.pace import Pace
 from fasttr.training.step import StepMetrics, finish_step
 from fasttr.training.stopping import FiniteGuard, StopSignal, check_weights
 
@@ -80,6 +83,9 @@ def policy_step(run: OnlineRun, experience: Experience, within: int) -> StepMetr
     found = _StepSums(loss)
     packs = list(collector.packs(experience.rollout, within))
     begin_step(run.optimizer, len(packs))
+    critic = run.critic
+    if critic is not None:
+        critic.begin_step(len(packs))
     for host_batch in packs:
         batch = host_batch.to(run.device)
 
@@ -97,10 +103,19 @@ def policy_step(run: OnlineRun, experience: Experience, within: int) -> StepMetr
         out.loss.backward()
         everything = experience.inputs(batch, out.token_logp, slice(None), slice(None))
         found.add(out, everything)
+        if critic is not None:
+            keep = everything.spread(everything.keep)
+            found.add_values(critic.backward(batch, *experience.of_critic(batch), keep, normalizer))
     trees = experience.rollout.trees
     run.num_tokens += unshared_tokens(trees, prompts, config.num_generations)
     values = experience.metrics | found.means()
-    return finish_step(run, run.ledger.vector(values).to(run.device))  # type: ignore[attr-defined]
+    ledger: Any = run.ledger
+    done = finish_step(run, ledger.vector(values).to(run.device))
+    if critic is None:
+        return done
+    of_critic = critic.finish_step(torch.tensor(values["value_loss"]))
+    is_broken = torch.maximum(done.is_broken, of_critic.is_broken.to(torch.float32))
+    return done._replace(is_broken=is_broken)
 
 
 class _StepSums:
@@ -108,7 +123,8 @@ class _StepSums:
 
     def __init__(self, loss: PolicyLoss):
         self._loss = loss
-        self._sums = dict.fromkeys(("loss", "entropy", "tokens", "kl", "low", "high", "kept"), 0.0)
+        names = ("loss", "entropy", "tokens", "kl", "low", "high", "kept", "value", "value_clipped")
+        self._sums = dict.fromkeys(names, 0.0)
         self._low_min, self._high_max = float("inf"), float("-inf")
 
     @torch.no_grad()
@@ -133,6 +149,10 @@ class _StepSums:
         self._low_min = min(self._low_min, float(clipped.low_min))
         self._high_max = max(self._high_max, float(clipped.high_max))
 
+    def add_values(self, sums: ValueSums) -> None:
+        self._sums["value"] += float(sums.loss)
+        self._sums["value_clipped"] += float(sums.clipped)
+
     def means(self) -> dict[str, float]:
         sums = self._sums
         tokens, kept = max(sums["tokens"], 1.0), max(sums["kept"], 1.0)
@@ -147,6 +167,9 @@ class _StepSums:
         }
         if self._loss.reads_reference:
             found["kl"] = sums["kl"] / tokens
+        if self._loss.loss_type == "ppo":
+            found["value_loss"] = sums["value"] / tokens
+            found["value_clip_ratio"] = sums["value_clipped"] / tokens
         return found
 
 
@@ -161,7 +184,8 @@ class _OnlineLoop:
         self.intervals = Intervals.of(run.config, run.plan)
         self.guard = FiniteGuard(run.output_dir)
         self.throughput = Throughput(run.policy.model, run.device)
-        self.began_at = self.line_at = time.perf_counter()
+        self.pace = Pace(run.step)
+        self.line_at = time.perf_counter()
         self.generating = 0.0  # seconds since the last line
         self.last_line: dict[str, float] = {}
 
@@ -177,6 +201,7 @@ class _OnlineLoop:
         )
         with bar:
             while run.step < plan.total_steps:
+                self.pace.step_begins()
                 since = time.perf_counter()
                 experience = run.collector.collect(run.step // plan.steps_per_rollout)
                 self.generating += time.perf_counter() - since
@@ -187,6 +212,7 @@ class _OnlineLoop:
                 for within in range(min(plan.steps_per_rollout, plan.total_steps - first)):
                     self.take_step(experience, within)
                     bar.update()
+                run.collector.used_up(experience)
 
                 # once in a while: save, where the rollout is used up
                 is_due = any(self.intervals.saves(step + 1) for step in range(first, run.step))
@@ -236,16 +262,7 @@ class _OnlineLoop:
         self.generating, self.line_at = 0.0, now
         self.guard.verify()
         self.log.write(run.step, line)
-        parts = [f"step {run.step}/{run.plan.total_steps}"]
-        for name, form in (("reward", "+.4f"), ("kl", ".4f")):
-            if name in line:
-                parts.append(f"{name} {line[name]:{form}}")
-        parts += [
-            f"length {line['completions/mean_length']:.1f}",
-            f"grad {line['grad_norm']:.3g}",
-            f"generating {line['perf/generation_share']:.0%}",
-        ]
-        say("  ".join(parts))
+        announce_step(run, line, self.pace)
         self.last_line = line
 
     def save(self) -> None:
@@ -259,12 +276,14 @@ class _OnlineLoop:
     def finish(self) -> TrainResult:
         run = self.run
         self.guard.verify()
-        check_weights(run.policy.model, run.output_dir)
+        check_weights(dict(run.policy.model.named_parameters()), run.output_dir)
+        if run.critic is not None:
+            check_weights(dict(run.critic.model.model.named_parameters()), run.output_dir)
         checkpoints.save_final(run)
         self.callbacks.on_train_end(run)
         totals = {
             "train_loss": float(run.total_loss) / max(run.step, 1),
-            "train_runtime": time.perf_counter() - self.began_at,
+            "train_runtime": self.pace.elapsed,
         }
         self.log.write(run.step, totals)
         say(f"done: {run.step} steps in {totals['train_runtime']:.1f} s; all in {run.output_dir}")

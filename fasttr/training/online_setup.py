@@ -15,12 +15,13 @@ from fasttr.console import say
 from fasttr.data.sources import read_rows
 from fasttr.errors import FasttrError
 from fasttr.losses.objective import Objective
+from fasttr.memory.plan import NO_REFERENCE
 from fasttr.metrics.online import OnlineLedger
 from fasttr.metrics.sums import Averages
 from fasttr.metrics.trackers import require_trackers
 from fasttr.models.checks import check_ids
 from fasttr.models.halves import add_remainders
-from fasttr.models.load import load_model
+from fasttr.models.load import ModelConfig, load_model
 from fasttr.models.packed import PackedModel
 from fasttr.models.vocabulary import rows_wanted
 from fasttr.packing.ahead import PacksAhead
@@ -29,9 +30,17 @@ from fasttr.reference.logp_table import LogpTable
 from fasttr.reference.resident import ResidentReference
 from fasttr.rollouts.engine import TransformersEngine
 from fasttr.rollouts.prompts import Prompts, RolloutPlan, encode
-from fasttr.rollouts.rewards import GIVEN, FunctionReward, RewardSource, reward_source
-from fasttr.training.checkpoints import check_resume, find_resume, take_up
+from fasttr.rollouts.rewards import (
+    GIVEN,
+    FunctionReward,
+    RewardSource,
+    check_renders,
+    reward_source,
+)
+from fasttr.training.checkpoints import Resume, check_resume, find_resume, take_up
+from fasttr.training.critic import Critic, read_critic
 from fasttr.training.experience import Collector
+from fasttr.training.memory import Rows, plan_memory
 from fasttr.training.run import Run
 from fasttr.training.setup import Given, checked_tokenizer, prepare_torch
 
@@ -41,6 +50,11 @@ class OnlineRun(Run):
     """A run on rollouts; its rows are prompts."""
 
     collector: Any = None  # the Collector
+    critic: Critic | None = None  # of ppo
+
+    @property
+    def critic_tensors(self) -> dict[str, torch.Tensor]:
+        return {} if self.critic is None else self.critic.named_tensors()
 
 
 def set_up(config: OnlineConfig, functions: Sequence[Any], rows: Any) -> OnlineRun:
@@ -49,23 +63,34 @@ def set_up(config: OnlineConfig, functions: Sequence[Any], rows: Any) -> OnlineR
     resume = find_resume(config)
     source = str(resume.folder) if resume is not None else config.model_name_or_path
     tokenizer = checked_tokenizer(config, Given(), device, source)
-    config = dataclasses.replace(
-        config, max_tokens_per_batch=config.token_budget(device), attention_tier=SHARED
+    if resume is not None:
+        config = config.as_planned_in(resume.state.facts["config"])
+    config = dataclasses.replace(config, attention_tier=SHARED)
+    config, _ = plan_memory(
+        config,
+        device,
+        dataclasses.replace(config.model(device), name=str(source)).read(),
+        Rows(longest=config.max_completion_length),
+        reference=NO_REFERENCE._replace(is_resident=config.beta > 0, has_critic=config.is_ppo),
     )
+    if device.type == "cuda":
+        say("memory: reward models and the cache of what is drawn are not counted")
+    # What can be refused without a model is refused first.
+    plan = _plan(config, _prompts(config, tokenizer, device, rows))
+    check_renders(config.reward_names, tokenizer, plan.trees.raw)
     embedding_rows = rows_wanted(tokenizer) if config.resize_embeddings else None
-    of_policy = dataclasses.replace(config.model(device), embedding_rows=embedding_rows)
-    if resume is not None:
-        of_policy = dataclasses.replace(of_policy, name=str(resume.folder), revision="main")
-    policy = load_model(of_policy)
-    if resume is not None:
-        add_remainders(policy.model, resume.state.remainders)
-    plan = _plan(config, _prompts(config, tokenizer, policy, rows))
     loss: Any = config.policy_loss
     if resume is not None:
         trained_on: Any = plan
         check_resume(resume, config, loss, trained_on)
+    of_policy = dataclasses.replace(config.model(device), embedding_rows=embedding_rows)
+    policy = _policy(of_policy, resume, plan.trees)
     sources = _sources(config, tokenizer, device, functions)
     reference = ResidentReference(config.schedule, _reference(config, device, embedding_rows))
+    critic = None
+    if config.is_ppo:
+        saved = None if resume is None else resume.state.critic
+        critic = read_critic(config, device, tokenizer, plan.total_steps, saved)
     optimizer = config.optimizer().optimizer(policy.model, policy.bf16)
     ledger = OnlineLedger([one.name for one in sources])
     budget = config.token_budget(device)
@@ -95,32 +120,43 @@ def set_up(config: OnlineConfig, functions: Sequence[Any], rows: Any) -> OnlineR
         best=None,
         averages=Averages(torch.device("cpu"), ledger.names),
         total_loss=torch.zeros((), device=device),
-        collector=Collector(config, plan, engine, sources, policy, reference, budget),
+        collector=Collector(config, plan, engine, sources, policy, reference, critic, budget),
+        critic=critic,
     )
     _announce(run, plan)
     if resume is not None:
         take_up(run, resume)
+        if critic is not None:
+            critic.take_up(resume.state.critic, run.step)
         run.averages.sums = run.averages.sums.cpu()
     return run
 
 
-def _prompts(config: OnlineConfig, tokenizer: Any, policy: PackedModel, rows: Any) -> Prompts:
+def _policy(of_policy: ModelConfig, resume: Resume | None, prompts: Prompts) -> PackedModel:
+    name = of_policy.name
+    if resume is not None:
+        of_policy = dataclasses.replace(of_policy, name=str(resume.folder), revision="main")
+    policy = load_model(of_policy)
+    if resume is not None:
+        add_remainders(policy.model, resume.state.remainders)
+    largest = max(int(ids.max()) for ids in prompts.ids)
+    check_ids(policy, largest, "model_name_or_path", name)
+    return policy
+
+
+def _prompts(config: OnlineConfig, tokenizer: Any, device: torch.device, rows: Any) -> Prompts:
     name = config.dataset_name or "the rows"
     if rows is None:
         rows = read_rows(name, config=config.dataset_config, split=config.dataset_train_split)
-    longest = policy.model.config.max_position_embeddings - config.max_completion_length
-    if longest < 1:
+    of_text = config.model(device).read().get_text_config()
+    positions = getattr(of_text, "max_position_embeddings", None)  # some need no such number
+    longest = None if positions is None else positions - config.max_completion_length
+    if longest is not None and longest < 1:
         raise FasttrError(
             f"max_completion_length: got {config.max_completion_length}, and the model has "
-            f"{policy.model.config.max_position_embeddings} positions; wanted room for a prompt"
+            f"{positions} positions; wanted room for a prompt"
         )
     prompts, dropped = encode(tokenizer, rows, name, longest)
-    check_ids(
-        policy,
-        max(int(ids.max()) for ids in prompts.ids),
-        "model_name_or_path",
-        str(config.model_name_or_path),
-    )
     say(f"read {len(prompts) + dropped} prompts of {name}, kept {len(prompts)}")
     if dropped:
         say(f"  dropped {dropped}: longer than {longest} tokens")
@@ -185,6 +221,8 @@ def _announce(run: OnlineRun, plan: RolloutPlan) -> None:
     )
     sources = ", ".join(one.name for one in run.collector.sources)
     say(f"rewards: {sources}; loss {config.loss_type}, beta {config.beta:g}")
+    if run.critic is not None:
+        say(f"critic: from {config.value_source}, trained beside the policy")
     is_step = config.save_strategy == "steps" and config.save_steps >= 1
     if is_step and config.save_steps % plan.steps_per_rollout:
         say(

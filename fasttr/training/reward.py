@@ -21,6 +21,7 @@ from fasttr.config.reward_rows import RankedReader
 from fasttr.console import say
 from fasttr.errors import FasttrError
 from fasttr.evaluation.split import EvaluationSplit
+from fasttr.memory.plan import NO_REFERENCE
 from fasttr.metrics.ledger import RewardLedger
 from fasttr.metrics.sums import Averages
 from fasttr.metrics.trackers import require_trackers
@@ -33,6 +34,7 @@ from fasttr.models.reward import (
     choose_padding,
     load_reward_model,
     score_all,
+    scoring_model,
     set_padding,
 )
 from fasttr.models.vocabulary import rows_wanted
@@ -43,10 +45,11 @@ from fasttr.reference.logp_table import LogpTable
 from fasttr.reference.moving import MovingReference
 from fasttr.reference.schedule import Fixed
 from fasttr.training.announce import announce_plan
-from fasttr.training.best import Best
+from fasttr.training.best import Best, Patience
 from fasttr.training.callbacks import Callback
 from fasttr.training.checkpoints import Resume, check_resume, find_resume, take_up
 from fasttr.training.loop import TrainResult, to_the_end
+from fasttr.training.memory import Rows, plan_memory
 from fasttr.training.run import Run
 from fasttr.training.setup import Given, checked_tokenizer, prepare_torch
 
@@ -87,6 +90,8 @@ def _set_up(config: RewardConfig, given: Given) -> Run:
     require_trackers(config.report_to)
     resume = find_resume(config)
     source = str(resume.folder) if resume is not None else config.model_name_or_path
+    if resume is not None:
+        config = config.as_planned_in(resume.state.facts["config"])
     tokenizer = checked_tokenizer(config, given, device, source)
     config = dataclasses.replace(config, attention_tier=SHARED)
     reader = RankedReader(config, tokenizer)
@@ -100,7 +105,16 @@ def _set_up(config: RewardConfig, given: Given) -> Run:
         )
     objective = config.reward_objective(m)
     loss: Any = objective.loss
-    config = dataclasses.replace(config, max_tokens_per_batch=config.token_budget(device))
+    splits: list[TreeSource] = [trees] if split_trees is None else [trees, split_trees]
+    of_policy = dataclasses.replace(config.model(device), name=str(source))
+    config, _ = plan_memory(
+        config,
+        device,
+        of_policy.read(),
+        Rows.of(config, splits, config.group_rows(loss)),
+        reference=NO_REFERENCE,
+        build=scoring_model,
+    )
     plan = config.plan(trees, loss, device)
     if resume is not None:
         check_resume(resume, config, loss, plan)
@@ -133,6 +147,7 @@ def _set_up(config: RewardConfig, given: Given) -> Run:
         window_logps=LogpTable(0, m),
         splits=_splits(split_trees, plan),
         best=Best.of(config),
+        patience=Patience.of(config),
         averages=Averages(device, ledger.names),
         total_loss=torch.zeros((), device=device),
     )

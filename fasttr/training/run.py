@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fasttr.batch import TreeSource
+from fasttr.checkpoint.divided import Writing
 from fasttr.config.train_config import TrainConfig
 from fasttr.distributed.ranks import ALONE, Ranks
 from fasttr.evaluation.split import EvaluationSplit
 from fasttr.losses import Loss
 from fasttr.losses.objective import AnyObjective
+from fasttr.memory.choose import Plan as MemoryPlan
 from fasttr.metrics.ledger import Ledger
 from fasttr.metrics.sums import Averages
 from fasttr.models.packed import PackedModel
@@ -22,9 +24,17 @@ from fasttr.packing.ahead import PacksAhead
 from fasttr.packing.plan import Plan
 from fasttr.reference.logp_table import LogpTable
 from fasttr.reference.moving import MovingReference
-from fasttr.training.best import Best
+from fasttr.training.best import Best, Patience
 
 REQUESTS = ("stop", "save", "evaluate")
+
+
+class PendingCheckpoint(NamedTuple):
+    """A checkpoint that is written while the run goes on."""
+
+    writing: Writing
+    step: int
+    card: str  # of the model, as it was then
 
 
 @dataclass
@@ -46,12 +56,16 @@ class Run:
     best: Best | None  # None: no checkpoint is called the best
     averages: Averages  # since the last line of metrics
     total_loss: Tensor  # () over all steps
+    patience: Patience | None = None  # None: the run is not stopped early
     ranks: Ranks = ALONE  # this process among those of the run
+    memory: MemoryPlan | None = None  # what was planned before weights were read
     is_resumed: bool = False
     step: int = 0  # optimizer steps done
     window_scored: bool = False
     num_tokens: int = 0
     saved_step: int | None = None  # of the newest checkpoint with a state
+    pending: PendingCheckpoint | None = None  # one that is under way
+    last_evaluation: dict[str, float] = field(default_factory=dict)
     requests: set[str] = field(default_factory=set)  # what callbacks asked for, until it is done
 
     @property
@@ -61,6 +75,11 @@ class Run:
     @property
     def output_dir(self) -> Path:
         return self.config.output_folder
+
+    @property
+    def critic_tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of a critic, where there is one."""
+        return {}
 
     @property
     def tables(self) -> dict[str, LogpTable]:

@@ -3,8 +3,10 @@ taken up."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,17 +22,19 @@ from fasttr.environment import device_for
 from fasttr.errors import FasttrError
 from fasttr.evaluation.split import EvaluationSplit
 from fasttr.losses import Loss, as_loss
+from fasttr.memory.plan import NO_REFERENCE
 from fasttr.metrics.ledger import PreferenceLedger
 from fasttr.metrics.sums import Averages
 from fasttr.metrics.trackers import require_trackers
-from fasttr.models.checks import check_ids
-from fasttr.models.choice import Candidate, choose_tier
+from fasttr.models.checks import check_given, check_ids
+from fasttr.models.choice import Candidate, Choice, choose_tier
 from fasttr.models.compiled import compile_layers
 from fasttr.models.given import pack_model, read_weights_into
-from fasttr.models.halves import add_remainders
+from fasttr.models.halves import add_remainders, add_remainders_of_rows
 from fasttr.models.load import (
     ModelConfig,
     check_loadable,
+    checkpoint_activations,
     dropout_rates,
     has_tokenizer,
     load_model,
@@ -39,6 +43,7 @@ from fasttr.models.load import (
 from fasttr.models.packed import PackedModel
 from fasttr.models.router import coefficient_of
 from fasttr.models.vocabulary import check_rows, check_same_tokens, rows_wanted
+from fasttr.optim.adamw import LocalRows
 from fasttr.packing.ahead import PacksAhead
 from fasttr.packing.plan import Plan
 from fasttr.packing.tiers import longest_sequence
@@ -50,8 +55,9 @@ from fasttr.training.announce import (
     announce_settings,
     announce_tier,
 )
-from fasttr.training.best import Best
+from fasttr.training.best import Best, Patience
 from fasttr.training.checkpoints import Resume, check_resume, find_resume, take_up
+from fasttr.training.memory import Rows, plan_memory, unless_compiled
 from fasttr.training.run import Run
 
 
@@ -72,12 +78,16 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     """
     device = prepare_torch(config)
     require_trackers(config.report_to)
+    if ranks.is_sharded:
+        _require_divisible(config)
     config.optimizer().check_schedule()
-    resume = ranks.first_alone(lambda: find_resume(config), of_each_machine=False)
+    resume = ranks.first_alone(lambda: find_resume(config, ranks), of_each_machine=False)
     source = config.model_name_or_path
     if resume is not None and not config.use_peft:
         source = str(resume.folder)
     tokenizer = checked_tokenizer(config, given, device, source)
+    if resume is not None:
+        config = config.as_planned_in(resume.state.facts["config"])
     candidates = _candidates(config, given, device, source)
     coefficient = coefficient_of(candidates[0].config, config.router_aux_loss_coef)
     config = dataclasses.replace(config, router_aux_loss_coef=coefficient)
@@ -92,24 +102,44 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     if config.evaluates:
         eval_rows = ranks.first_alone(lambda: reader.evaluation(loss, given.eval_dataset))
         eval_trees = {name: as_loss_reads(one, loss, config) for name, one in eval_rows.items()}
-    config = dataclasses.replace(config, max_tokens_per_batch=config.token_budget(device))
-    config = _with_tier(config, candidates, [trees, *eval_trees.values()])
+    splits = [trees, *eval_trees.values()]
+    choice = _tier(config, candidates, splits)
+    config = dataclasses.replace(config, attention_tier=choice.tier)
+    rows_of_packs = Rows.of(config, splits, config.group_rows(loss))
+    config, memory = plan_memory(
+        config,
+        device,
+        candidates[0].config,
+        rows_of_packs,
+        reference=None if loss.needs_reference else NO_REFERENCE,
+        ranks=ranks,
+        build=None if given.model is None else type(given.model)._from_config,
+    )
+    announce_tier(choice, trees, config)
     plan = config.plan(trees, loss, device)
     if resume is not None:
         check_resume(resume, config, loss, plan)
     _require_same(ranks, config, loss, plan)
     announce_plan(config, loss, plan, ranks)
     announce_settings(config, loss, trees)
-    with ranks.together():
-        policy, initial = _models(config, device, given, tokenizer, resume)
-    _check_ids(config, given, policy, initial, [trees, *eval_trees.values()])
+    # Ranks that divide a model meet while it is loaded.
+    with contextlib.nullcontext() if ranks.is_sharded else ranks.together():
+        policy, initial = _models(config, device, given, tokenizer, resume, ranks)
+    if policy.router is not None:
+        policy.router.leaves_out_mismatched = loss.unpaired and loss.completions > 1
+    _check_ids(config, given, policy, initial, splits)
     if config.eos_token is not None:
         _end_with(policy, tokenizer)
     # What is trained of an adapted model is small, and fp32.
     splits_weights = policy.bf16 and policy.adapter is None
-    optimizer = config.optimizer().optimizer(policy.model, bf16=splits_weights)
+    optimizer = config.optimizer().optimizer(
+        policy.model, bf16=splits_weights, rows=_rows_of(policy)
+    )
     # Not before: the optimizer decides which weights are bf16, and graphs are made for dtypes.
-    compile_layers(policy, config.compile)
+    compiled = compile_layers(policy, config.compile, budget=config.activation_memory_budget)
+    if unless_compiled(config, memory, compiled):
+        say("memory: whole layers are made again in the backward, since they are not compiled")
+        checkpoint_activations(policy.model, True)
     run = Run(
         config=config,
         device=device,
@@ -121,20 +151,41 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
         packs=PacksAhead(functools.partial(plan.packs, ranks=ranks), plan.total_steps),
         policy=policy,
         reference=MovingReference(
-            config.schedule, policy, initial, optimizer=optimizer, bound=config.ref_rank_bound()
+            config.schedule,
+            policy,
+            initial,
+            optimizer=optimizer,
+            fits_beside=_rests_beside(config),
+            bound=config.ref_rank_bound(),
         ),
         optimizer=optimizer,
         scheduler=config.optimizer().scheduler(optimizer, plan.total_steps),
         window_logps=LogpTable(len(trees), loss.completions),
-        splits={name: EvaluationSplit.of(one, loss, plan) for name, one in eval_trees.items()},
+        splits={
+            name: EvaluationSplit.of(one, loss, plan, config.eval_group_size or config.group_size)
+            for name, one in eval_trees.items()
+        },
         best=Best.of(config),
+        patience=Patience.of(config),
         averages=Averages(device),
         total_loss=torch.zeros((), device=device),
         ranks=ranks,
+        memory=memory,
     )
     if resume is not None:
         take_up(run, resume)
     return run
+
+
+def _require_divisible(config: TrainConfig) -> None:
+    """What cannot be done on rows of a weight is refused before a model is read."""
+    config.optimizer().check_rows()
+    for name in ("merge_adapter", "lora_target_parameters", "load_in_4bit", "log_completions"):
+        if getattr(config, name):
+            raise FasttrError(
+                f"{name}: got {getattr(config, name)} with shard_size above 1; it needs whole "
+                "weights: leave it out"
+            )
 
 
 def _require_same(ranks: Ranks, config: TrainConfig, loss: Loss, plan: Plan) -> None:
@@ -189,6 +240,7 @@ def checked_tokenizer(
                 "resize_embeddings: got true with a model that is in memory; call its "
                 "resize_token_embeddings, and leave it out"
             )
+        check_given(given.model, "model")
         hf_config, key, name = given.model.config, "model", "the given model"
         tokenizer = given.tokenizer or _tokenizer_of(given.model, config)
     adjust(tokenizer, chat_template=config.chat_template, eos_token=config.eos_token)
@@ -251,14 +303,17 @@ def _candidates(
     return candidates
 
 
-def _with_tier(
-    config: TrainConfig, candidates: list[Candidate], splits: list[TreeSource]
-) -> TrainConfig:
-    """The configuration with a tier that is exact for the longest row."""
+def _tier(config: TrainConfig, candidates: list[Candidate], splits: list[TreeSource]) -> Choice:
+    """A tier that is exact for the longest row."""
     longest = max(longest_sequence(trees) for trees in splits)
-    choice = choose_tier(config.attention_tier, candidates, longest)
-    announce_tier(choice, splits[0], config)
-    return dataclasses.replace(config, attention_tier=choice.tier)
+    return choose_tier(config.attention_tier, candidates, longest)
+
+
+def _rests_beside(config: TrainConfig) -> Callable[[PackedModel], bool] | None:
+    """Where a soft reference rests, as a setting or the memory plan says."""
+    if config.ref_on_host is None:
+        return None
+    return lambda _: not config.ref_on_host
 
 
 def _with_loss(
@@ -275,23 +330,45 @@ def _with_loss(
     return config, config.loss
 
 
+def _rows_of(policy: PackedModel) -> LocalRows | None:
+    """What the optimizer of a divided model works on."""
+    if policy.shards is None:
+        return None
+    plain = {name.removeprefix("model."): p for name, p in policy.local_parameters().items()}
+    low = {name.removeprefix("model."): x for name, x in policy.shards.remainders.items()}
+    policy.shards.remainders = {}
+    return LocalRows(plain, low)
+
+
 def _models(
     config: TrainConfig,
     device: torch.device,
     given: Given,
     tokenizer: Any,
     resume: Resume | None,
+    ranks: Ranks,
 ) -> tuple[PackedModel, PackedModel | None]:
     """The policy, and a first reference of its own where one is named and still needed."""
     rows = rows_wanted(tokenizer) if config.resize_embeddings else None
-    wanted = dataclasses.replace(config.model(device), compile=False, embedding_rows=rows)
+    wanted = dataclasses.replace(
+        config.model(device),
+        compile=False,
+        embedding_rows=rows,
+        ranks=ranks,
+        layout=config.layout(device),
+    )
     policy = _policy(wanted, given.model, resume)
     if config.ref_model_name_or_path is None or (
         resume is not None and config.ref_update != "soft"
     ):
         return policy, None
-    named = dataclasses.replace(_named_reference(config, device), embedding_rows=rows)
-    return policy, load_model(named)
+    reference = dataclasses.replace(
+        _named_reference(config, device), embedding_rows=rows, ranks=ranks
+    )
+    # A soft one is taken apart into halves where the policy is.
+    halves = wanted.layout.halves and config.ref_update != "soft"
+    layout = wanted.layout._replace(halves=halves, keeps_remainders=False)
+    return policy, load_model(dataclasses.replace(reference, layout=layout))
 
 
 def _named_reference(config: TrainConfig, device: torch.device) -> ModelConfig:
@@ -337,7 +414,10 @@ def _policy(wanted: ModelConfig, model: Any, resume: Resume | None) -> PackedMod
     elif resume is not None:
         read_weights_into(model, resume.folder)
     packed = _packed(wanted, model)
-    if resume is not None:
+    if resume is not None and packed.shards is not None:
+        of_rows = resume.state.of_rows(packed.shards)
+        add_remainders_of_rows(packed.shards, of_rows.remainders)
+    elif resume is not None:
         add_remainders(packed.model, resume.state.remainders)
     return packed
 

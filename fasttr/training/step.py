@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,12 +54,14 @@ def train_step(run: Run, step: int, throughput: Throughput, moves: bool = False)
 def finish_step(run: Run, micro_means: Tensor, moves: bool = False) -> StepMetrics:
     """The update on the gradients that are there; `micro_means` begin with the step's loss."""
     learning_rate = run.scheduler.get_last_lr()[0]
+    shards = run.policy.shards
     done = update(
         run.optimizer,
         run.policy,
         loss=micro_means[0, 0],
         max_grad_norm=run.config.max_grad_norm,
         followers=run.reference.followers() if moves else None,
+        squares=None if shards is None else shards.gradient_squares(),
     )
     after_step(run.scheduler)
     return StepMetrics(
@@ -92,9 +94,15 @@ def _sums_of(run: Run, step: int, packs: list[PackedBatch], throughput: Throughp
         of_step = MicroBatches(torch.from_numpy(micro_batches), number)
         coupled = coupled_step(run, step, packs, objective, of_step)
     sums = run.ledger.zeros(run.device, number)
+    shards = run.policy.shards
     head = run.policy.head_weight().weight
     for host_batch in packs:
         batch = host_batch.to(run.device)
+        if not batch.rows:
+            assert shards is not None
+            run.policy(batch, _nothing).loss.backward()
+            shards.collect_gradients()
+            continue
         ref_logp = None
         if run.loss.needs_reference:
             ref_logp = run.window_logps.get(batch.rows).to(run.device, non_blocking=True)
@@ -111,10 +119,12 @@ def _sums_of(run: Run, step: int, packs: list[PackedBatch], throughput: Throughp
             stats=True,
             router_share=len(batch.rows) / len(rows),
             # What earlier packs began; fp32 compute keeps the order of sums of other trainers.
-            head_grad=head.grad if run.policy.bf16 else None,
+            head_grad=head.grad if run.policy.bf16 and shards is None else None,
             head_means=objective.head_means,
         )
         out.loss.backward()
+        if shards is not None:
+            shards.collect_gradients()
         places = torch.tensor([micro_batch_of[row] for row in batch.rows])
         of_pack = MicroBatches(places.to(run.device, non_blocking=True), number)
         found = run.ledger.of_pack(out, ref_logp, batch, of_pack, run.policy.router_loss)
@@ -126,10 +136,18 @@ def _sums_of(run: Run, step: int, packs: list[PackedBatch], throughput: Throughp
     return sums if coupled is None else coupled.corrected(sums, run.ranks.is_first)
 
 
+def _nothing(logp: Tensor, *_: Any, **__: Any) -> Tensor:
+    """The loss of an idle pack. A constant would have no backward, and ranks meet in it too."""
+    return 0.0 * logp.sum()
+
+
 def _sum_over_ranks(run: Run, sums: Tensor) -> None:
     if run.ranks.world == 1:
         return
     run.ranks.sum_([sums])
+    if run.policy.shards is not None:
+        run.policy.shards.sum_gradients()
+        return
     gradients = []
     for parameter in run.policy.parameters():
         if parameter.requires_grad:

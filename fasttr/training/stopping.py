@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -126,9 +126,9 @@ class StillnessWatch:
             )
 
 
-def check_weights(model: torch.nn.Module, output_dir: Path) -> None:
+def check_weights(parameters: Mapping[str, Tensor], output_dir: Path) -> None:
     """Stop when a weight is not finite: the last update can make it so with a finite gradient."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         if not bool(torch.isfinite(parameter).all()):
             raise FasttrError(
                 f"{name} holds NaN or infinity after the last update; {_last_good(output_dir)}; "

@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from fasttr.batch import PackedBatch
 from fasttr.checkpoint.state import weights_digest
 from fasttr.config.train_config import TrainConfig
-from fasttr.console import say
+from fasttr.console import Progress, say
 from fasttr.distributed.ranks import Ranks
 from fasttr.errors import FasttrError, one_line
 from fasttr.evaluation.split import EvaluationSplit
@@ -92,15 +91,8 @@ def score_late(run: Run, window: range, *, evaluates: bool) -> None:
 def _sweep(
     run: Run, reference: PackedModel, steps: range, partial: _Partial | None, stop: StopSignal
 ) -> None:
-    is_hidden = run.config.disable_tqdm or len(steps) < LONG_SWEEP
-    bar = tqdm(
-        total=len(steps),
-        desc="Scoring the reference",
-        unit="step",
-        leave=False,
-        disable=is_hidden or None,
-    )
-
+    hides_bar = run.config.disable_tqdm or len(steps) < LONG_SWEEP
+    progress = Progress("scoring by the reference", len(steps), "step", hides_bar=hides_bar)
     sweep = _Sweep(run, partial, stop)
 
     def packs() -> Iterator[PackedBatch]:
@@ -113,9 +105,9 @@ def _sweep(
                 yield from run.packs(step)
                 is_known[rows] = True
                 sweep.after_step()
-            bar.update()
+            progress.update()
 
-    with bar:
+    with progress:
         fill_logps(reference, packs(), run.window_logps, sweep.after_pack)
     run.window_logps.merge(rows_of(run, steps), run.ranks)
 
@@ -171,7 +163,15 @@ def _score_split(run: Run, split: EvaluationSplit, reference: PackedModel) -> No
 
 
 def _fill_split(run: Run, split: EvaluationSplit, model: PackedModel, table: LogpTable) -> None:
-    fill_logps(model, split.packs(run.ranks), table)
+    hides_bar = run.config.disable_tqdm
+    with Progress("scoring held-out rows", len(split.trees), "row", hides_bar=hides_bar) as bar:
+
+        def packs() -> Iterator[PackedBatch]:
+            for batch in split.packs(run.ranks):
+                yield batch
+                bar.update(len(batch.rows) * run.ranks.world)
+
+        fill_logps(model, packs(), table)
     table.merge(np.arange(len(split.trees)), run.ranks)
 
 

@@ -4,7 +4,7 @@ a GPU."""
 from fasttr_kernels.adamw import SplitAdamW, clip_factor
 from fasttr_kernels.lerp import multi_tensor_lerp_
 from fasttr_kernels.logprob import Logprob, linear_logprob
-from fasttr_kernels.padded import from_padded
+from fasttr_kernels.padded import from_padded, halves
 from fasttr_kernels.policy import linear_policy_loss
 from fasttr_kernels.preference import PreferenceLoss, linear_preference_loss
 
@@ -14,6 +14,7 @@ __all__ = [
     "SplitAdamW",
     "clip_factor",
     "from_padded",
+    "halves",
     "linear_logprob",
     "linear_policy_loss",
     "linear_preference_loss",

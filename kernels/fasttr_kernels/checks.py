@@ -26,8 +26,9 @@ def head(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) ->
                 name,
                 f"a DTensor with placements {getattr(x, 'placements', None)}",
                 "a plain tensor",
-                "unshard the module that owns it first, or shard it in the root group, whose "
-                "parameters are whole during the forward",
+                "unshard the module that owns it first, shard it in the root group, whose "
+                "parameters are whole during the forward, or pass fasttr.integrations.whole() of "
+                "it",
             )
     if hidden.dim() != 2:
         raise fail(

@@ -26,6 +26,8 @@ class Logprob(NamedTuple):
     lse: Tensor  # (T,)
     entropy: Tensor | None  # (T,)
     correct: Tensor | None  # (T,) bool: the target is the argmax, the first one where logits tie
+    logit_mean: Tensor | None  # (T,) mean over the vocabulary of z, without gradient
+    log_sum_squares: Tensor | None  # (T,) log sum_v p_v^2, without gradient
 
 
 def _without_autocast(op: Callable[P, tuple[Tensor, ...]]) -> Callable[P, tuple[Tensor, ...]]:
@@ -49,9 +51,11 @@ def _forward(
     logit_scale: float,
     softcap: float | None,
     stats: bool,
+    squares: bool,
     compute: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """(logp, lse, top, total, entropy, correct), the last two empty without statistics."""
+    """(logp, lse, top, total, entropy, correct, logit_mean, log_sum_squares), empty where not asked
+    for."""
     ready = weight if cast_weight is None else cast_weight
     head = Head.of(ready, bias, logit_scale, softcap, compute)
     rows = chunks.select(hidden.device)
@@ -59,7 +63,7 @@ def _forward(
     step = chunks.default_rows(weight.shape[0], hidden.device)
     ignored, seen = _targets(target, ignore_index)
     work = rows.Workspace(min(step, T), step, head, stats, False)
-    out = _outputs(hidden, stats, compute)
+    out = _outputs(hidden, Statistics(stats, squares), compute)
     for piece in chunks.pieces(0, T, step):
         rows.row_logps(hidden[piece].to(compute), head, seen[piece], work, out.part(piece))
     lse = out.top + out.total.log()
@@ -69,16 +73,19 @@ def _forward(
     return _flat(out, lse)
 
 
-def _outputs(hidden: Tensor, stats: bool, compute: torch.dtype) -> RowLogps:
-    dtype = products.wide(compute)
-    return RowLogps.empty(hidden.device, hidden.shape[0], dtype, Statistics(usual=stats))
+def _outputs(hidden: Tensor, statistics: Statistics, compute: torch.dtype) -> RowLogps:
+    return RowLogps.empty(hidden.device, hidden.shape[0], products.wide(compute), statistics)
 
 
 def _flat(out: RowLogps, lse: Tensor) -> tuple[Tensor, ...]:
     """What the registered op returns: tensors alone, empty for what was not asked for."""
-    entropy = out.logp.new_empty(0) if out.entropy is None else out.entropy
     correct = out.logp.new_empty(0, dtype=torch.bool) if out.correct is None else out.correct
-    return out.logp, lse, out.top, out.total, entropy, correct
+    # Each its own: the results of an op may not share memory.
+    entropy, mean, squares = (
+        out.logp.new_empty(0) if x is None else x
+        for x in (out.entropy, out.mean, out.log_sum_squares)
+    )
+    return out.logp, lse, out.top, out.total, entropy, correct, mean, squares
 
 
 def _targets(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -142,14 +149,14 @@ def _backward(
 
 
 _OPTIONS = "int ignore_index, float logit_scale, float? softcap"
-_SIX, _THREE = (f"({', '.join(['Tensor'] * n)})" for n in (6, 3))
+_EIGHT, _THREE = (f"({', '.join(['Tensor'] * n)})" for n in (8, 3))
 # Custom ops, so that torch.compile takes them whole, with the autograd below.
 _forward_op = torch.library.custom_op(
     "fasttr::linear_logprob",
     _forward,
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? cast_weight, "
-    f"{_OPTIONS}, bool stats, ScalarType compute) -> {_SIX}",
+    f"{_OPTIONS}, bool stats, bool squares, ScalarType compute) -> {_EIGHT}",
 )
 _backward_op = torch.library.custom_op(
     "fasttr::linear_logprob_backward",
@@ -162,8 +169,8 @@ _backward_op = torch.library.custom_op(
 
 
 @_forward_op.register_fake
-def _(hidden, weight, target, bias, cast_weight, ignore, scale, softcap, stats, compute):
-    out = _outputs(hidden, stats, compute)
+def _(hidden, weight, target, bias, cast_weight, ignore, scale, softcap, stats, squares, compute):
+    out = _outputs(hidden, Statistics(stats, squares), compute)
     return _flat(out, torch.empty_like(out.top))
 
 
@@ -180,13 +187,13 @@ def _(d_logp, d_lse, d_entropy, hidden, weight, *rest):
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    hidden, weight, target, bias, cast_weight, ignore_index, scale, softcap, _, compute = inputs
-    logp, _, top, total, entropy, correct = output
+    hidden, weight, target, bias, cast_weight, ignore_index, scale, softcap, *_, compute = inputs
+    logp, _, top, total, entropy, *data = output
     # The weight as the products read it: the backward casts nothing again.
     ready = weight if cast_weight is None else cast_weight
     ctx.save_for_backward(hidden, ready, target, bias, logp, top, total, entropy)
     ctx.options = (ignore_index, scale, softcap, compute)
-    ctx.mark_non_differentiable(top, total, correct)
+    ctx.mark_non_differentiable(top, total, *data)
     ctx.set_materialize_grads(False)
 
 
@@ -199,7 +206,7 @@ def _autograd(
     saved = ctx.saved_tensors
     grads = _backward_op(d_logp, d_lse, d_entropy, *saved, *ctx.options, want)
     dX, dW, db = (g if w else None for g, w in zip(grads, want, strict=True))
-    return dX, dW, None, db, None, None, None, None, None, None
+    return dX, dW, None, db, *[None] * 7
 
 
 _forward_op.register_autograd(_autograd, setup_context=_setup_context)
@@ -215,6 +222,7 @@ def linear_logprob(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     stats: bool = False,
+    squares: bool = False,
     cast_weight: Tensor | None = None,  # (V, D)
 ) -> Logprob:
     """Log-prob of each row's target under a linear head, and the log-sum-exp, without the (T, V)
@@ -230,7 +238,8 @@ def linear_logprob(
             made in its dtype.
         target: vocabulary ids, or `ignore_index`: such a row has logp 0, no gradient through it,
             and is not correct. Any other id outside 0..V-1 gives NaN.
-        stats: entropy (of ignored rows too) and argmax hits, from the same sweep.
+        stats: entropy, argmax hits and mean logits, from the same sweep (of ignored rows too).
+        squares: log sum_v p_v^2, from the same sweep.
         cast_weight: `weight` in the dtype of the products, where the caller keeps a copy. Gradients
             still go to `weight`.
 
@@ -247,7 +256,7 @@ def linear_logprob(
     checks.cast_weight(cast_weight, weight, compute)
     if cast_weight is None and weight.dtype != compute:
         cast_weight = weight.detach().to(compute)
-    logp, lse, _, _, entropy, correct = _forward_op(
+    logp, lse, _, _, entropy, correct, logit_mean, log_sum_squares = _forward_op(
         hidden,
         weight,
         target,
@@ -257,9 +266,17 @@ def linear_logprob(
         float(logit_scale),
         softcap,
         stats,
+        squares,
         compute,
     )
-    return Logprob(logp, lse, entropy if stats else None, correct if stats else None)
+    return Logprob(
+        logp=logp,
+        lse=lse,
+        entropy=entropy if stats else None,
+        correct=correct if stats else None,
+        logit_mean=logit_mean if stats else None,
+        log_sum_squares=log_sum_squares if squares else None,
+    )
 
 
 def linear_logprob_ref(
@@ -272,6 +289,7 @@ def linear_logprob_ref(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     stats: bool = False,
+    squares: bool = False,
 ) -> Logprob:
     """The specification, in plain torch with the whole logits, in the dtype of the arguments."""
     z = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
@@ -281,8 +299,11 @@ def linear_logprob_ref(
     logp = logprobs.gather(1, target.long().masked_fill(ignored, 0)[:, None])[:, 0].masked_fill(
         ignored, 0.0
     )
-    out = Logprob(logp, z.logsumexp(-1), None, None)
+    out = Logprob(logp, z.logsumexp(-1), None, None, None, None)
+    if squares:
+        out = out._replace(log_sum_squares=(2 * logprobs).logsumexp(-1))
     if not stats:
         return out
     entropy = -torch.xlogy(logprobs.exp(), logprobs.exp()).sum(-1)
-    return out._replace(entropy=entropy, correct=(z.argmax(-1) == target) & ~ignored)
+    correct = (z.argmax(-1) == target) & ~ignored
+    return out._replace(entropy=entropy, correct=correct, logit_mean=z.mean(-1))

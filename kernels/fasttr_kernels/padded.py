@@ -25,15 +25,16 @@ def from_padded(
     hidden: Tensor,  # (B, S, D)
     labels: Tensor,  # (B, S)
     ignore_index: int = -100,
+    order: Tensor | None = None,  # (B,)
 ) -> Rows:
     """The rows of a padded batch whose label is not `ignore_index`, for `linear_preference_loss`:
     prompts and padding cost nothing there.
 
     A label is the id that its position predicts. transformers' `labels` are the ids at each
     position: pass `hidden[:, :-1]` and `labels[:, 1:]`. Losses of pairs want chosen and rejected in
-    turn; where the batch holds all chosen, then all rejected sequences (TRL, Liger), reorder both
-    first: `torch.arange(B).view(2, -1).t().flatten()`. Differentiable in `hidden`. Waits for the
-    device once, to count.
+    turn: `order` says which sequence comes when, and `halves(B)` is that of a batch that holds all
+    chosen, then all rejected sequences (TRL, Liger, torchtune). Differentiable in `hidden`. Waits
+    for the device once, to count.
 
     Raises:
         ValueError: shapes that do not fit, labels that are not ids.
@@ -51,11 +52,26 @@ def from_padded(
         )
     if labels.dtype not in (torch.int64, torch.int32):
         raise checks.fail("labels", labels.dtype, "int64 or int32", "convert with .long()")
-    scored = labels != ignore_index
+    if order is None:
+        order = torch.arange(labels.shape[0])
+    order = order.to(labels.device)
+    S = labels.shape[1]
+    scored = (labels != ignore_index).index_select(0, order)
     lengths = scored.sum(1).tolist()
-    place = scored.flatten().nonzero()[:, 0]
+    # Places in the batch as it came, so that nothing larger than the rows is copied.
+    place = (order[:, None] * S + torch.arange(S, device=labels.device))[scored]
     return Rows(
         hidden=hidden.flatten(0, 1).index_select(0, place),
         target=labels.flatten()[place],
         lengths=lengths,
     )
+
+
+def halves(completions: int, parts: int = 2) -> Tensor:
+    """(B,) the order that makes pairs of a batch of first halves, then second halves; with `parts`
+    of other groups than pairs."""
+    if completions % parts:
+        raise checks.fail(
+            "completions", completions, f"a multiple of {parts}", "leave no group incomplete"
+        )
+    return torch.arange(completions).view(parts, -1).t().flatten()

@@ -7,6 +7,7 @@ import torch
 
 from bench import model
 from bench.shapes import SHAPES, build
+from fasttr.cluster.step import Model, Work, step_seconds, useful_operations
 
 LLAMA_8B, PYTHIA = SHAPES["llama-3-8b"], SHAPES["pythia-2.8b"]
 
@@ -24,10 +25,10 @@ def test_parameters_are_counted_as_transformers_has_them(name):
 
 def test_operations_of_a_step_are_the_textbooks():
     """6 operations a parameter of the layers and token, and the head on predicting rows alone."""
-    work = model.Work(pairs=1, tokens=1000, predicting=300, attended=0)
+    work = Work(rows=1, tokens=1000, predicting=300, attended=0)
     layers = LLAMA_8B.layers * LLAMA_8B.layer_weights
     expected = 6 * layers * 1000 + 6 * 300 * LLAMA_8B.head_weights
-    assert model.useful_operations(LLAMA_8B, work) == pytest.approx(expected)
+    assert useful_operations(Model.of(LLAMA_8B), work) == pytest.approx(expected)
     assert layers == pytest.approx(6.98e9, rel=1e-3)
 
 
@@ -35,7 +36,7 @@ def test_attended_pairs_are_counted_as_a_causal_mask_has_them(monkeypatch):
     trees = model.make_trees("tiny", 8, vocabulary=8)
     monkeypatch.setattr(model, "SAMPLE", 8)
     monkeypatch.setattr(model, "make_trees", lambda *args, **kwargs: trees)
-    work = model.Work.of.__wrapped__(model.Work, "tiny", 8)
+    work = model.work_of.__wrapped__("tiny", 8)
     seen = 0
     for tree in trees:
         p = len(tree.prompt_ids)
@@ -48,23 +49,25 @@ def test_attended_pairs_are_counted_as_a_causal_mask_has_them(monkeypatch):
 
 def test_every_change_of_the_plan_makes_a_step_shorter():
     for shape in (LLAMA_8B, PYTHIA):
-        work = model.Work.of("hh")
-        times = [model.step_seconds(shape, work, stage, model.H200).total for stage in model.STAGES]
+        work = model.work_of("hh")
+        of_shape = Model.of(shape)
+        times = [step_seconds(of_shape, work, stage, model.H200).total for stage in model.STAGES]
         assert times == sorted(times, reverse=True)
         shares = [model.mfu(shape, work, stage, model.H200) for stage in model.STAGES]
         assert 0.3 < shares[0] < 0.4
         assert 0.5 < shares[3] < 0.65
 
 
-def test_8b_fits_one_card_when_it_is_split_and_not_before():
-    """141 GB of states alone leave no token; 12 bytes a parameter leave a pack of 10,000."""
-    (
-        today,
-        *_,
-    ) = model.STORAGES
-    split = next(s for s in model.STORAGES if s.bytes == 12)
-    assert model.tokens_that_fit(LLAMA_8B, today, 25, model.H200) == 0
-    tokens = model.tokens_that_fit(LLAMA_8B, split, 25, model.H200)
-    by_hand = 0.975 * 143771 * 2**20 - 12 * 8.03e9 - 2**31 * 1.5 - 4 * 128256 * 4096
-    assert tokens == pytest.approx(by_hand / (25 * 4096 * 32), rel=1e-3)
+def test_8b_with_a_moving_reference_fits_one_card_by_these_choices():
+    """141 GB: bf16 moments beside masters. 80 GB: one pack a step, or no masters, or an adapter."""
+    as_fp32, default, one_pack, *_ = model.SETTINGS
+
+    def fits(setting, card):
+        return model.plan_of(setting, "llama-3-8b", card).fits
+
+    assert not fits(as_fp32, "h200")
+    assert all(fits(setting, "h200") for setting in model.SETTINGS[1:])
+    assert [fits(setting, "h100") for setting in model.SETTINGS] == [False, False, True, True, True]
+    assert model.plan_of(default, "llama-3-8b", "h200").choices.moments == "bf16"
+    assert not model.plan_of(one_pack, "llama-3-8b", "h100").choices.adds_packs
     assert "Model, not a measurement" in model.tables()

@@ -20,11 +20,12 @@ def test_both_sides_agree_and_are_timed(tmp_path):
     ]
     args = parsed(bench.on_policy, *small, "--out", str(tmp_path))
     found = bench.on_policy.BENCHMARK.run(args)["cases"]
-    assert [case["kind"] for case in found] == ["reward", "policy"]
+    assert [case["kind"] for case in found] == ["reward", "grpo", "rloo", "scoring", "update"]
     for case in found:
         assert case["wrong"] == case["absent"] == {}
         assert set(case["times"]) == {"fasttr", "trl"}
         assert case["tokens_packed"] < case["tokens_padded"]
+        assert case["faster"]["calls"] == case["times"]["fasttr"]["calls"]
     assert found[1]["tokens_packed"] < 0.6 * found[1]["tokens_padded"]
 
 

@@ -12,7 +12,9 @@ from fasttr.training.loop import train
 from tests.places import ROOT
 from tests.runs import lines
 
-RECIPES = sorted((ROOT / "fasttr" / "recipes").glob("*.yaml"))
+ALL = sorted((ROOT / "fasttr" / "recipes").glob("*.yaml"))
+# Those of corrected reward models are in test_ocrm_recipes.
+RECIPES = [one for one in ALL if not one.stem.startswith(("pythia-1b", "qwen2.5-1.5b"))]
 
 
 def rows_like(name: str) -> list[dict]:

@@ -40,6 +40,7 @@ def fresh_run() -> SimpleNamespace:
         reference=MovingReference(Soft(0.5, 2), policy),
         optimizer=optimizer,
         scheduler=config.scheduler(optimizer, 10),
+        critic_tensors={},
         tables={name: LogpTable(6, 2) for name in ("scores", "eval_scores", "anchor")},
     )
 

@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from fasttr import TrainConfig
 from fasttr.cli import main
 from fasttr.cli.train import parse_train
+from fasttr.cluster.settings import PlanSettings
 from fasttr.config.eval_config import EvalSettings
+from fasttr.config.methods import METHODS
 from fasttr.errors import FasttrError
 from fasttr.models.scratch import ScratchSettings
 from fasttr.settings import settings_of
@@ -81,11 +83,13 @@ def test_defaults_are_trls():
         "save_steps",
         "save_total_limit",
         "warmup_steps",
-        "gradient_checkpointing",
         "full_determinism",
     ):
         assert getattr(ours, key) == getattr(theirs, key), key
     assert ours.train_batch_size == theirs.per_device_train_batch_size
+    # TRL recomputes always; here a GPU with room for it keeps what it has made.
+    assert theirs.gradient_checkpointing is True
+    assert ours.gradient_checkpointing is None
     for key in ("lr_scheduler_type", "save_strategy", "eval_strategy"):
         assert getattr(ours, key) == getattr(theirs, key).value
     assert (ours.ref_update_alpha, ours.ref_update_every) == (
@@ -268,7 +272,7 @@ def test_it_says_what_it_will_do_and_warns_when_the_reference_never_moves(
     said = capsys.readouterr().out
     assert "read 24 rows" in said
     assert "tokens per step" in said
-    assert "reference: hard, 0 updates planned, mean age 0.5 steps" in said
+    assert "reference: hard, 0 updates planned\n" in said
     assert (
         "WARNING: the reference will never move: ref_update_every is 512 and the run has 2 steps"
         in said
@@ -339,6 +343,7 @@ COMMANDS_WITH_SETTINGS = {
     "train": TrainConfig,
     "eval": EvalSettings,
     "init": ScratchSettings,
+    "plan": PlanSettings,
     "demo": DemoSettings,
 }
 
@@ -368,6 +373,15 @@ def test_help_shows_every_settings_sentence_range_and_group(capsys, command):
         assert without_breaks(f"{one.group}:") in shown
         for choice in one.range.choices if one.range else ():
             assert choice in one.sentence
+
+
+@pytest.mark.parametrize("command", ["dpo", "kto", "sft"])
+def test_help_of_a_word_of_trl_names_its_rows_its_losses_and_its_defaults(capsys, command):
+    shown = help_of(capsys, command)
+    method = METHODS[command]
+    assert without_breaks(method.about) in shown
+    assert without_breaks(f"; of {', '.join(method.losses)} (type:") in shown
+    assert without_breaks(f"default: {method.defaults['loss_type']})") in shown
 
 
 def test_help_of_eval_shows_the_settings_of_a_run_that_it_reads(capsys):

@@ -1,13 +1,18 @@
 """Several processes of one command: by fasttr itself, by torchrun, and what is refused."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import trl
+import yaml
 
 from fasttr.cli.launch import needs_launch
 from fasttr.config.trl import translate
+from fasttr.distributed.launchers import of_environment
+from fasttr.distributed.ranks import Ranks
 from fasttr.errors import FasttrError
 from tests.runs import run, steps
 
@@ -78,9 +83,126 @@ def test_the_batch_of_a_device_is_that_of_each_process(monkeypatch):
     assert sizes(loss_type="kto") == (16, 8, 4)
 
 
-def test_sharding_of_accelerate_is_refused_by_name():
-    assert translate({"accelerate_config": "multi_gpu", "num_processes": 2})[0] == {
-        "num_processes": 2
-    }
-    with pytest.raises(FasttrError, match="accelerate_config: got 'fsdp2'; wanted single_gpu"):
-        translate({"accelerate_config": "fsdp2"})
+FULL = {"shard_size": 0}
+ONCE = {"shard_size": 0, "reshard_after_forward": False}
+
+
+def written(folder, content):
+    path = folder / "accelerate.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [
+        ("single_gpu", {}),
+        ("multi_gpu", {"num_processes": 8}),
+        ("fsdp1", {**FULL, "num_processes": 8}),
+        ("fsdp2", {**FULL, "num_processes": 8}),
+        ("zero1", {**ONCE, "num_processes": 8}),
+        ("zero2", {**ONCE, "num_processes": 8}),
+        ("zero3", {**FULL, "num_processes": 8}),
+    ],
+)
+def test_trls_plans_and_the_files_they_name_mean_the_same(monkeypatch, plan, expected):
+    """As TRL ships them, but for the precision, which the file says too."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert translate({"accelerate_config": plan})[0] == expected
+    file = Path(trl.__file__).parent / "accelerate_configs" / f"{plan}.yaml"
+    ours, _ = translate({"config_file": str(file)})
+    assert ours.pop("bf16") is True
+    assert ours == expected
+    ours, _ = translate({"accelerate_config": plan, "num_processes": 2, "shard_size": 2})
+    assert (ours["num_processes"], ours["shard_size"]) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"fsdp": "full_shard auto_wrap"}, FULL),
+        ({"fsdp": ["shard_grad_op"]}, ONCE),
+        ({"fsdp": True, "fsdp_config": {"reshard_after_forward": False}}, ONCE),
+        ({"fsdp": True, "fsdp_config": {"reshard_after_forward": True}}, FULL),
+        ({"fsdp": "no_shard"}, {}),
+        ({"fsdp_config": {"reshard_after_forward": False}}, {}),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, FULL),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, ONCE),
+        ({"use_fsdp": True}, FULL),
+    ],
+)
+def test_sharding_of_other_launchers_becomes_ours(values, expected):
+    assert translate(values)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (
+            {"accelerate_config": "fsdp3"},
+            "accelerate_config: got 'fsdp3'; wanted one of single_gpu",
+        ),
+        ({"fsdp": "full_shard offload"}, "fsdp_offload_params: got true"),
+        ({"fsdp": True, "fsdp_config": {"cpu_offload": True}}, "fsdp_offload_params: got true"),
+        ({"fsdp": "half_shard"}, "fsdp_sharding_strategy: got 'half_shard'"),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}},
+            "offload_optimizer_device, offload_param_device",
+        ),
+        ({"use_deepspeed": True}, "use_deepspeed: got True; write shard_size: 0"),
+    ],
+)
+def test_sharding_that_is_not_done_is_refused_by_name(values, expected):
+    with pytest.raises(FasttrError, match=re.escape(expected)):
+        translate(values)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"distributed_type": "TPU"}, "got distributed_type TPU"),
+        ({"num_machines": 2}, "got num_machines 2"),
+        ({"mixed_precision": "fp8"}, "mixed_precision: got 'fp8'; use bf16"),
+        (
+            {"distributed_type": "FSDP", "fsdp_config": {"fsdp_offload_params": True}},
+            "fsdp_offload_params: got true",
+        ),
+    ],
+)
+def test_what_a_file_of_accelerate_asks_and_is_not_done_is_refused(tmp_path, content, expected):
+    with pytest.raises(FasttrError, match=re.escape(expected)):
+        translate({"config_file": written(tmp_path, content)})
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (1, True)),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, (0, True)),
+        (
+            {
+                "ACCELERATE_USE_FSDP": "true",
+                "FSDP_VERSION": "2",
+                "FSDP_RESHARD_AFTER_FORWARD": "false",
+            },
+            (0, False),
+        ),
+        (
+            {
+                "ACCELERATE_USE_FSDP": "true",
+                "FSDP_SHARDING_STRATEGY": "HYBRID_SHARD",
+                "LOCAL_WORLD_SIZE": "4",
+            },
+            (4, True),
+        ),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, (0, True)),
+    ],
+)
+def test_what_accelerate_leaves_in_the_environment_is_read(environment, expected):
+    assert of_environment(environment) == expected
+
+
+def test_shards_that_do_not_make_whole_copies_are_refused():
+    with pytest.raises(FasttrError, match="shard_size: got 3 with 4 processes"):
+        Ranks(0, 4).sharded(3, on_gpu=False)
+    assert Ranks().sharded(0, on_gpu=False) == Ranks()

@@ -176,7 +176,7 @@ CASES = [
     Case("train GO --device cuda", "unknown key 'device': a run takes the GPU when there is one"),
     Case(
         "train GO --early_stopping_patience 3",
-        "unknown key 'early_stopping_patience': .*load_best_model_at_end: true",
+        "early_stopping_patience: got 3 with eval_strategy no; wanted steps or epoch",
     ),
     Case(
         "train GO --preset tr-soft --print_config=skip_default",

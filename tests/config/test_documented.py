@@ -20,8 +20,8 @@ from tests.runs import steps
 DOCUMENTED = yaml.safe_load(Path(__file__).with_name("documented.yaml").read_text())
 NAMES = [f"{place}. {one['from']}" for place, one in enumerate(DOCUMENTED)]
 HANDBOOKS_SPLITS = ("train_prefs", "test_prefs")
-# What asks for quantised or sharded weights.
-WAITS = {"load_in_4bit", "accelerate_config"}
+# What asks for a package that may not be here.
+WAITS = {"load_in_4bit"} if importlib.util.find_spec("bitsandbytes") is None else set()
 # Sizes and packages of the machines that the settings were written for.
 SMALLER = {
     "num_processes": 1,
@@ -71,7 +71,7 @@ LOSSES = {"dpo": ["sigmoid"], "kto": ["kto"], "train": ["orpo"]}
 def test_there_are_thirty_seven():
     sources = [one["from"].split()[0] for one in DOCUMENTED]
     assert (sources.count("trl"), sources.count("alignment-handbook")) == (25, 12)
-    assert (len(RUNNING), len(WAITING)) == (31, 6)
+    assert (len(RUNNING), len(WAITING)) == ((35, 2) if WAITS else (37, 0))
 
 
 @pytest.mark.parametrize("place", RUNNING, ids=[NAMES[place] for place in RUNNING])

@@ -166,7 +166,6 @@ def test_a_soft_update_with_all_of_the_policy_is_hard():
         ({"mixed_precision": "fp16"}, "mixed_precision: got 'fp16'; use bf16"),
         ({"warmup_ratio": 2}, "warmup_ratio: got 2; wanted a share"),
         ({"num_machines": 8}, "num_machines: got 8; start torchrun on every machine"),
-        ({"accelerate_config": "zero3"}, "accelerate_config: got 'zero3'; wanted single_gpu or"),
         ({"learning_rate": True}, "learning_rate: got True; wanted float"),
         (
             {"accelerator_config": {"split_batches": True}},
@@ -191,21 +190,27 @@ def test_spellings_of_nothing_are_accepted():
 
 def test_all_refusals_of_a_file_are_said_at_once():
     values = {
-        "load_in_4bit": True,
+        "load_in_8bit": True,
         "num_machines": 8,
         "max_steps": "many",
         "lerning_rate": 1,
         "beta": 0.1,
+        "weight_decay": -1.0,
+        "lr_scheduler_type": "cosin",
+        "loss_type": "dpo",
     }
     with pytest.raises(FasttrError) as stopped:
         translate(values)
     told = str(stopped.value)
-    assert told.startswith("4 settings cannot be taken: (1) ")
+    assert told.startswith("7 settings cannot be taken: (1) ")
     for part in (
-        "load_in_4bit: got True; a quantised base is not built",
+        "load_in_8bit: got True; 8 bits are not built",
         "num_machines: got 8; start torchrun on every machine",
         "max_steps: got many; wanted int",
         "unknown key 'lerning_rate' (did you mean 'learning_rate'?)",
+        "weight_decay: got -1.0; wanted a number from 0",
+        "lr_scheduler_type: got 'cosin'; wanted one of linear",
+        "loss_type: got 'dpo'; DPO is called sigmoid",
     ):
         assert part in told
     assert "beta" not in told
@@ -281,9 +286,14 @@ def test_the_mixer_of_alignment_handbook_becomes_a_mixture():
 
 def test_accumulation_that_is_written_makes_micro_batches():
     ours, _ = translate({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3})
-    assert ours == {"train_batch_size": 12, "group_size": 4, "micro_batch_size": 4}
+    assert ours == {
+        "train_batch_size": 12,
+        "group_size": 4,
+        "micro_batch_size": 4,
+        "eval_group_size": 8,
+    }
     ours, _ = translate({"per_device_train_batch_size": 4})
-    assert ours == {"train_batch_size": 4, "group_size": 4}
+    assert ours == {"train_batch_size": 4, "group_size": 4, "eval_group_size": 8}
 
 
 def test_the_table_for_readers_holds_every_key():

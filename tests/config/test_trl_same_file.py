@@ -31,9 +31,10 @@ COMMON = {
     "report_to": "none",
 }
 MOVING = {"sync_ref_model": True, "ref_model_sync_steps": 3, "ref_model_mixup_alpha": 0.6}
-ALL = ("loss", "grad_norm", "learning_rate", "num_tokens", "entropy", "logits/chosen")
+ALL = ("loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "entropy", "logits/chosen")
 PAIRS = (*ALL, "logps/chosen", "logps/rejected", "rewards/margins", "mean_token_accuracy")
-UNPAIRED = (*ALL, "kl", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected")
+UNPAIRED = (*ALL, "kl", "logps/chosen", "logps/rejected")
+UNPAIRED += ("rewards/chosen", "rewards/rejected", "rewards/margins")
 COMPLETIONS = ("loss", "grad_norm", "learning_rate")
 
 
@@ -81,6 +82,11 @@ def unpaired(folder: Path, count: int) -> list[dict]:
         }
         for i, pair in enumerate(pairs(folder, count))
     ]
+
+
+def desirable(folder: Path, count: int) -> list[dict]:
+    """So that every log-prob rises, and the estimate of KL is above 0."""
+    return [{**row, "label": True} for row in unpaired(folder, count)]
 
 
 def with_numbers(folder: Path, count: int) -> list[dict]:
@@ -233,6 +239,45 @@ def test_the_same_file_gives_the_same_run(case, workspace, tmp_path):
     log = theirs(script, str(file), str(tmp_path / "theirs"))
     expected = [line for line in log if "grad_norm" in line]
     assert_same_steps(steps(tmp_path / "ours"), expected, keys)
+
+
+EVALUATED = {
+    "kto": ("kto", {"per_device_eval_batch_size": 3}, desirable, ("loss", "kl")),
+    "aot, in batches of 8": ("dpo", {"loss_type": "aot"}, pairs, ("loss",)),
+    "sft": ("sft", {}, completions, ("loss",)),
+}
+
+
+@pytest.mark.parametrize("case", EVALUATED)
+def test_a_coupled_loss_is_evaluated_in_the_batches_of_an_evaluation(case, workspace, tmp_path):
+    """Of 8 rows, TRL's default, or of 3, where those of training are of 2; after a step so long
+    that policy and reference differ."""
+    script, values, make_rows, keys = EVALUATED[case]
+    data = tmp_path / "data"
+    for split, count in (("train", 4), ("test", 24)):
+        data.mkdir(exist_ok=True)
+        rows = make_rows(data, count)
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(workspace / "model", tmp_path / "model")
+    content = {
+        **COMMON,
+        "model_name_or_path": str(tmp_path / "model"),
+        "dataset_name": str(data),
+        "num_train_epochs": 1,
+        "learning_rate": 0.03,
+        "warmup_steps": 0,
+        "eval_strategy": "epoch",
+        **values,
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(content))
+    main([script, "--config", str(file), "--output_dir", str(tmp_path / "ours")])
+    log = theirs(script, str(file), str(tmp_path / "theirs"))
+    (wanted,) = [line for line in log if "eval_loss" in line]
+    (found,) = evaluations(tmp_path / "ours")
+    for key in keys:
+        assert found[f"eval_{key}"] == pytest.approx(wanted[f"eval_{key}"], rel=1e-5), key
+        assert wanted[f"eval_{key}"] > 0.01
 
 
 def test_a_rate_that_follows_evaluations_is_transformers(workspace, tmp_path):

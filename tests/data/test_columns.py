@@ -26,6 +26,11 @@ def test_columns_are_renamed(load, tokenizer):
         load([row], columns={"chosen": "goood"})
 
 
+def test_columns_may_change_places(load, tokenizer):
+    trees = load([PAIR], columns={"chosen": "rejected", "rejected": "chosen"})
+    assert decoded(tokenizer, trees) == [("The sky is", " black</s>", " blue</s>")]
+
+
 def test_a_csv_file_is_the_json_file_of_its_rows(load, tokenizer, tmp_path):
     (tmp_path / "rows.csv").write_text('prompt,chosen,rejected\n"The sky is"," blue"," black"\n')
     assert decoded(tokenizer, load(tmp_path / "rows.csv")) == decoded(tokenizer, load([PAIR]))

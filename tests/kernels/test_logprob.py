@@ -58,11 +58,11 @@ def test_error_at_most_twice_that_of_plain_torch(rows: str, chunked: None, head:
     problem = make(head)
     exact = problem.in_fp64()
     got, plain, truth = (
-        call(linear_logprob, problem, stats=True),
-        call(linear_logprob_ref, problem, stats=True),
-        call(linear_logprob_ref, problem, exact, stats=True),
+        call(linear_logprob, problem, stats=True, squares=True),
+        call(linear_logprob_ref, problem, stats=True, squares=True),
+        call(linear_logprob_ref, problem, exact, stats=True, squares=True),
     )
-    for name in ("logp", "lse", "entropy"):
+    for name in ("logp", "lse", "entropy", "logit_mean", "log_sum_squares"):
         assert_as_good_as_torch(
             name, *(getattr(x, name).detach() for x in (got, plain, truth)), torch.float32
         )
@@ -112,9 +112,9 @@ def test_no_rows(rows: str) -> None:
     hidden = torch.zeros(0, 4, device=DEVICE, requires_grad=True)
     weight = torch.ones(9, 4, device=DEVICE, requires_grad=True)
     out = linear_logprob(
-        hidden, weight, torch.zeros(0, dtype=torch.int64, device=DEVICE), stats=True
+        hidden, weight, torch.zeros(0, dtype=torch.int64, device=DEVICE), stats=True, squares=True
     )
-    assert [x.shape for x in out] == [(0,)] * 4
+    assert [x.shape for x in out] == [(0,)] * 6
     d_hidden, d_weight = torch.autograd.grad(out.logp.sum(), (hidden, weight))
     assert d_hidden.shape == (0, 4)
     assert torch.equal(d_weight, torch.zeros_like(weight))
@@ -123,8 +123,8 @@ def test_no_rows(rows: str) -> None:
 def test_unwritten_memory_never_shows(rows: str, chunked: None, poisoned: None) -> None:
     problem = make("all of them", torch.float64)
     got, truth = (
-        call(linear_logprob, problem, stats=True),
-        call(linear_logprob_ref, problem, stats=True),
+        call(linear_logprob, problem, stats=True, squares=True),
+        call(linear_logprob_ref, problem, stats=True, squares=True),
     )
     for a, b in zip(
         (*got, *grads(got, problem.leaves())),
@@ -148,9 +148,9 @@ def test_frozen_side_gets_no_gradient_and_the_other_is_right(rows: str, frozen: 
 
 def test_statistics_do_not_change_the_log_probs(rows: str) -> None:
     problem = make("all of them")
-    with_stats, without = call(linear_logprob, problem, stats=True), call(linear_logprob, problem)
-    assert without.entropy is None
-    assert without.correct is None
+    with_stats = call(linear_logprob, problem, stats=True, squares=True)
+    without = call(linear_logprob, problem)
+    assert without[2:] == (None,) * 4
     assert torch.equal(with_stats.logp, without.logp)
     assert torch.equal(with_stats.lse, without.lse)
 
@@ -159,9 +159,12 @@ def test_flat_head_has_known_values(rows: str) -> None:
     problem = make("plain")
     with torch.no_grad():
         problem.weight.zero_()
-    out = call(linear_logprob, problem, stats=True)
-    torch.testing.assert_close(out.lse, torch.full_like(out.lse, math.log(problem.vocab)))
-    torch.testing.assert_close(out.entropy, torch.full_like(out.lse, math.log(problem.vocab)))
+    out = call(linear_logprob, problem, stats=True, squares=True)
+    log_vocab = torch.full_like(out.lse, math.log(problem.vocab))
+    torch.testing.assert_close(out.lse, log_vocab)
+    torch.testing.assert_close(out.entropy, log_vocab)
+    torch.testing.assert_close(out.log_sum_squares, -log_vocab)
+    assert (out.logit_mean == 0).all()
 
 
 def test_compiles_without_a_graph_break(rows: str) -> None:
@@ -184,11 +187,11 @@ def test_registered_ops_pass_torchs_own_checks() -> None:
     problem = make("bias", torch.float64, ignored=[3])
     hidden, weight, bias = problem.leaves()
     options = (-100, 1.0, 2.0)
-    forward = (hidden, weight, problem.target, bias, None, *options, True, torch.float64)
+    forward = (hidden, weight, problem.target, bias, None, *options, True, True, torch.float64)
     torch.library.opcheck(torch.ops.fasttr.linear_logprob.default, forward)
     saved = [x.detach() for x in (hidden, weight, problem.target, bias)]
     with torch.no_grad():
-        logp, _, top, total, entropy, _ = torch.ops.fasttr.linear_logprob(*forward)
+        logp, _, top, total, entropy, *_ = torch.ops.fasttr.linear_logprob(*forward)
     ones = torch.ones_like(logp)
     for d_logp, d_entropy in ((ones, None), (None, ones)):
         upstream = (d_logp, None, d_entropy)

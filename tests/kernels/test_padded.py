@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from fasttr_kernels import from_padded, linear_preference_loss
+from fasttr_kernels import from_padded, halves, linear_preference_loss
 
 from tests.kernels.accuracy import DEVICE, LENGTHS, Problem, dpo
 
@@ -20,8 +20,7 @@ def test_padded_batch_of_halves_gives_the_loss_of_padded_torch(rows: str) -> Non
     for row, (prompt, end) in enumerate([(2, 9), (3, 6), (2, 5), (3, 8)]):
         labels[row, :prompt] = -100
         labels[row, end:] = -100
-    halves = torch.arange(4, device=DEVICE).view(2, -1).t().flatten()
-    scored = from_padded(hidden[halves, :-1], labels[halves, 1:])
+    scored = from_padded(hidden[:, :-1], labels[:, 1:], order=halves(4))
     assert scored.lengths == [7, 3, 3, 5]
     got = linear_preference_loss(
         scored.hidden, weight, scored.target, loss_fn=dpo, lengths=scored.lengths
@@ -36,6 +35,13 @@ def test_padded_batch_of_halves_gives_the_loss_of_padded_torch(rows: str) -> Non
     pairs = zip(torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True)
     for a, b in pairs:
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
+def test_halves_are_dealt_in_turn() -> None:
+    assert halves(6).tolist() == [0, 3, 1, 4, 2, 5]
+    assert halves(6, parts=3).tolist() == [0, 2, 4, 1, 3, 5]
+    with pytest.raises(ValueError, match="multiple of 2"):
+        halves(5)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_without_a_critic_and_without_discount_it_is_the_return():
 
 
 def test_whitened():
-    found = whitened(REWARD)
+    found = whitened(REWARD, torch.ones(6, dtype=torch.bool))
     assert float(found.mean()) == pytest.approx(0, abs=1e-12)
     assert float(found.var(unbiased=False)) == pytest.approx(1, abs=1e-6)
 

@@ -1,13 +1,16 @@
 """`fasttr plot`: what is drawn from which metrics, and what is refused."""
 
 import json
+import re
 import sys
 
 import pytest
 
+from fasttr.cli import main
 from fasttr.errors import FasttrError
 from fasttr.metrics import plots
 from fasttr.metrics.panels import RUN_PANELS
+from tests.runs import error_line
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -31,6 +34,7 @@ def preference_lines(steps=100, every=20, gold=True):
             anchor = {
                 "eval_anchor/logratios/chosen": -step / 10,
                 "eval_anchor/rewards/margins": step / 10,
+                "eval_anchor/rewards/accuracies": 0.55 + step / 1000,
             }
             lines.append({"step": step, "eval_loss": 0.6, "eval_rewards/accuracies": 0.7, **anchor})
             if gold:
@@ -167,3 +171,102 @@ def test_missing_runs_and_runs_with_nothing_to_draw_are_refused(tmp_path):
         plots.plot_comparison({"a": empty}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not (empty / "plots").exists()
+
+
+def compared(name, data):
+    """The axes of one picture of several runs."""
+    return plots.comparison_figures(data)[name].axes[0]
+
+
+def curve(ax, label):
+    (found,) = [line for line in ax.lines if line.get_label() == label]
+    return dict(zip(found.get_xdata(), found.get_ydata(), strict=True))
+
+
+def test_where_policy_and_reference_are_equal_no_accuracy_is_drawn():
+    tied = {"eval_ref/distance": 0.0, "eval_rewards/accuracies": 0.0, "eval_loss": 0.69}
+    later = {"eval_ref/distance": 1.0, "eval_rewards/accuracies": 0.7, "eval_loss": 0.6}
+    lines = [{"step": 0, **tied}, {"step": 5, **later}, {"step": 9, **later}]
+    ax = drawn("accuracies", lines)
+    assert curve(ax, "held out, against the reference") == {5: 0.7, 9: 0.7}
+    assert curve(drawn("loss", lines), "held out") == {0: 0.69, 5: 0.6, 9: 0.6}
+
+
+def test_a_comparison_draws_the_accuracy_that_compares():
+    """Against the initial policy, as the table of the demo and the report have it."""
+    ax = compared("accuracies", {"a": preference_lines(), "b": preference_lines(every=0)})
+    assert ax.get_title(loc="left") == "Held-out accuracy against the initial policy"
+    assert curve(ax, "a")[100] == pytest.approx(0.65)
+
+
+def test_gold_against_drift_has_crosses_and_no_band_that_could_fold_back():
+    lines = preference_lines()
+    for line in lines:
+        if "eval_kl_to_initial" in line:  # it goes out and comes back
+            line["eval_kl_to_initial"] = 4 - abs(line["step"] - 50) / 20
+    ax = compared("gold_against_kl", {"a": lines})
+    assert {type(one).__name__ for one in ax.collections} == {"LineCollection"}
+    over_steps = compared("gold_reward", {"a": lines})
+    assert all("Poly" in type(one).__name__ for one in over_steps.collections)
+    assert len(over_steps.collections) == 1
+
+
+def test_moves_of_the_reference_do_not_stretch_a_comparison():
+    still = compared("accuracies", {"a": preference_lines(every=0)})
+    moving = compared("accuracies", {"a": preference_lines(every=2)})
+    assert still.get_ylim() == moving.get_ylim()
+    assert "reference updates" in moving.get_legend_handles_labels()[1]
+
+
+def test_standard_errors_are_bands():
+    lines = [
+        {"step": step, "eval_rewards/accuracies": 0.6, "eval_rewards/accuracies_stderr": 0.05}
+        for step in (1, 2, 3)
+    ]
+    (band,) = drawn("accuracies", lines).collections
+    low, high = band.get_datalim(band.axes.transData).intervaly
+    assert (low, high) == pytest.approx((0.55, 0.65))
+
+
+def test_every_picture_of_a_run_has_its_name():
+    figures = plots.run_figures(preference_lines(), "tr-dpo-soft")
+    assert len(figures) == 6
+    for figure in figures.values():
+        assert "tr-dpo-soft" in [text.get_text() for text in figure.texts]
+
+
+def test_a_legend_has_as_many_columns_as_fit():
+    long = ["held out, against the initial policy"] * 5
+    assert 5 * len(long[0]) > 83
+    assert plots.legend_columns(long, characters=83) == 1
+    assert plots.legend_columns(["train", "held out"], characters=83) == 2
+
+
+def test_runs_are_named_by_what_tells_them_apart(tmp_path):
+    folders = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
+    assert list(plots.run_names(folders)) == ["a/run", "b/run"]
+    assert list(plots.run_names([tmp_path / "dpo", tmp_path / "ipo"])) == ["dpo", "ipo"]
+    with pytest.raises(FasttrError, match="is given twice"):
+        plots.run_names([tmp_path / "a", tmp_path / "x" / ".." / "a"])
+
+
+def test_the_command_draws_one_run_or_several(tmp_path, capsys):
+    a = write_run(tmp_path / "a", [{"step": step, "loss": 1.0 / step} for step in range(1, 5)])
+    b = write_run(tmp_path / "b", [{"step": step, "loss": 2.0 / step} for step in range(1, 5)])
+    main(["plot", str(a)])
+    assert capsys.readouterr().out.split() == [str(a / "plots" / "loss.png")]
+    main(["plot", str(a), str(b), "--output_dir", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "loss.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--output_dir", "x"], "got no run; wanted one or more"),
+        (["a", "--outputdir", "x"], "unknown key 'outputdir' .did you mean 'output_dir'"),
+        (["a", "b", "--output_dir"], "output_dir: got no value"),
+        (["a", "--output_dir", "x"], "pictures of one run go into RUN/plots"),
+    ],
+)
+def test_mistakes_of_the_command_are_one_line(words, answer, capsys):
+    assert re.search(answer, error_line(capsys, ["plot", *words]))

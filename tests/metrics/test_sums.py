@@ -17,6 +17,7 @@ from fasttr.metrics.names import NAMES
 from fasttr.metrics.sums import (
     SUMS,
     Averages,
+    MicroBatches,
     as_metrics,
     binomial_stderr,
     by_name,
@@ -188,6 +189,21 @@ def test_steps_are_averaged_over_those_that_have_a_mean():
     assert found["rejected_reward"] == pytest.approx(3.25 / 2)
     assert found["chosen_reward"] == 3.0
     assert float(averages.sums.sum()) == 0.0
+
+
+def test_a_margin_is_of_micro_batches_that_hold_both_classes():
+    """Unpaired rows in micro-batches of 2 and 1 rows: the second has no undesirable one."""
+    loss = ApoZeroUnpaired(beta=0.2)
+    trees = [
+        tree._replace(completions=tree.completions[:1], label=tree.row != 1)
+        for tree in random_trees(PAIRS)
+    ]
+    own = Head(*(x if x.dim() == 0 else x[[0, 2, 4]] for x in head(0.3)[:2]), None, None, None)
+    parts = MicroBatches(torch.tensor([0, 0, 1]), 2)
+    ref = torch.tensor([-4.0, -3.5, -5.5])  # log-ratios 1, 1.5, -0.5
+    found = metrics_of(loss, pack_sums(own, ref, pack(trees), loss, parts))
+    assert found["rewards/chosen"] == pytest.approx(0.2 * (1 - 0.5) / 2)
+    assert found["rewards/margins"] == pytest.approx(0.2 * (1 - 1.5))
 
 
 def test_a_loss_that_is_not_a_number_is_never_left_out():

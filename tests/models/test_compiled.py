@@ -116,7 +116,7 @@ def test_layers_are_compiled_after_their_weights_have_their_dtype(workspace, tmp
     found = []
     monkeypatch.setattr(
         "fasttr.training.setup.compile_layers",
-        lambda packed, asked: found.append((asked, {p.dtype for p in packed.parameters()})),
+        lambda packed, asked, **_: found.append((asked, {p.dtype for p in packed.parameters()})),
     )
     run(workspace, tmp_path, bf16=True, max_steps=1)
     assert found == [(None, {torch.bfloat16, torch.float32})]

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from fasttr.errors import FasttrError
 from fasttr.models import probe as probe_module
 from fasttr.models.choice import Candidate, choose_tier
+from fasttr.models.load import ModelConfig, load_model
 from fasttr.models.probe import probe
 from fasttr.models.small import smallest_window
 from tests.runs import run, steps
@@ -37,6 +38,20 @@ def test_a_window_that_is_one_token_off_is_noticed(monkeypatch, wrong):
     assert support.tiers["shared"].limit == 0
     assert support.best() == "packed"
     assert "differs by" in support.tiers["shared"].reason
+
+
+def test_loaded_weights_are_held_to_their_own_forward(workspace, monkeypatch):
+    """Exact when it was probed, and then without what comes before a token."""
+    load_model(ModelConfig(str(workspace / "model")))
+    attend = probe_module.attention.packed_attention
+
+    def of_one_token(*args, sliding_window=None, **kwargs):
+        return attend(*args, sliding_window=1, **kwargs)
+
+    monkeypatch.setattr(probe_module.attention, "packed_attention", of_one_token)
+    with pytest.raises(FasttrError, match=r"in the tier shared differ by .* own padded forward"):
+        load_model(ModelConfig(str(workspace / "model")))
+    load_model(ModelConfig(str(workspace / "model"), tier="padded"))
 
 
 def test_a_window_that_only_the_mask_knows_bounds_the_length():

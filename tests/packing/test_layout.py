@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fasttr.models.gather import gather_rows
-from fasttr.packing.layout import first_fit_decreasing, pack
+from fasttr.packing.layout import balanced_bins, first_fit_decreasing, pack
 from tests.tiny import random_trees
 
 
@@ -24,6 +24,33 @@ def test_bins_are_filled_by_size_to_the_brim_and_ordered_by_first_place():
     assert first_fit_decreasing([3, 2, 6, 7, 4], 10) == [[0, 3], [1], [2, 4]]
     assert first_fit_decreasing([5, 5, 5, 5], 10) == [[0, 1], [2, 3]]
     assert first_fit_decreasing([10], 10) == [[0]]
+
+
+def test_balanced_bins_are_as_few_and_never_fuller():
+    """Greedy bins of these lengths hold 64 and a small rest."""
+    saved = 0
+    for seed in range(40):
+        sizes = np.random.default_rng(seed).integers(3, 40, 23).tolist()
+        fullest, bins = first_fit_decreasing(sizes, 64), balanced_bins(sizes, 64)
+        assert sorted(item for members in bins for item in members) == list(range(23))
+        assert len(bins) == len(fullest)
+        loads, full_loads = (
+            [sum(sizes[item] for item in members) for members in found] for found in (bins, fullest)
+        )
+        assert max(loads) <= max(full_loads) <= 64
+        saved += min(loads) > min(full_loads)
+    assert saved > 10
+
+
+def test_balanced_bins_by_hand():
+    assert balanced_bins([3, 2, 6, 7, 4], 30) == [[0, 1, 2, 3, 4]]
+    assert first_fit_decreasing([5, 5, 5, 5, 5, 1], 20) == [[0, 1, 2, 3], [4, 5]]
+    assert balanced_bins([5, 5, 5, 5, 5, 1], 20) == [[0, 2, 4], [1, 3, 5]]
+    # An item over the budget is alone, and where even bins lack room the fullest ones stay.
+    assert balanced_bins([50, 3, 4], 10) == [[0], [1, 2]]
+    assert balanced_bins([6, 6, 4, 4, 4, 3, 3], 15) == first_fit_decreasing(
+        [6, 6, 4, 4, 4, 3, 3], 15
+    )
 
 
 def test_an_item_over_the_budget_has_a_bin_of_its_own():

@@ -48,7 +48,7 @@ def test_packs_of_the_other_tiers_repeat_the_prompt():
     (shared,) = pack_rows(TREES, ROWS, 100)
     assert shared.attention.keys.offsets.diff().max() == 2
     # Rows of 17, 10, 16 and 11 tokens with their prompts repeated.
-    assert [len(batch.input_ids) for batch in pack_rows(TREES, ROWS, 40, tier="packed")] == [33, 21]
+    assert [len(batch.input_ids) for batch in pack_rows(TREES, ROWS, 40, tier="packed")] == [27, 27]
     assert [batch.rows for batch in pack_rows(TREES, ROWS, 40, tier="padded")] == [(0, 3), (1, 2)]
 
 

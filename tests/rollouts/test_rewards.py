@@ -1,16 +1,19 @@
 """Rewards of a folder: the scores of its model, on the ids that were drawn or on their text."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
+from fasttr.config.online_config import OnlineConfig
 from fasttr.config.reward_config import RewardConfig
+from fasttr.errors import FasttrError
 from fasttr.models.load import ModelConfig, load_tokenizer
 from fasttr.models.reward import CALIBRATION
 from fasttr.rollouts.engine import as_rollout
-from fasttr.rollouts.rewards import RewardInputs, reward_source
+from fasttr.rollouts.rewards import RewardInputs, check_renders, check_source, reward_source
 from fasttr.rollouts.sampler import Sample
 from fasttr.training.reward import train_reward
 from tests.runs import settings
@@ -107,3 +110,66 @@ def test_gold_is_the_generated_tasks_reward(folder):
     source = reward_source("gold", ModelConfig(""), None, 1024)
     assert source(inputs).tolist() == [gold_reward(prompts[0], text) for text in texts[0]]
     assert source(inputs).tolist() == [0.75, 0.0]
+
+
+def broken(folder, tmp_path, how):
+    """A copy of a reward folder that is wrong in one way."""
+    from safetensors.torch import load_file, save_file
+
+    copy = tmp_path / how
+    shutil.copytree(folder, copy)
+    weights = copy / "model.safetensors"
+    if how == "two labels":
+        config = json.loads((copy / "config.json").read_text())
+        config["id2label"] = {"0": "a", "1": "b"}
+        config["label2id"] = {"a": 0, "b": 1}
+        (copy / "config.json").write_text(json.dumps(config))
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "NaN":
+        tensors = load_file(weights)
+        tensors["score.weight"][0, 3] = float("nan")
+        save_file(tensors, weights, metadata={"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("two labels", "has num_labels 2; wanted 1, a score for each text"),
+        ("no weights", "holds no safetensors weights; convert them with save_pretrained"),
+    ],
+)
+def test_a_folder_that_cannot_score_is_refused_before_a_model_is_read(
+    folder, tmp_path, workspace, how, told
+):
+    copy = broken(folder, tmp_path, how)
+    values = settings(workspace, tmp_path / "run", reward_funcs=[str(copy)], max_length=None)
+    with pytest.raises(FasttrError) as raised:
+        OnlineConfig(**{**values, "train_batch_size": 8})
+    assert str(raised.value) == f"reward_funcs: {copy} {told}"
+
+
+def test_a_policy_is_no_reward_model(workspace):
+    with pytest.raises(FasttrError, match=r"model is no reward model, its head would be random"):
+        check_source(str(workspace / "model"))
+
+
+def test_a_weight_that_is_no_number_is_named(folder, tmp_path):
+    copy = broken(folder, tmp_path, "NaN")
+    tokenizer = load_tokenizer(str(folder))
+    with pytest.raises(FasttrError, match=r"score\.weight"):
+        reward_source(str(copy), ModelConfig("", key="reward_funcs"), tokenizer, 1024)
+
+
+def test_messages_need_a_template_of_the_reward_model(folder, workspace):
+    """Only where its tokens are not the policy's, whose template wrote them."""
+    own = load_tokenizer(str(folder))
+    messages = [[{"role": "user", "content": "how many?"}]]
+    check_renders([str(folder)], own, messages)
+    other = load_tokenizer(str(folder))
+    other.add_tokens(["<another>"])
+    check_renders([str(folder)], other, ["how many?"])
+    assert not own.chat_template
+    with pytest.raises(FasttrError, match="has no chat template and the prompts are messages"):
+        check_renders([str(folder)], other, messages)

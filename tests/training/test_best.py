@@ -12,7 +12,7 @@ from fasttr import Callback, train
 from fasttr.cli import main
 from fasttr.config.train_config import TrainConfig
 from fasttr.errors import FasttrError
-from fasttr.training.best import Best
+from fasttr.training.best import Best, Patience
 from tests.runs import (
     Asks,
     checkpoint_names,
@@ -182,3 +182,87 @@ def test_a_step_that_a_callback_saves_may_be_the_best(workspace, tmp_path):
     train(TrainConfig(**values), callbacks=[Asks("save", at=1)])
     assert checkpoint_names(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-4"]
     assert same_weights(tmp_path, tmp_path / "checkpoint-1")
+
+
+def stopped_at(
+    values: list[float], *, patience: int, threshold: float, more_is_better: bool
+) -> int:
+    """The evaluation (from 1) after which a run ends, 0 for one that goes on."""
+    watch = Patience("eval_loss", more_is_better, patience, threshold)
+    ends = [watch.is_over({"eval_loss": value}) for value in values]
+    return ends.index(True) + 1 if True in ends else 0
+
+
+@pytest.mark.parametrize("more_is_better", [True, False])
+@pytest.mark.parametrize(("patience", "threshold"), [(1, 0.0), (2, 0.0), (2, 0.15), (3, 0.05)])
+def test_a_run_ends_where_transformers_would_end_it(more_is_better, patience, threshold, tmp_path):
+    from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
+
+    values = [0.5, 0.6, 0.55, 0.62, 0.7, 0.69, 0.71, 0.4, 0.7, 0.3, 0.31, 0.2, 0.2, 0.2]
+    theirs = EarlyStoppingCallback(patience, threshold)
+    arguments = TrainingArguments(
+        str(tmp_path),
+        metric_for_best_model="loss",
+        greater_is_better=more_is_better,
+        use_cpu=True,
+        bf16=False,
+    )
+    state, control = TrainerState(), TrainerControl()
+    ended = 0
+    for number, value in enumerate(values, 1):
+        theirs.on_evaluate(arguments, state, control, {"eval_loss": value})
+        # As its Trainer keeps the best, after the callbacks of an evaluation.
+        best = state.best_metric
+        if best is None or (value > best if more_is_better else value < best):
+            state.best_metric = value
+        if control.should_training_stop:
+            ended = number
+            break
+    ours = stopped_at(values, patience=patience, threshold=threshold, more_is_better=more_is_better)
+    assert ours == ended > 0
+
+
+def test_a_value_that_is_not_a_number_is_no_improvement():
+    values = [0.5, math.nan, math.nan, 0.4]
+    assert stopped_at(values, patience=2, threshold=0.0, more_is_better=False) == 3
+
+
+def test_a_run_stops_early_and_says_why(workspace, tmp_path, capsys):
+    changes = evaluated_each_step(workspace, learning_rate=0.0, max_steps=6)
+    done = run(
+        workspace,
+        tmp_path,
+        early_stopping_patience=2,
+        metric_for_best_model="eval_anchor/rewards/accuracies",
+        ref_update="hard",
+        ref_update_every=2,
+        **changes,
+    )
+    assert done.steps == 3
+    said = capsys.readouterr().out
+    assert "eval_anchor/rewards/accuracies has not improved on 0 for 2 evaluations" in said
+
+
+def test_a_resumed_run_goes_on_waiting(workspace, tmp_path):
+    changes = evaluated_each_step(workspace, learning_rate=0.0, max_steps=6)
+    stopping = {"early_stopping_patience": 3, "metric_for_best_model": "loss"}
+    folder = stopped_run(workspace, tmp_path / "run", 2, **changes, **stopping)
+    done = run(workspace, folder, resume_from_checkpoint=True, **changes, **stopping)
+    assert done.steps == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metric_for_best_model": "loss"}, "with eval_strategy no; wanted steps or epoch"),
+        ({"eval_strategy": "epoch"}, "without metric_for_best_model; wanted one, such as loss"),
+        (
+            {"eval_strategy": "epoch", "metric_for_best_model": "loss", "ref_update": "soft"},
+            "wanted metric_for_best_model eval_anchor/",
+        ),
+    ],
+)
+def test_early_stopping_without_a_metric_that_compares_is_refused(changes, message):
+    values = {"model_name_or_path": "m", "dataset_name": "d", "eval_dataset_name": "e", **changes}
+    with pytest.raises(FasttrError, match=message):
+        TrainConfig(early_stopping_patience=2, **values)

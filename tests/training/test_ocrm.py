@@ -3,6 +3,7 @@ what weights are."""
 
 import dataclasses
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -12,21 +13,25 @@ from fasttr.config.ocrm_config import OcrmConfig
 from fasttr.errors import FasttrError
 from fasttr.evaluation.judge import label_pairs
 from fasttr.losses.ratios import RatioSettings, pair_weights
-from fasttr.training import ocrm
+from fasttr.rollouts.confident import confident_pair, same_text
 from fasttr.training.ocrm import run_ocrm
+from fasttr.training.ocrm_steps import GOLD, LOGPS, WEIGHTS
+from fasttr.training.pair_rows import PAIRS, read_pairs
 from fasttr.training.stages import DONE
+from tests.killed_online import killed_in_stages, vowels
 
 
-def vowels(prompts, completions, **columns):
-    return [sum(text.count(v) for v in "aeiou") / 4 for text in completions]
+def by_first_letter(prompt, texts):
+    """Samples agree where both begin before m, or both do not."""
+    return [text[:1] < "m" for text in texts]
 
 
-def config_of(workspace, folder, **changes):
+def values_of(workspace, folder, **changes):
     values = {
         "model_name_or_path": str(workspace / "model"),
         "dataset_name": str(workspace / "train.jsonl"),
         "judge_dataset_name": str(workspace / "test.jsonl"),
-        "label": "tests.training.test_ocrm:vowels",
+        "label": "tests.killed_online:vowels",
         "output_dir": str(folder),
         "arms": ["fixed", "weighted", "shuffled"],
         "stages": 2,
@@ -47,7 +52,12 @@ def config_of(workspace, folder, **changes):
         **common,
     }
     rm = {"learning_rate": 3e-3, "save_steps": 2, **common}
-    return OcrmConfig(**values, rl=rl, rm=rm)
+    dpo = {"learning_rate": 3e-3, "save_steps": 2, "train_batch_size": 8, **common}
+    return {"rl": rl, "rm": rm, "dpo": dpo, **values}
+
+
+def config_of(workspace, folder, **changes):
+    return OcrmConfig(**values_of(workspace, folder, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +89,9 @@ def test_every_arm_has_a_line_for_every_stage_and_begins_alike(done):
     ]
     for stage in (0, 1):
         lines = [{**x, "arm": ""} for x in results if x["stage"] == stage]
-        assert lines[0] == lines[1] == lines[2]
+        assert lines[0] == {name: lines[1][name] for name in lines[0]}
+        assert lines[1] == lines[2]
+        assert lines[1]["gold_difference"] == lines[1]["gold_difference_stderr"] == 0
     assert results[0]["kl"] == 0
     last = [line for line in results if line["stage"] == 2]
     assert len({line["gold"] for line in last}) > 1
@@ -88,10 +100,10 @@ def test_every_arm_has_a_line_for_every_stage_and_begins_alike(done):
 
 def test_weights_are_those_of_the_log_probs_that_are_stored(done):
     folder, results = done
-    q = np.load(next(folder.glob("q-*")) / ocrm.LOGPS)
-    p = np.load(next(folder.glob("p-2-*")) / ocrm.LOGPS)
+    q = np.load(next(folder.glob("q-*")) / LOGPS)
+    p = np.load(next(folder.glob("p-2-*")) / LOGPS)
     wanted = pair_weights(p, q, RatioSettings())
-    found = np.load(next(folder.glob("ratios-2-*")) / ocrm.WEIGHTS)
+    found = np.load(next(folder.glob("ratios-2-*")) / WEIGHTS)
     np.testing.assert_array_equal(found, wanted.weights)
     assert np.abs(p - q).max() > 1e-3
     line = next(line for line in results if line["arm"] == "weighted" and line["stage"] == 2)
@@ -103,7 +115,7 @@ def test_pairs_are_labelled_by_the_gold_reward(done, workspace):
 
     folder, _ = done
     tokenizer = load_tokenizer(str(workspace / "model"))
-    lines = (next(folder.glob("pairs-*")) / ocrm.PAIRS).read_text().splitlines()
+    lines = (next(folder.glob("pairs-*")) / PAIRS).read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert 10 < len(rows) <= 40
     for row in rows:
@@ -115,27 +127,126 @@ def test_pairs_are_labelled_by_the_gold_reward(done, workspace):
         assert better > worse
 
 
-@pytest.mark.parametrize("calls", [1, 3])
-def test_dying_inside_a_step_changes_no_number(workspace, tmp_path, done, monkeypatch, calls):
-    """A policy's training dies at its first step of all, or of its second stage."""
-    from fasttr.training import online
+def test_differences_between_arms_are_paired_by_prompt(done):
+    folder, results = done
+    golds = {}
+    for line in results:
+        for path in folder.glob(f"judge-{line['stage']}-*/{GOLD}"):
+            gold = np.load(path)
+            if gold.mean() == pytest.approx(line["gold"], abs=1e-12):
+                golds[line["arm"], line["stage"]] = gold
+    difference = golds["weighted", 2] - golds["fixed", 2]
+    line = next(x for x in results if (x["arm"], x["stage"]) == ("weighted", 2))
+    assert line["gold_difference"] == pytest.approx(difference.mean())
+    stderr = difference.std(ddof=1) / len(difference) ** 0.5
+    assert line["gold_difference_stderr"] == pytest.approx(stderr)
+    assert stderr > 0
 
-    original, count = online.policy_step, []
 
-    def dies(run, experience, within):
-        count.append(1)
-        if len(count) == 2 * calls:
-            raise MemoryError
-        return original(run, experience, within)
+# Each child goes on where the one before it was killed, and is killed in another kind of step.
+KILLS = {
+    "training": (("fit", 3), ("update", 3)),
+    "all else": (("draw", 1), ("mark", 3), ("score", 2), ("judge", 1)),
+}
 
-    config = config_of(workspace, tmp_path / "run", arms=["weighted"])
-    monkeypatch.setattr(online, "policy_step", dies)
-    with pytest.raises(MemoryError):
-        run_ocrm(config)
-    monkeypatch.setattr(online, "policy_step", original)
-    found = run_ocrm(config)
+
+@pytest.mark.parametrize(
+    "kills", [KILLS["training"], pytest.param(KILLS["all else"], marks=pytest.mark.slow)]
+)
+def test_killed_in_a_step_then_resumed_changes_no_number(workspace, tmp_path, done, kills):
+    values = values_of(workspace, tmp_path / "run", arms=["weighted"])
+    for what, calls in kills:
+        ended = killed_in_stages(values, what, calls)
+        assert ended.status == -signal.SIGKILL, (what, ended.text)
+    found = run_ocrm(OcrmConfig(**values))
     wanted = [line for line in done[1] if line["arm"] == "weighted"]
-    assert found == wanted
+    differs = ("gold_difference", "gold_difference_stderr")
+    assert found == [
+        {name: x for name, x in line.items() if name not in differs} for line in wanted
+    ]
+
+
+OTHERS = ["fixed", "fixed@sft", "fresh", "unweighted", "synthetic", "ppo-rlhf", "dpo", "wpo"]
+
+
+@pytest.fixture(scope="module")
+def others(workspace, done):
+    """The other arms, in the same folder."""
+    cluster = "tests.training.test_ocrm:by_first_letter"
+    config = config_of(workspace, done[0], arms=OTHERS, cluster=cluster)
+    return {line["arm"]: line for line in run_ocrm(config) if line["stage"] == 2}
+
+
+def test_every_arm_goes_through_the_same_judge(done, others):
+    assert set(others) == set(OTHERS)
+    assert len({line["gold"] for line in others.values()}) == len(OTHERS)
+    for arm, line in others.items():
+        assert {"gold", "kl", "length", "reward/accuracy", "labels", "episodes"} <= set(line), arm
+        assert line["kl"] > 1e-4
+    # A second stage draws 32 completions, a baseline as many as both.
+    assert {others[arm]["episodes"] for arm in ("fixed", "synthetic", "ppo-rlhf")} == {64}
+    assert others["dpo"]["episodes"] == others["wpo"]["episodes"] == 0
+    assert others["fresh"]["labels"] > others["fixed"]["labels"]
+
+
+def test_arms_with_a_fixed_reference_share_the_first_stage(done, others):
+    folder, _ = done
+    assert len(list(folder.glob("policy-1-*"))) == 1
+    assert others["fixed@sft"]["gold"] != others["fixed"]["gold"]
+
+
+def test_wpo_is_dpo_with_weights(done, others):
+    folder, _ = done
+    for name, weighs in (("dpo", False), ("wpo", True)):
+        (found,) = folder.glob(f"{name}-*/train_config.json")
+        told = json.loads(found.read_text())
+        assert (told["use_weighting"], told["loss_type"]) == (weighs, "sigmoid")
+
+
+def test_synthetic_pairs_are_of_samples_that_agree(done, others):
+    folder, _ = done
+    (step,) = folder.glob("synthetic-*")
+    rows = read_pairs(step)
+    assert 0 < len(rows) == others["synthetic"]["synthetic"] < 24
+    assert all(row["chosen_ids"] != row["rejected_ids"] for row in rows)
+    # Its policy starts again from SFT and takes what is left of the updates.
+    (policy,) = folder.glob("policy-synthetic-*/train_config.json")
+    told = json.loads(policy.read_text())
+    assert told["max_steps"] == 4
+    assert told["model_name_or_path"].endswith("/model")
+
+
+def test_a_confident_pair():
+    rng = np.random.default_rng(0)
+    score = np.array([0.1, 0.9, 0.5, 2.0])
+    assert confident_pair(["a", "a", "a", "b"], score, 0.5, rng) == (1, 3)
+    assert confident_pair(["a", "a", "b", "b"], score, 0.5, rng) is None
+    assert confident_pair(["a", "a", "a", "a"], score, 0.5, rng) is None
+    rejected = {confident_pair(["a", "b", "a", "c"], score, 0.4, rng)[1] for _ in range(30)}
+    assert rejected == {1, 3}
+    assert same_text("", [" A  b", "a B", "ab"]) == ["a b", "a b", "ab"]
+
+
+def test_controls_are_judged_on_the_same_samples(workspace, done):
+    config = config_of(workspace, done[0], arms=["weighted"], judge_controls=True)
+    line = run_ocrm(config)[-1]
+    names = ("reward", "unweighted", "shuffled", "reward_1")
+    assert len({line[f"{name}/excess_loss"] for name in names}) == 4
+    wanted = [x for x in done[1] if (x["arm"], x["stage"]) == ("weighted", 2)]
+    assert line["reward/excess_loss"] == wanted[0]["reward/excess_loss"]
+
+
+def test_a_changed_setting_is_named(workspace, tmp_path, capsys):
+    from fasttr.training.ocrm import CONFIG, announce_changes
+
+    before = config_of(workspace, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / CONFIG).write_text(json.dumps(dataclasses.asdict(before)))
+    announce_changes(dataclasses.replace(before, stages=5, ratio_tau=0.5))
+    told = capsys.readouterr().out
+    assert "made with another configuration (stages, ratio_tau)" in told
+    announce_changes(before)
+    assert capsys.readouterr().out == ""
 
 
 def test_equal_policies_have_equal_log_probs_bit_for_bit(workspace, tmp_path):
@@ -144,8 +255,8 @@ def test_equal_policies_have_equal_log_probs_bit_for_bit(workspace, tmp_path):
     config = dataclasses.replace(config, rl={**config.rl, "learning_rate": 0.0})
     results = run_ocrm(config)
     folder = tmp_path / "run"
-    q = np.load(next(folder.glob("q-*")) / ocrm.LOGPS)
-    p = np.load(next(folder.glob("p-2-*")) / ocrm.LOGPS)
+    q = np.load(next(folder.glob("q-*")) / LOGPS)
+    p = np.load(next(folder.glob("p-2-*")) / LOGPS)
     np.testing.assert_array_equal(p, q)
     assert results[-1]["ess"] == pytest.approx(len(p))
     assert results[-1]["kl"] == 0
@@ -175,6 +286,10 @@ def test_labels_with_noise_are_bradley_terry():
         ({"arms": ["heavy"]}, "arms: got \\['heavy'\\]; wanted some of fixed, unweighted"),
         ({"label": "nowhere"}, "no folder here and no module:function"),
         ({"ratio_alpha": 2.0}, "ratio_alpha: got 2.0; wanted a number from 0 to 1"),
+        ({"pairs_temperature": 0.7}, "ratio_temperature: got 1.0, and pairs are written at 0.7"),
+        ({"cluster": "json:nothing"}, "cluster: 'json' has no function 'nothing'"),
+        ({"dpo": {"loss_type": "ipo"}}, "dpo_loss_type: got 'ipo'; a stage sets it"),
+        ({"arms": ["ppo-rlhf"], "ppo": {"lam": 2.0}}, "lam: got 2.0; wanted a number from 0 to 1"),
         ({"pairs": 4000}, "pairs: got 4000, 2 of a prompt, and there are 24 prompts"),
     ],
 )
@@ -197,6 +312,8 @@ def test_the_command_parts_its_flags(workspace):
     assert config.flattens_much
     with pytest.raises(FasttrError, match="rm_output_dir: got 'x'; a stage sets it"):
         parse_ocrm([*words, "--rm_output_dir", "x"])
+    more = parse_ocrm([*words, "--ppo_lam", "0.9", "--dpo_beta", "0.5", "--ratio_tokens", "8"])
+    assert (more.ppo, more.dpo, more.ratio_tokens) == ({"lam": 0.9}, {"beta": 0.5}, 8)
     with pytest.raises(FasttrError, match="unknown key 'rm_learning_rat'"):
         parse_ocrm([*words, "--rm_learning_rat", "1"])
     with pytest.raises(FasttrError, match="train_batch_size: got 6 completions a step"):

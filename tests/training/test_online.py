@@ -269,7 +269,7 @@ def test_the_table_of_metrics_and_the_lines_of_runs_hold_each_other(
 ):
     names = {name for line in lines(uninterrupted) for name in line} - {"step", "event"}
     assert {name for name in names if not is_known(name)} == set()
-    listed = {metric.name.replace("NAME", "vowels") for metric in ONLINE_METRICS}
+    listed = {one.name.replace("NAME", "vowels") for one in ONLINE_METRICS if one.when != "ppo"}
     assert listed <= names
 
 
@@ -286,7 +286,7 @@ def test_the_table_of_metrics_and_the_lines_of_runs_hold_each_other(
         ({"ref_update": "hard"}, "ref_update: got hard with beta 0"),
         ({"temperature": 0.0}, "temperature: got 0.0; wanted a number above 0"),
         ({"max_completion_length": 10_000}, "wanted room for a prompt"),
-        ({"simpo_gamma": 1.0}, "simpo_gamma: got 1.0; no loss of rollouts reads it"),
+        ({"simpo_gamma": 1.0}, "simpo_gamma: got 1.0; runs on rollouts do not read it"),
         ({"eval_strategy": "steps"}, "eval_strategy: a run on rollouts has no split"),
         ({"train_batch_size": 4000}, "a rollout takes 1000 prompts, and there are 24"),
     ],

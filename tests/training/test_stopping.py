@@ -83,11 +83,11 @@ def test_a_flag_on_a_gpu_is_read_after_its_event_alone(tmp_path, value):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_named(tmp_path, value):
     model = torch.nn.Linear(3, 2)
-    check_weights(model, tmp_path)
+    check_weights(dict(model.named_parameters()), tmp_path)
     with torch.no_grad():
         model.bias[1] = value
     with pytest.raises(FasttrError, match=r"^bias holds NaN or infinity after the last update"):
-        check_weights(model, tmp_path)
+        check_weights(dict(model.named_parameters()), tmp_path)
 
 
 def test_a_line_without_any_gradient_is_warned_of_once(capsys):

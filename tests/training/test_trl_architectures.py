@@ -10,9 +10,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.architectures import ARCHITECTURES, TIERS
-from tests.runs import run, steps
+from tests.runs import read_rows, run, steps, write_rows
 from tests.tiny import perturb, tiny_config
-from tests.training.test_trl_parity import SHARED, assert_same_log, trl_run
+from tests.training.test_trl_parity import (
+    SHARED,
+    SHARED_KTO,
+    assert_same_log,
+    trl_run,
+    unpaired_rows,
+)
 
 # A tied head, windows and soft caps, experts, sinks, convolutions; the others run once.
 ALWAYS = ("gemma2", "mixtral", "gpt_oss", "lfm2")
@@ -68,3 +74,22 @@ def test_an_architecture_is_trls_with_a_perturbed_reference(workspace_of, tmp_pa
     assert any(abs(line["rewards/margins"]) > 1e-3 for line in theirs)
     assert ("aux_loss" in theirs[0]) == (arch in ROUTED)
     assert_same_log(ours, theirs, [*SHARED, "aux_loss"])
+
+
+def test_mismatched_completions_of_kto_teach_no_router(workspace_of, tmp_path):
+    folder = workspace_of("mixtral")
+    changes = {"loss_type": "kto", "router_aux_loss_coef": 0.5, "max_steps": 2, "max_length": 40}
+    theirs = trl_run(folder, tmp_path, **changes)
+    rows = unpaired_rows(read_rows(folder / "train.jsonl"))
+    run(
+        folder,
+        tmp_path / "ours",
+        dataset_name=str(write_rows(tmp_path / "unpaired.jsonl", rows)),
+        train_sampling_strategy="sequential",
+        learning_rate=0.0,
+        max_grad_norm=0.0,
+        ref_model_name_or_path=str(folder / "reference"),
+        **changes,
+    )
+    assert theirs[0]["aux_loss"] > 0.1
+    assert_same_log(steps(tmp_path / "ours"), theirs, [*SHARED_KTO, "aux_loss"])
