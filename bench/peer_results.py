@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.paper.stats import interval
 from bench.text import markdown, reasons, spread, titled
 from bench.timing import Times
 
@@ -192,10 +193,42 @@ def headline_table(results: Path) -> str:
                     data_name(detail),
                     str(detail["pairs_per_step"]),
                     name,
-                    f"{figures['pairs_per_second']:.2f}",
+                    _over_best(detail["detail"], name),
                     _over_default(providers, name),
+                    f"{figures['pairs_per_second']:.2f}",
                     f"{figures['peak_bytes'] / 2**30:.2f}",
                 ]
             )
-    columns = ("data", "pairs a step", "trainer", "pairs/s", "over trl-default", "peak GiB")
+    columns = (
+        "data",
+        "pairs a step",
+        "trainer",
+        "over trl-best (95 %)",
+        "over trl-default",
+        "pairs/s",
+        "peak GiB",
+    )
     return markdown(columns, rows)
+
+
+LEAST_STEPS = 5  # measured ones, below which an interval says nothing
+
+
+def _over_best(detail: Mapping[str, Any], name: str) -> str:
+    """The ratio of a step's time to trl-best's: the geometric mean over steps, which take turns on
+    the same pairs, with Student's interval where there are enough."""
+    best = detail.get("trl-best")
+    if best is None:
+        return ""
+    logs = [math.log(a / b) for a, b in zip(_times(best), _times(detail[name]), strict=True)]
+    found = interval(logs)
+    ratio = f"{math.exp(found.mean):.2f}x"
+    if name == "trl-best" or found.n < LEAST_STEPS:
+        return ratio
+    return f"{ratio} ({math.exp(found.low):.2f} to {math.exp(found.high):.2f})"
+
+
+def _times(own: Mapping[str, Any]) -> list[float]:
+    """Seconds of each measured step, with its share of scoring and moving the reference."""
+    share = own["score_s_per_step"] + own["move_s_per_step"]
+    return [seconds + share for seconds in own["step_seconds"][own["warm_up_steps"] :]]

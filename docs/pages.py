@@ -32,6 +32,7 @@ PARTS = {
     "reference/losses.md": Part("REFERENCE.md", ("Losses",), "Losses"),
     "reference/formats.md": Part("REFERENCE.md", ("Formats of rows",), "Data formats"),
     "reference/settings.md": Part("REFERENCE.md", ("Settings",), "Settings"),
+    "reference/memory.md": Part("REFERENCE.md", ("Memory",), "The memory plan"),
     "reference/metrics.md": Part("REFERENCE.md", ("Metrics",), "Metrics"),
     "reference/trl.md": Part(
         "REFERENCE.md", ("Where fasttr differs from TRL 1.16", "Keys of TRL"), "Beside TRL"

@@ -27,7 +27,7 @@ class LinearLossOutput(NamedTuple):
 
     loss: Tensor  # () mean over the rows, or their sum over `normalizer`
     logp: Tensor  # (n,) summed over tokens, nats
-    rewards: Tensor  # (n,) beta times the log-ratio; times `logp` for a loss without a reference
+    rewards: Tensor  # (n,) beta times the log-ratio; without a reference times a token's mean logp
     token_counts: Tensor  # (n,) int64
 
 
@@ -128,7 +128,7 @@ class LinearPreferenceLoss(nn.Module):
             normalizer=B if normalizer is None else normalizer,
             loss_reads=self.loss.head_means,
         )
-        ratio = out.logp if ref_n is None else out.logp - ref_n
+        ratio = out.logp / counts.clamp(min=1) if ref_n is None else out.logp - ref_n
         as_given = torch.argsort(scored.order)
         return LinearLossOutput(
             loss=out.loss,

@@ -120,6 +120,10 @@ class _Rows:
                 "fasttr.integrations.trl: got DeepSpeed ZeRO-3, which takes the head's weight away "
                 "before the backward; wanted FSDP2, ZeRO-2 or one process; or train without patch()"
             )
+        if not torch.is_autocast_enabled(hidden.device.type):
+            # As TRL's, whose products are made in the dtype of the hidden states.
+            weight = weight.to(hidden.dtype)
+            bias = None if bias is None else bias.to(hidden.dtype)
         found = linear_logprob(
             hidden,
             weight,

@@ -53,3 +53,34 @@ def test_results_are_kept_by_device_and_those_of_a_plan_too(tmp_path, monkeypatc
         "nvidia-h200/lerp.json",
     ]
     assert tables.NOT_MEASURED not in tables.tables_of("lerp", tmp_path / "results")
+
+
+def test_the_headline_s_ratio_is_paired_by_step_with_an_interval_from_five_on(tmp_path):
+    """Warm-up left out; each step's share of scoring counts; the middle is a geometric mean."""
+
+    def own(seconds, scoring=0.0):
+        return {
+            "step_seconds": [99.0, *seconds],
+            "warm_up_steps": 1,
+            "score_s_per_step": scoring,
+            "move_s_per_step": 0.0,
+        }
+
+    # Ratios of 2 and 4 in turn, the second trainer's scoring included.
+    ours = [0.5, 0.5, 0.5, 0.5, 0.5, 0.5]
+    best = [2.0, 4.0, 2.0, 4.0, 2.0, 4.0]
+    folder = tmp_path / "cpu" / "peers-some"
+    folder.mkdir(parents=True)
+    figures = {"pairs_per_second": 1.0, "peak_bytes": 2**30}
+    for steps, wanted in ((6, "2.83x (1.90 to 4.21)"), (4, "2.83x")):
+        detail = {
+            "data": "runs/some/train.jsonl",
+            "pairs_per_step": 8,
+            "detail": {"trl-best": own(best[:steps]), "fasttr": own(ours[:steps], scoring=0.5)},
+        }
+        (folder / "peers_detail.json").write_text(json.dumps(detail))
+        providers = {"fasttr": figures, "trl-best": figures}
+        (folder / "peers.json").write_text(json.dumps({"providers": providers}))
+        fasttr, trl = tables.tables_of("headline", tmp_path).splitlines()[2:]
+        assert fasttr.split(" | ")[3] == wanted
+        assert trl.split(" | ")[3] == "1.00x"

@@ -1,10 +1,14 @@
 """The examples of the READMEs run as they stand and are right."""
 
 import re
+import runpy
+import shlex
 from pathlib import Path
 
 import torch
 
+from docs.step_picture import positions, trees
+from fasttr.cli import main
 from fasttr.packing.layout import pack
 from tests.tiny import alone_logps, gradients, perturb, random_trees, tiny_model
 
@@ -100,3 +104,44 @@ def test_the_first_page_s_op_example_runs_and_moves_the_reference():
     assert hidden.grad.abs().max() > 0
     for old, new, target in zip(before, reference.parameters(), policy.parameters(), strict=True):
         torch.testing.assert_close(new, old.lerp(target, 0.6))
+
+
+def test_the_first_page_s_picture_shows_the_numbers_beside_it():
+    count = positions(trees())
+    caption = re.search(r"!\[(.*?)\]\(docs/site/step\.png\)", (ROOT / "README.md").read_text())[1]
+    assert f"{count.padded:,} positions padded, {count.packed:,} as packed trees" in caption
+    # Counted again, from the lengths alone.
+    lengths = [(len(t.prompt_ids), *map(len, t.completions)) for t in trees()]
+    assert count.packed == sum(map(sum, lengths))
+    assert count.padded == 16 * max(prompt + max(sides) for prompt, *sides in lengths)
+
+
+def without_numbers(line: str) -> str:
+    return re.sub(r"[\d.,+<>-]+[a-zA-Z]?", "#", line).strip()
+
+
+def test_the_first_page_s_commands_print_what_stands_below_them(tmp_path, monkeypatch, capsys):
+    """Numbers that a machine or a clock sets are left out; those of the data are held."""
+    monkeypatch.chdir(tmp_path)
+    tutorial = (ROOT / "docs/site/tutorial.md").read_text()
+    Path("make_pairs.py").write_text(re.findall(r"^```python\n(.*?)^```", tutorial, re.S | re.M)[0])
+    runpy.run_path("make_pairs.py")
+    (shown,) = [
+        b for b in re.findall(r"^```\n(.*?)^```", page("README.md"), re.S | re.M) if "$" in b
+    ]
+    shown = shown.replace("\\\n", "")
+    for line in shown.splitlines():
+        if line.startswith("$ fasttr"):
+            main(shlex.split(line.split("  #")[0])[2:])
+    said = capsys.readouterr().out.splitlines()
+    printed = {without_numbers(line) for line in said}
+    wanted = [line for line in shown.splitlines() if not line.startswith("$")]
+    assert len(wanted) >= 5
+    for line in wanted:
+        assert without_numbers(line) in printed, line
+        if line.startswith(("read", "wrote", "tokens per step", "reference")):
+            assert line in said
+
+
+def page(name: str) -> str:
+    return (ROOT / name).read_text()

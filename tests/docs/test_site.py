@@ -59,6 +59,18 @@ def test_the_menu_has_every_page(site):
     assert sorted(menu) == sorted(site.pages)
 
 
+def test_every_section_of_the_reference_has_a_page():
+    sections = re.findall(r"^## (.*)$", (ROOT / "REFERENCE.md").read_text(), re.MULTILINE)
+    shown = [
+        h for part in pages.PARTS.values() if part.page == "REFERENCE.md" for h in part.headings
+    ]
+    assert sorted(shown) == sorted(sections)
+    named = {part.page for part in pages.PARTS.values()}
+    assert named >= {path.name for path in ROOT.glob("*.md")}, (
+        "a page of the repository is left out"
+    )
+
+
 def test_settings_metrics_and_losses_are_those_of_the_code(site):
     from fasttr.config.train_config import TrainConfig
     from fasttr.losses import LOSSES
@@ -105,7 +117,7 @@ def test_the_tutorial_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     Path("make_pairs.py").write_text(script)
     runpy.run_path("make_pairs.py")
     commands = [line for block in blocks("sh") for line in block.splitlines()]
-    assert len(commands) == 7
+    assert len(commands) == 8
     for command in commands:
         program, *words = shlex.split(command)
         assert program == "fasttr"
@@ -120,7 +132,9 @@ def test_the_tutorial_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     last = [line for line in accuracy if "eval_anchor/rewards/accuracies" in line][-1]
     assert 0.6 < last["eval_anchor/rewards/accuracies"] < 1.0
     assert read_rows(Path("runs/dpo/metrics.jsonl"))[-1]["step"] == 75
-    assert list(Path("runs/tr-dpo").rglob("*.png"))
+    assert list(Path("runs").rglob("*.png"))
+    (page,) = Path("runs").rglob("*.html")
+    assert "tr-dpo" in page.read_text()
 
 
 @pytest.mark.slow

@@ -46,8 +46,9 @@ class Batch:
     def ref_logp(self):
         return self.plain_logp(self.ref_hidden, self.ref_weight)
 
-    def call(self, module, **kw):
-        return module(self.hidden, self.weight, self.labels, self.ref_logp(), bias=self.bias, **kw)
+    def call(self, module, without_reference=False, **kw):
+        ref_logp = None if without_reference else self.ref_logp()
+        return module(self.hidden, self.weight, self.labels, ref_logp, bias=self.bias, **kw)
 
 
 COUNTS = torch.tensor([end - prompt for prompt, end in SPANS]).double()
@@ -116,6 +117,8 @@ def test_log_probs_and_rewards_stand_in_the_order_of_the_batch():
     torch.testing.assert_close(out.logp, logp)
     torch.testing.assert_close(out.rewards, 0.3 * (logp - ref))
     assert out.token_counts.tolist() == COUNTS.int().tolist()
+    orpo = batch.call(LinearPreferenceLoss("orpo", beta=0.3), without_reference=True)
+    torch.testing.assert_close(orpo.rewards, 0.3 * logp / COUNTS)
     torch.testing.assert_close(module.logps(batch.ref_hidden, batch.ref_weight, batch.labels), ref)
 
 

@@ -231,6 +231,26 @@ def test_zero_3_is_refused_by_name():
         model(input_ids=ids, labels=ids, fused_lm_head=True)
 
 
+def test_a_head_in_another_dtype_than_the_model_is_read_as_trl_reads_it():
+    """As models that were prepared for adapters have it: a float32 head on bfloat16 layers."""
+    from trl.trainer import dpo_trainer
+
+    ids = torch.arange(3, 15).view(2, 6)
+    found = {}
+    for name, way in (("trl", nullcontext()), ("ours", patched())):
+        model = tiny_model("llama", seed=0).bfloat16()
+        model.lm_head.float()
+        with way:
+            dpo_trainer.add_fused_lm_head(model)
+        logps = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+        logps.sum().backward()
+        found[name] = (logps.detach(), model.lm_head.weight.grad)
+        assert model.lm_head.weight.grad.dtype == torch.float32
+    for ours, theirs in zip(found["ours"], found["trl"], strict=True):
+        # Theirs come from logits that were rounded to bfloat16.
+        assert (ours - theirs).abs().max() < 0.02 * theirs.abs().max()
+
+
 def test_generation_and_its_arguments_are_untouched():
     from trl.trainer import dpo_trainer
 
