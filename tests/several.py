@@ -131,16 +131,23 @@ def _prepare(fault: Fault) -> None:
         _FAULTS[fault.kind](fault)
 
 
-def _at_call(owner: Any, name: str, calls: int, act: Callable[[Any], Any]) -> None:
-    """What the `calls`-th call of a function returns goes through `act`."""
+def _at_call(
+    owner: Any,
+    name: str,
+    calls: int,
+    act: Callable[[Any], Any],
+    counts: Callable[..., bool] = lambda *args, **kwargs: True,
+) -> None:
+    """What the `calls`-th call of a function returns goes through `act`; only calls that `counts`
+    says count."""
     original = getattr(owner, name)
     count = 0
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
-        count += 1
+        count += counts(*args, **kwargs)
         found = original(*args, **kwargs)
-        return act(found) if count == calls else found
+        return act(found) if count == calls and counts(*args, **kwargs) else found
 
     setattr(owner, name, counted)
 
@@ -153,7 +160,13 @@ def _raise(error: Exception) -> Callable[[Any], Any]:
 
 
 def _nan(fault: Fault) -> None:
-    _at_call(PreferenceLedger, "of_pack", fault.calls, lambda sums: sums * float("nan"))
+    broken = lambda sums: sums * float("nan")  # noqa: E731
+    _at_call(PreferenceLedger, "of_pack", fault.calls, broken, _is_of_a_step)
+
+
+def _is_of_a_step(*args: Any, **kwargs: Any) -> bool:
+    """A step tells packs of micro-batches apart; an evaluation, which may be NaN, does not."""
+    return len(args) > 4
 
 
 def _error(fault: Fault) -> None:

@@ -34,6 +34,15 @@ def worst(found: Found, arm: str) -> dict[int, float]:
     return {seed: min(line["gold"] for line in lines) for seed, lines in found[arm].items()}
 
 
+def by_prompts(found: Found, arm: str) -> tuple[int, int]:
+    """Seeds in which the arm ends above, and below, the first one by more than 1.96 standard errors
+    of the difference over the same prompts."""
+    difference = ends(found, arm, "gold_difference")
+    stderr = ends(found, arm, "gold_difference_stderr")
+    in_errors = [difference[seed] / stderr[seed] for seed in difference]
+    return sum(x > 1.96 for x in in_errors), sum(x < -1.96 for x in in_errors)
+
+
 def paired(mine: dict[int, float], others: dict[int, float]) -> Interval:
     return interval(mine[seed] - others[seed] for seed in mine if seed in others)
 
@@ -43,8 +52,9 @@ def table(found: Found) -> str:
     first = next(iter(found))
     lines = [
         "| arm | seeds | episodes | labels | gold at the end | beside "
-        f"{first} [95 %] | best, worst stage | KL at the end | length | effective pairs |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"{first} [95 %] | seeds above, below it | best, worst stage | KL at the end | length | "
+        "effective pairs |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm, seeds in found.items():
         gold, ess = ends(found, arm), ends(found, arm, "ess")
@@ -55,6 +65,7 @@ def table(found: Found) -> str:
             f"{_mean(ends(found, arm, 'labels')):.0f}",
             f"{_mean(gold):.3f} +- {np.std(list(gold.values())):.3f}",
             "" if arm == first else paired(gold, ends(found, first)).text(),
+            "" if arm == first else "{}, {}".format(*by_prompts(found, arm)),
             f"{_mean(best(found, arm)):.3f}, {_mean(worst(found, arm)):.3f}",
             f"{_mean(ends(found, arm, 'kl')):.2f}",
             f"{_mean(ends(found, arm, 'length')):.1f}",

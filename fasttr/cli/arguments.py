@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from fasttr.config.recipes import recipe_text
 from fasttr.errors import FasttrError, did_you_mean, one_line
 from fasttr.settings import Setting, settings_of
 
@@ -17,7 +18,7 @@ ANSWERED_AT_ONCE = ("help", "h", "print_config")
 class Words(NamedTuple):
     """A command line, read but not understood."""
 
-    file: dict[str, Any]  # the keys of all --config files, later ones over earlier ones
+    file: dict[str, Any]  # the keys of --recipe and all --config files, later over earlier
     flags: dict[str, list[str]]  # each flag with the words after it
     wants_help: bool
     print_config: str | None  # "", or the option after --print_config=
@@ -26,6 +27,7 @@ class Words(NamedTuple):
 def read_words(args: list[str]) -> Words:
     """Split a command line into files and flags. FasttrError on a word that follows no flag."""
     file: dict[str, Any] = {}
+    recipe: dict[str, Any] = {}
     flags: dict[str, list[str]] = {}
     at_once: dict[str, str] = {}
     pending = list(args)
@@ -41,9 +43,13 @@ def read_words(args: list[str]) -> Words:
             at_once[key] = " ".join(values)
         elif key == "config":
             file |= read_yaml(" ".join(values))
+        elif key == "recipe":
+            recipe |= _recipe(" ".join(values))
         else:
             flags[key] = values
-    return Words(file, flags, "help" in at_once or "h" in at_once, at_once.get("print_config"))
+    return Words(
+        {**recipe, **file}, flags, "help" in at_once or "h" in at_once, at_once.get("print_config")
+    )
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -60,6 +66,13 @@ def read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise FasttrError(f"config: {path} holds no keys; wanted lines such as beta: 0.1")
     return content
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    """The keys of a recipe of the package."""
+    import yaml
+
+    return yaml.safe_load(recipe_text(name))
 
 
 def flag_values(

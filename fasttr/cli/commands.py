@@ -72,6 +72,10 @@ COMMANDS = {
     "plot": Command(
         "fasttr.cli.plot", "draw the metrics of a run, or of several: fasttr plot RUN..."
     ),
+    "recipes": Command(
+        "fasttr.cli.recipes",
+        "recipes of the package, listed or copied; fasttr dpo --recipe NAME runs one",
+    ),
     "sweep": Command(
         "fasttr.cli.sweep",
         "a run for every combination of settings: fasttr sweep --beta 0.05,0.1 --ref_update "

@@ -7,12 +7,13 @@ from typing import Any
 
 from fasttr.cli import arguments
 from fasttr.errors import FasttrError
-from fasttr.settings import settings_of
+from fasttr.settings import check_ranges, settings_of
 
 USAGE = "[--config FILE] [--SETTING VALUE ...]"
 DESCRIPTION = (
     "Log-probs and rewards of a split by a model, by itself or against a fixed anchor; with "
-    "--prompts, samples. A file of settings (--config FILE) may be that of a training run: what "
+    "--prompts, samples, also as benchmarks and their judges read them; with --verdicts, what a "
+    "judge wrote. A file of settings (--config FILE) may be that of a training run: what "
     "concerns training alone is passed over; as a flag it is a mistake."
 )
 
@@ -44,13 +45,19 @@ def run(args: list[str]) -> None:
         settings.setdefault("train_batch_size", settings["group_size"])
     values = arguments.typed(parser, {**settings, **_without_none(of_eval)})
     eval_settings = EvalSettings(**{name: values.pop(name) for name in own})
+    check_ranges(eval_settings)
+    if eval_settings.verdicts is not None:
+        _read_verdicts(eval_settings)
+        return
     config = TrainConfig(**values)
     if config.model_name_or_path is None:
         raise FasttrError(
             "model_name_or_path: missing; wanted the folder or hub id to measure; --help lists all"
         )
     asked_samples = [name for name in settings_of(SamplingSettings) if name in of_eval]
-    if asked_samples:
+    if eval_settings.judge is not None:
+        _judge(config, eval_settings)
+    elif asked_samples:
         _sample(config, eval_settings, asked_samples)
     if not asked_samples or _names_rows(config):
         _measure(config, eval_settings)
@@ -104,7 +111,6 @@ def _measure(config: Any, settings: Any) -> None:
 def _sample(config: Any, settings: Any, asked: list[str]) -> None:
     from fasttr.environment import device_for
     from fasttr.rollouts.prompt_file import PromptFile, sample_file
-    from fasttr.rollouts.sampler import Sampling
 
     for key in ("prompts", "samples_file"):
         if getattr(settings, key) is None:
@@ -112,19 +118,91 @@ def _sample(config: Any, settings: Any, asked: list[str]) -> None:
                 f"{key}: missing; samples need --prompts and --samples_file (got "
                 f"{', '.join(asked)})"
             )
+    model = config.model(device_for(config.use_cpu))
+    if settings.samples_format != "lines":
+        _answer(config, model, settings)
+        return
     written = sample_file(
-        config.model(device_for(config.use_cpu)),
+        model,
         PromptFile(
             Path(settings.prompts),
             Path(settings.samples_file),
             batch_size=settings.sampling_batch_size,
             disable_tqdm=config.disable_tqdm,
         ),
-        Sampling(
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            num_samples=settings.num_samples,
-            seed=settings.sampling_seed,
-        ),
+        _sampling(settings),
     )
     print(f"{written} samples in {settings.samples_file}")
+
+
+def _sampling(settings: Any) -> Any:
+    from fasttr.rollouts.sampler import Sampling
+
+    return Sampling(
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        num_samples=settings.num_samples,
+        seed=settings.sampling_seed,
+    )
+
+
+def _answer(config: Any, model: Any, settings: Any) -> None:
+    """The questions of a benchmark, answered for its judge."""
+    from fasttr.evaluation.answers import AnswerFile, write_answers
+
+    name = settings.generator or Path(config.model_name_or_path).resolve().name
+    files = AnswerFile(
+        questions=Path(settings.prompts),
+        target=Path(settings.samples_file),
+        kind=settings.samples_format,
+        generator=name,
+        template=settings.judge_template,
+        batch_size=settings.sampling_batch_size,
+        disable_tqdm=config.disable_tqdm,
+    )
+    written = write_answers(model, files, _sampling(settings))
+    print(f"answers to {written} questions in {settings.samples_file}")
+
+
+def _judge(config: Any, settings: Any) -> None:
+    from fasttr.environment import device_for
+    from fasttr.evaluation.win_rate import win_rate
+
+    if settings.prompts is None:
+        raise FasttrError("prompts: missing; a judge needs a file of prompts with a response each")
+    device = device_for(config.use_cpu)
+    results = win_rate(
+        config.model(device),
+        settings.prompts,
+        settings.judge,
+        _sampling(settings),
+        batch_size=settings.sampling_batch_size,
+        budget=config.token_budget(device),
+    )
+    _tell([results], settings.results_dir)
+
+
+def _read_verdicts(settings: Any) -> None:
+    from fasttr.evaluation.verdicts import read_verdicts
+
+    if settings.verdicts_format is None:
+        raise FasttrError("verdicts_format: missing; wanted who wrote the verdicts")
+    found = read_verdicts(settings.verdicts, settings.verdicts_format, settings.length_control_file)
+    _tell(found, settings.results_dir)
+
+
+def _tell(found: Any, results_dir: str | None) -> None:
+    """Print what a judge said, and keep it with a run for its report."""
+    from fasttr.metrics.results import estimate, write_results
+
+    for results in found:
+        mean = estimate(results.values)
+        print(
+            f"{results.title}: {mean.mean:.4g} (95 % interval {mean.low:.4g} to {mean.high:.4g}), "
+            f"{mean.n} rows"
+        )
+        if results_dir is None:
+            continue
+        if not Path(results_dir).is_dir():
+            raise FasttrError(f"results_dir: {results_dir} does not exist; wanted a run's folder")
+        write_results(Path(results_dir), results)

@@ -129,12 +129,12 @@ def _in_a_name(value: str) -> str:
 
 
 def _config_words(args: list[str]) -> list[str]:
-    """`--config FILE` as it was given; `read_words` has it read already."""
+    """`--config FILE` and `--recipe NAME` as they were given."""
     words = []
     for place, word in enumerate(args):
-        if word == "--config" and place + 1 < len(args):
+        if word in ("--config", "--recipe") and place + 1 < len(args):
             words += [word, args[place + 1]]
-        elif word.startswith("--config="):
+        elif word.startswith(("--config=", "--recipe=")):
             words.append(word)
     return words
 

@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     from fasttr.config.methods import Method
     from fasttr.config.train_config import TrainConfig
 
-USAGE = "[--config FILE] [--preset NAME] [--print_config[=skip_default]] [--SETTING VALUE ...]"
+USAGE = (
+    "[--recipe NAME] [--config FILE] [--preset NAME] [--print_config[=skip_default]] "
+    "[--SETTING VALUE ...]"
+)
 DESCRIPTION = (
     "The reference of a loss may move (--ref_update). Every flag may stand in a flat YAML file "
     "(--config FILE; flags win), under its name here or TRL's; --preset NAME takes the TR paper's "
-    "settings, --print_config shows the settings of a run."
+    "settings, --recipe NAME a whole file (fasttr recipes lists them), --print_config shows the "
+    "settings of a run."
 )
 
 

@@ -77,7 +77,10 @@ def token_rewards(score_N: Tensor, penalty_R: Tensor, lengths_N: Tensor) -> Tens
 
 
 def whitened(x_R: Tensor, kept_R: Tensor, keeps_mean: bool = False) -> Tensor:
-    """(R,) of deviation 1, and of mean 0 unless it is kept, over those that are kept (bool)."""
+    """(R,) of deviation 1, and of mean 0 unless it is kept, over those that are kept (bool); 0
+    where none is."""
+    if not bool(kept_R.any()):
+        return torch.zeros_like(x_R)
     known = x_R[kept_R]
     mean = known.mean()
     found = (x_R - mean) * torch.rsqrt(known.var(unbiased=False) + 1e-8)

@@ -47,7 +47,7 @@ def kept_of_layer(kept: Kept, recompute: Recompute) -> float:
 
 def kept_bytes(sizes: ModelSizes, recompute: Recompute) -> float:
     """Bytes a token that a whole forward pass leaves."""
-    of_layers = sum(kind.count * kept_of_layer(kind.kept, recompute) for kind in sizes.kinds)
+    of_layers = sum(kind.layers * kept_of_layer(kind.kept, recompute) for kind in sizes.kinds)
     return of_layers + sizes.kept_outside
 
 

@@ -57,7 +57,7 @@ class Parameters(NamedTuple):
 class LayerKind(NamedTuple):
     """Decoder layers that are alike."""
 
-    count: int
+    layers: int
     parameters: Parameters  # of one
     product_weights: int  # weights of one that a token is multiplied with
     kept: Kept  # bytes a token that one keeps for the backward
@@ -80,17 +80,17 @@ class ModelSizes(NamedTuple):
     @property
     def parameters(self) -> Parameters:
         return functools.reduce(
-            Parameters.plus, (k.parameters.times(k.count) for k in self.kinds), self.outside
+            Parameters.plus, (k.parameters.times(k.layers) for k in self.kinds), self.outside
         )
 
     @property
     def layers(self) -> int:
-        return sum(kind.count for kind in self.kinds)
+        return sum(kind.layers for kind in self.kinds)
 
     @property
     def product_weights(self) -> int:
         """Weights of all layers that a token is multiplied with: of experts those that it meets."""
-        return sum(kind.count * kind.product_weights for kind in self.kinds)
+        return sum(kind.layers * kind.product_weights for kind in self.kinds)
 
     @property
     def largest_layer(self) -> Parameters:
@@ -150,7 +150,7 @@ def _counted(
     found = {}
     for place, kind in enumerate(kinds_of_few):
         found[kind] = LayerKind(
-            count=kinds.count(kind),
+            layers=kinds.count(kind),
             parameters=_parameters(layers[place].named_parameters(), model, bf16),
             product_weights=watch.product_weights(place),
             kept=watch.kept(place),

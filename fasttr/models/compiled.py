@@ -19,6 +19,7 @@ from fasttr.console import say
 from fasttr.errors import FasttrError, first_line
 from fasttr.models.packed import PackedModel
 from fasttr.models.quantised import is_quantised
+from fasttr.models.sharded import decoder_layers
 from fasttr.packing.layout import pack
 from fasttr.packing.tiers import SHARED
 
@@ -83,9 +84,7 @@ def budgeted(backend: Backend, budget: float | None) -> Backend:
 
 def layers_of(packed: PackedModel) -> list[nn.Module]:
     """The decoder layers, each of which is compiled, or made again in the backward, by itself."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return [m for m in packed.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    return decoder_layers(packed.model)
 
 
 def _compiled(packed: PackedModel, backend: Backend) -> str | None:

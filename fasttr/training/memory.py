@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -57,7 +58,7 @@ class Rows(NamedTuple):
     step_tokens: int | None = None  # that no step has more of; None: nobody knows
 
     @classmethod
-    def of(cls, config: TrainConfig, splits: list[TreeSource], group_rows: int) -> Rows:
+    def of(cls, config: TrainConfig, splits: Sequence[TreeSource], group_rows: int) -> Rows:
         """Of rows to train on, and others after them."""
         tier = SHARED if config.attention_tier == AUTO else config.attention_tier
         sizes = [row_tokens(tier, trees) for trees in splits]

@@ -113,7 +113,7 @@ def policy_step(run: OnlineRun, experience: Experience, within: int) -> StepMetr
     done = finish_step(run, ledger.vector(values).to(run.device))
     if critic is None:
         return done
-    of_critic = critic.finish_step(torch.tensor(values["value_loss"]))
+    of_critic = critic.finish_step(torch.tensor(values["value_loss"], device=run.device))
     is_broken = torch.maximum(done.is_broken, of_critic.is_broken.to(torch.float32))
     return done._replace(is_broken=is_broken)
 

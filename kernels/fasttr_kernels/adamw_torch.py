@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fasttr_kernels import lerp_torch
-from fasttr_kernels.rounding import join_halves, noise_of, round_stochastic, split_halves
+from fasttr_kernels.rounding import noise_of, round_stochastic
 
 # Elements of a block: what is made on the way stays in a cache. A multiple of GROUP.
 BLOCK = 1 << 16
@@ -101,13 +101,14 @@ class Scalars(NamedTuple):
 
 def update(items: list[Item], clip: float, alpha: float, seed: int) -> None:
     """One step, and the lerp of the references by alpha. Nothing where clip is below 0 or NaN."""
-    if not clip >= 0:
+    if not clip >= 0 or not items:
         return
+    scratch = _Scratch(max(item.param.numel() for item in items), items[0].param.device)
     for item in items:
         scalars = tick(item.clock, item.hyper, clip)
         step = int(item.clock[0])
         for block in _blocks(item.param.numel()):
-            _update_block(item.part(block), block, scalars, step, alpha, seed)
+            _update_block(item.part(block), block, scalars, step, alpha, seed, scratch)
 
 
 def tick(clock: Tensor, hyper: Hyper, clip: float) -> Scalars:
@@ -134,32 +135,66 @@ def _blocks(elements: int) -> Iterator[slice]:
         yield slice(start, min(start + BLOCK, elements))
 
 
-def _update_block(item: Item, block: slice, s: Scalars, step: int, alpha: float, seed: int) -> None:
-    g = item.grad.float() * s.clip
-    p = _weights(item) * s.decay
-    first, second = decoded(item.moments)
-    m = (first * s.beta1).add_(g * s.rest1)
-    v = (second * s.beta2).add_((g * s.rest2).mul_(g))
+class _Scratch:
+    """Memory for what is made on the way, once for a step: fresh memory costs more than the
+    arithmetic, because its pages are faulted in anew."""
+
+    def __init__(self, elements: int, device: torch.device):
+        size = min(BLOCK, elements)
+        self.fp64 = torch.empty(size, dtype=torch.float64, device=device)
+        self.fp32 = torch.empty(2, size, device=device)
+        self.int32 = self.fp32[1].view(torch.int32)  # once the denominator has been used
+        self.one = torch.ones((), device=device)
+
+
+def _update_block(
+    item: Item, block: slice, s: Scalars, step: int, alpha: float, seed: int, scratch: _Scratch
+) -> None:
+    n = item.param.numel()
+    g = item.grad
+    if g.dtype != torch.float32 or s.clip != 1:
+        g = scratch.fp32[0, :n].copy_(item.grad).mul_(s.clip)
+    # In place where moments and weights are fp32. Each operation is rounded: addcmul may fuse its
+    # sum with its last product alone, here that by one, and addcdiv fuses nothing.
+    m, v = decoded(item.moments)
+    m.mul_(s.beta1).addcmul_(g, scratch.one, value=s.rest1)
+    v.mul_(s.beta2).add_(torch.mul(g, s.rest2, out=scratch.fp32[1, :n]).mul_(g))
     if item.moments.first.dtype == torch.bfloat16:
-        low, high = noise_of(seed, item.number, STREAM_OF_MOMENTS, step, block, p.device)
+        low, high = noise_of(seed, item.number, STREAM_OF_MOMENTS, step, block, g.device)
         item.moments.first.copy_(round_stochastic(m, low))
         item.moments.second.copy_(round_stochastic(v, high))
-    else:
+    elif item.moments.first_scale is not None:
         encode(item.moments, m, v)
-    denominator = _sqrt(v).mul_(s.inverse).add_(s.eps)
-    p.sub_(m.mul_(s.step_size).div_(denominator))
-    if item.remainder is not None:
-        high, low = split_halves(p)
-        item.param.copy_(high)
-        item.remainder.copy_(low)
-    elif item.param.dtype == torch.bfloat16:
-        low, _ = noise_of(seed, item.number, STREAM_OF_WEIGHTS, step, block, p.device)
-        item.param.copy_(round_stochastic(p, low))
-    else:
-        item.param.copy_(p)
+    root = scratch.fp32[1, :n].copy_(scratch.fp64[:n].copy_(v).sqrt_())
+    denominator = root.mul_(s.inverse).add_(s.eps)
+    p = _weights(item, scratch).mul_(s.decay).addcdiv_(m, denominator, value=-s.step_size)
     if item.reference is not None and alpha != 0:
         pair = lerp_torch.Item(item.reference, p, item.reference_remainder)
         lerp_torch.update([pair], alpha, False, 0)
+    if item.remainder is not None:
+        _store_halves(p, item.param, item.remainder, scratch.int32[:n])
+    elif item.param.dtype == torch.bfloat16:
+        low, _ = noise_of(seed, item.number, STREAM_OF_WEIGHTS, step, block, p.device)
+        item.param.copy_(round_stochastic(p, low))
+
+
+def _weights(item: Item, scratch: _Scratch) -> Tensor:
+    """The fp32 numbers that a step is made on: an fp32 parameter itself."""
+    if item.param.dtype == torch.float32:
+        return item.param
+    # The gradient has been used: its place is free.
+    p = scratch.fp32[0, : item.param.numel()].copy_(item.param)
+    if item.remainder is not None:
+        p.view(torch.int32).add_(item.remainder)
+    return p
+
+
+def _store_halves(value: Tensor, high: Tensor, low: Tensor, scratch: Tensor) -> None:
+    """`split_halves` into place; `value` is used up."""
+    bits = value.view(torch.int32)
+    torch.add(bits, 0x8000, out=scratch).bitwise_right_shift_(16)
+    high.view(torch.int16).copy_(scratch)
+    low.copy_(bits.sub_(scratch.bitwise_left_shift_(16)))
 
 
 def _sqrt(x: Tensor) -> Tensor:
@@ -167,13 +202,8 @@ def _sqrt(x: Tensor) -> Tensor:
     return x.double().sqrt_().float()
 
 
-def _weights(item: Item) -> Tensor:
-    if item.remainder is None:
-        return item.param.float()
-    return join_halves(item.param, item.remainder)
-
-
 def decoded(moments: Moments) -> tuple[Tensor, Tensor]:
+    """In fp32: copies, but of fp32 moments themselves."""
     first, second, first_scale, second_scale = moments
     if first_scale is None or second_scale is None:
         return first.float(), second.float()
@@ -193,11 +223,10 @@ INVERSE_127, INVERSE_255 = (torch.tensor(1 / x).item() for x in (127, 255))
 
 
 def encode(moments: Moments, m: Tensor, v: Tensor) -> None:
+    """Store moments of 8 bits."""
     first, second, first_scale, second_scale = moments
-    if first_scale is None or second_scale is None:
-        first.copy_(m)
-        second.copy_(v)
-        return
+    assert first_scale is not None
+    assert second_scale is not None
     largest, root = _scaled(m.abs())
     code = _sqrt(_sqrt(root)).mul_(127).add_(0.5).floor_().flatten()[: m.numel()]
     first_scale.copy_(largest)

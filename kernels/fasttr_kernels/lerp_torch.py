@@ -126,9 +126,10 @@ class _Scratch:
     def mix(self, r: Tensor, policy: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
         """The lerp in the dtype of r, from the nearer end: exact at both.
 
-        A product, then a sum, each rounded: `addcmul` does not fuse them, as `torch.lerp` and
-        `torch.add(..., alpha=...)` do where they run in vectors, so that their bits depend on where
-        a block ends.
+        A product, then a sum, each rounded: `addcmul` may fuse its sum with its last product alone,
+        here that by one. `torch.lerp` and `torch.add(..., alpha=...)` fuse the other one where they
+        run in vectors, so that their bits depend on where a block ends. So two sweeps are the
+        fewest.
         """
         a, b, one = self._of(r, r.dtype)
         out = a if out is None else out

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bench.paper import ocrm_lm
-from bench.paper.ocrm_lm_report import best, paired, table, verdict
+from bench.paper.ocrm_lm_report import best, by_prompts, paired, table, verdict
 from fasttr.toy.exact import fit_linear
 from fasttr.toy.task import gold_reward
 
@@ -22,6 +22,9 @@ def found_of(ends, excess):
     for arm, golds in ends.items():
         for seed, gold in enumerate(golds):
             last = line(arm, 2, gold)
+            if arm != "fixed":
+                last |= {"gold_difference": gold - ends["fixed"][seed]}
+                last |= {"gold_difference_stderr": 0.15}
             if arm == "weighted":
                 last |= {f"{name}/excess_loss": x + seed / 100 for name, x in excess.items()}
                 last |= {f"{name}/accuracy": 0.7 for name in excess} | {"ess": 90.0}
@@ -50,7 +53,9 @@ def test_differences_are_paired_by_seed():
     assert table(found).count("+0.310 [") == 1
     assert "unweighted" not in table(found)
     row = next(text for text in table(found).splitlines() if text.startswith("| weighted | 3"))
-    assert "| 0.500 +- 0.245 | +0.500 [+0.252, +0.748] | 0.600, 0.400 | 0.20 |" in row
+    assert "| 0.500 +- 0.245 | +0.500 [+0.252, +0.748] | 3, 0 | 0.600, 0.400 | 0.20 |" in row
+    # -0.1, 0.1 and -0.1 beside a standard error of 0.15 say nothing.
+    assert by_prompts(found, "shuffled") == (0, 0)
 
 
 def test_sentences_follow_from_the_intervals():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from fasttr.cli.ocrm import parse_ocrm
@@ -62,7 +64,10 @@ def test_all_arms_run(task, workspace, tmp_path):
         words(f"{task}-ocrm", *places, "--label", "gold", "--ratio_preset", "ocrm-release")
     )
     assert released.ratios == RELEASE
-    results = run_ocrm(parse_ocrm(words(f"{task}-ocrm", *places, *STAND_INS.split())))
+    config = parse_ocrm(words(f"{task}-ocrm", *places, *STAND_INS.split()))
+    if task != next(iter(TASKS)):  # the other one differs by its numbers alone
+        config = dataclasses.replace(config, arms=["weighted", "ppo-rlhf"])
+    results = run_ocrm(config)
     assert {line["arm"] for line in results} == set(config.arms)
     assert all(0 <= line["win_rate"] <= 1 for line in results)
     at_the_end = {line["arm"]: line["episodes"] for line in results if line["stage"] == 2}

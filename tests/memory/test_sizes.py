@@ -119,7 +119,7 @@ def test_layers_of_a_deep_model_are_counted_by_kind():
     deep = tiny_config("gemma3_text", num_hidden_layers=12, layer_types=None)
     sizes = sizes_of(deep, bf16=True)
     assert sizes.layers == 12
-    assert sorted(kind.count for kind in sizes.kinds) == [2, 10]
+    assert sorted(kind.layers for kind in sizes.kinds) == [2, 10]
     assert sizes.parameters.all == sum(p.numel() for p in meta_model(deep).parameters())
 
 

@@ -51,6 +51,40 @@ def test_the_packs_of_all_ranks_are_the_rows_of_the_step():
     assert sorted(found) == list(range(5))
 
 
+def dealt_one_by_one(costs: list[int], bins: int) -> list[int]:
+    """The rule as it is written: the dearest item next, to the first of the emptiest bins."""
+    loads, owner = [0] * bins, [0] * len(costs)
+    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        emptiest = loads.index(min(loads))
+        owner[item] = emptiest
+        loads[emptiest] += costs[item]
+    return owner
+
+
+@pytest.mark.parametrize("bins", [1, 2, 7, 64])
+def test_dealing_many_at_once_is_dealing_one_by_one(bins):
+    """Ties among them: costs of few values."""
+    rng = np.random.default_rng(bins)
+    for rows in (1, 2, 63, 200):
+        for highest in (3, 2000):
+            costs = rng.integers(1, highest, rows).tolist()
+            assert dealt(costs, bins).tolist() == dealt_one_by_one(costs, bins)
+
+
+def test_planning_a_step_of_many_ranks_does_not_ask_every_bin_for_every_row(monkeypatch):
+    """16,384 rows on 1,024 ranks: first-fit would compare each row with hundreds of bins."""
+
+    def refused(*args):
+        raise AssertionError("first-fit was asked for")
+
+    monkeypatch.setattr("fasttr.packing.shares.first_fit_decreasing", refused)
+    costs = costs_of(16 * 1024, seed=3)
+    steps = micro_steps(costs, 1024, 8192)
+    assert sorted(item for step in steps for bin_ in step for item in bin_) == list(range(16384))
+    assert all(len(step) == 1024 for step in steps)
+    assert lockstep_balance(costs, 1024, 8192) > 0.95
+
+
 # in step
 
 
@@ -94,37 +128,3 @@ def test_each_rank_has_as_many_packs_and_an_idle_one_has_two_tokens(tier):
     assert [batch.rows for batch in alone] == [()]
     assert alone[0].input_ids.tolist() == [0, 0]
     assert alone[0].target.tolist() == [0]
-
-
-def dealt_one_by_one(costs: list[int], bins: int) -> list[int]:
-    """The rule as it is written: the dearest item next, to the first of the emptiest bins."""
-    loads, owner = [0] * bins, [0] * len(costs)
-    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        emptiest = loads.index(min(loads))
-        owner[item] = emptiest
-        loads[emptiest] += costs[item]
-    return owner
-
-
-@pytest.mark.parametrize("bins", [1, 2, 7, 64])
-def test_dealing_many_at_once_is_dealing_one_by_one(bins):
-    """Ties among them: costs of few values."""
-    rng = np.random.default_rng(bins)
-    for rows in (1, 2, 63, 200):
-        for highest in (3, 2000):
-            costs = rng.integers(1, highest, rows).tolist()
-            assert dealt(costs, bins).tolist() == dealt_one_by_one(costs, bins)
-
-
-def test_planning_a_step_of_many_ranks_does_not_ask_every_bin_for_every_row(monkeypatch):
-    """16,384 rows on 1,024 ranks: first-fit would compare each row with hundreds of bins."""
-
-    def refused(*args):
-        raise AssertionError("first-fit was asked for")
-
-    monkeypatch.setattr("fasttr.packing.shares.first_fit_decreasing", refused)
-    costs = costs_of(16 * 1024, seed=3)
-    steps = micro_steps(costs, 1024, 8192)
-    assert sorted(item for step in steps for bin_ in step for item in bin_) == list(range(16384))
-    assert all(len(step) == 1024 for step in steps)
-    assert lockstep_balance(costs, 1024, 8192) > 0.95

@@ -162,14 +162,15 @@ def test_a_weight_that_is_no_number_is_named(folder, tmp_path):
         reward_source(str(copy), ModelConfig("", key="reward_funcs"), tokenizer, 1024)
 
 
-def test_messages_need_a_template_of_the_reward_model(folder, workspace):
+def test_messages_need_a_template_of_the_reward_model(folder, tmp_path):
     """Only where its tokens are not the policy's, whose template wrote them."""
-    own = load_tokenizer(str(folder))
+    bare = shutil.copytree(folder, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    policys = load_tokenizer(str(folder))
     messages = [[{"role": "user", "content": "how many?"}]]
-    check_renders([str(folder)], own, messages)
-    other = load_tokenizer(str(folder))
-    other.add_tokens(["<another>"])
-    check_renders([str(folder)], other, ["how many?"])
-    assert not own.chat_template
+    check_renders([str(bare)], policys, messages)
+    policys.add_tokens(["<another>"])
+    check_renders([str(folder)], policys, messages)
+    check_renders([str(bare)], policys, ["how many?"])
     with pytest.raises(FasttrError, match="has no chat template and the prompts are messages"):
-        check_renders([str(folder)], other, messages)
+        check_renders([str(bare)], policys, messages)

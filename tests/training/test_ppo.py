@@ -220,7 +220,7 @@ def uninterrupted(workspace, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("calls", [2, 3])
+@pytest.mark.parametrize("calls", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_while_generating_then_resumed_is_the_uninterrupted_run(
     workspace, tmp_path, uninterrupted, calls
 ):
@@ -266,6 +266,20 @@ def test_a_completion_without_a_reward_is_left_out(workspace, tmp_path):
     of_kept = np.concatenate(flat[::2])
     assert abs(of_kept.mean()) < 1e-5
     assert of_kept.std() == pytest.approx(1, abs=1e-4)
+
+
+def test_a_rollout_without_any_reward_changes_nothing(workspace, tmp_path, capsys):
+    made = []
+
+    def none_at_first(completions, **columns):
+        made.append(1)
+        return [None] * len(completions) if len(made) == 1 else vowels(None, completions)
+
+    ppo(workspace, tmp_path / "run", none_at_first, max_steps=5, learning_rate=1e-3)
+    assert "no source gives any reward for a rollout" in capsys.readouterr().out
+    norms = [line["grad_norm"] for line in steps(tmp_path / "run")]
+    assert norms[:4] == [0.0] * 4
+    assert norms[4] > 0
 
 
 def test_names_of_trls_former_config(workspace):
