@@ -10,6 +10,7 @@ import dataclasses
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -267,10 +268,20 @@ def _explain(held_out: list[dict[str, Any]], asked: list[str], arms: list[Arm]) 
         f"accuracy: against the initial policy, of {len(held_out)} held-out pairs, whose labels "
         f"agree with the gold reward in {agreeing / len(held_out):.1%}"
     )
-    say(f"example: {asked[0]}")
-    for arm in arms:
-        say(f"  {arm.name:12} {_visible(arm.readings[0].completions[0])}")
+    shown = {arm.name: arm.readings[0].completions for arm in arms}
+    place = _telling(list(shown.values()))
+    say(f"example: {asked[place]}")
+    for name, completions in shown.items():
+        say(f"  {name:12} {_visible(completions[place])}")
+
+
+def _telling(of_arms: list[Sequence[str]]) -> int:
+    """The first prompt that all arms answer in characters, and not alike; else the first."""
+    for place, texts in enumerate(zip(*of_arms, strict=True)):
+        if len(set(texts)) > 1 and all(text.isascii() and text.isprintable() for text in texts):
+            return place
+    return 0
 
 
 def _visible(text: str) -> str:
-    return "".join(one if one.isprintable() else "?" for one in text)
+    return "".join(one if one.isascii() and one.isprintable() else "?" for one in text)

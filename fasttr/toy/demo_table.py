@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fasttr.console import counted
 from fasttr.metrics.plots import read_metrics
 from fasttr.toy.judge import Judged
 
@@ -82,6 +83,8 @@ class Difference(NamedTuple):
 
     @property
     def words(self) -> str:
+        if math.isinf(self.half_width):
+            return f"{self.mean:+.3f}"
         interval = f"{self.mean - self.half_width:+.3f} to {self.mean + self.half_width:+.3f}"
         return f"{self.mean:+.3f} ({interval})"
 
@@ -122,7 +125,8 @@ def verdict(arms: Sequence[Arm]) -> list[str]:
         wins += sum(one.mean > one.half_width for one in (at_peak, at_end))
         losses += sum(one.mean < -one.half_width for one in (at_peak, at_end))
     seeds = len(baseline.readings)
-    lines.append(f"(95 % intervals over {seeds} seeds, paired by seed and prompt)")
+    intervals = "95 % intervals over " if seeds > 1 else ""
+    lines.append(f"({intervals}{counted(seeds, 'seed')}, paired by seed and prompt)")
     return ["\n".join(lines), _sentence(wins, losses, seeds)]
 
 
