@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._dynamo.backends.registry import lookup_backend
 
 from bench.ablation import twin
 from bench.harness import Bars, Benchmark, Case, Contender, add_common_arguments, compare
@@ -30,6 +29,7 @@ from bench.shapes import SHAPES, build
 from bench.text import reasons, titled
 from bench.timing import peak_bytes_of
 from fasttr.batch import PackedBatch
+from fasttr.models.compiled import budgeted
 from fasttr.models.given import pack_model
 from fasttr.models.halves import round_matrices
 from fasttr.models.load import ModelConfig
@@ -196,12 +196,8 @@ class Layers:
         return self._call(model)
 
     def compiled(self, budget: float) -> Call:
-        def backend(graph: Any, inputs: Any) -> Any:
-            """A function of its own for every budget: compiled code is found again by it."""
-            with torch._functorch.config.patch(activation_memory_budget=budget):
-                return lookup_backend(self.backend)(graph, inputs)
-
         call = self.split()
+        backend = budgeted(self.backend, budget)
         compiled = torch.compile(call.layer, backend=backend, dynamic=True, fullgraph=True)
         return call._replace(layer=compiled)
 

@@ -90,6 +90,11 @@ class MovingReference:
         """Whether the policy's own weights are the reference's: only at a window's start."""
         return self.weights is None and (self.updates > 0 or self._initial is None)
 
+    @property
+    def is_apart(self) -> bool:
+        """Whether the first reference is a model of its own, and still here."""
+        return self._initial is not None
+
     def window_scored(self) -> None:
         """The window's log-probs are in the table: a first reference of its own is let go."""
         self._initial = None

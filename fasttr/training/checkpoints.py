@@ -271,19 +271,31 @@ def _name_of(loss: Loss) -> str:
 
 def _check_scored(resume: Resume, config: TrainConfig, plan: Plan) -> None:
     """A run that was made longer may reach rows that its reference has not scored."""
+    step = first_unscored(resume, config, plan)
+    if step is not None and not reads_reference_again(config):
+        raise FasttrError(
+            f"max_steps: got {plan.total_steps} steps in all, and the reference that "
+            f"{resume.folder} trains against has scored no rows of step {step + 1}; its weights "
+            f"are gone: wanted at most {step}, or a new run"
+        )
+
+
+def first_unscored(resume: Resume, config: TrainConfig, plan: Plan) -> int | None:
+    """The first step of the window under way whose rows the checkpoint brings no scores of."""
     facts = resume.state.facts
     if not facts["window_scored"] or config.ref_update == "soft":
-        return
+        return None
     known = resume.state.tensors["scores.rows"].numpy()
-    for window in plan.windows(config.schedule.every, start=facts["step"]):
-        for step in range(facts["step"], window.stop):
-            if not np.isin(plan.rows(step), known).all():
-                raise FasttrError(
-                    f"max_steps: got {plan.total_steps} steps in all, and the reference that "
-                    f"{resume.folder} trains against has scored no rows of step {step + 1}; its "
-                    f"weights are gone: wanted at most {step}, or a new run"
-                )
-        return  # a later window is scored by the policy as it then is
+    # A later window is scored by the policy as it then is.
+    window = next(iter(plan.windows(config.schedule.every, start=facts["step"])), range(0))
+    steps = range(facts["step"], window.stop)
+    return next((s for s in steps if not np.isin(plan.rows(s), known).all()), None)
+
+
+def reads_reference_again(config: TrainConfig) -> bool:
+    """Whether the reference of a run is a folder or hub id that can be read once more."""
+    is_named = bool(config.ref_model_name_or_path or config.model_name_or_path)
+    return config.ref_update == "none" and is_named and not config.use_peft
 
 
 def _require_own_folder(resume: Resume, config: TrainConfig) -> None:

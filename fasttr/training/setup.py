@@ -56,7 +56,13 @@ from fasttr.training.announce import (
     announce_tier,
 )
 from fasttr.training.best import Best, Patience
-from fasttr.training.checkpoints import Resume, check_resume, find_resume, take_up
+from fasttr.training.checkpoints import (
+    Resume,
+    check_resume,
+    find_resume,
+    first_unscored,
+    take_up,
+)
 from fasttr.training.memory import Rows, plan_memory, unless_compiled
 from fasttr.training.run import Run
 
@@ -119,12 +125,13 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     plan = config.plan(trees, loss, device)
     if resume is not None:
         check_resume(resume, config, loss, plan)
+    scores_more = resume is not None and first_unscored(resume, config, plan) is not None
     _require_same(ranks, config, loss, plan)
     announce_plan(config, loss, plan, ranks)
     announce_settings(config, loss, trees)
     # Ranks that divide a model meet while it is loaded.
     with contextlib.nullcontext() if ranks.is_sharded else ranks.together():
-        policy, initial = _models(config, device, given, tokenizer, resume, ranks)
+        policy, initial = _models(config, device, given, tokenizer, resume, ranks, scores_more)
     if policy.router is not None:
         policy.router.leaves_out_mismatched = loss.unpaired and loss.completions > 1
     _check_ids(config, given, policy, initial, splits)
@@ -347,8 +354,12 @@ def _models(
     tokenizer: Any,
     resume: Resume | None,
     ranks: Ranks,
+    scores_more: bool,
 ) -> tuple[PackedModel, PackedModel | None]:
-    """The policy, and a first reference of its own where one is named and still needed."""
+    """The policy, and a first reference of its own where one is named and still needed.
+
+    `scores_more`: a fixed one, which a checkpoint does not keep, has rows left to score.
+    """
     rows = rows_wanted(tokenizer) if config.resize_embeddings else None
     wanted = dataclasses.replace(
         config.model(device),
@@ -358,9 +369,9 @@ def _models(
         layout=config.layout(device),
     )
     policy = _policy(wanted, given.model, resume)
-    if config.ref_model_name_or_path is None or (
-        resume is not None and config.ref_update != "soft"
-    ):
+    is_named = config.ref_model_name_or_path is not None
+    is_needed = resume is None or config.ref_update == "soft"
+    if not (is_named and is_needed) and not scores_more:
         return policy, None
     reference = dataclasses.replace(
         _named_reference(config, device), embedding_rows=rows, ranks=ranks
@@ -372,7 +383,10 @@ def _models(
 
 
 def _named_reference(config: TrainConfig, device: torch.device) -> ModelConfig:
-    model = config.model(device, config.ref_model_name_or_path)
+    name = config.ref_model_name_or_path or config.model_name_or_path
+    model = config.model(device, name)
+    if config.ref_model_name_or_path is None:
+        model = dataclasses.replace(model, revision=config.model_revision)
     # A soft reference becomes an average of it, for which every bit counts.
     if config.ref_update == "soft":
         model = dataclasses.replace(model, compile=False)

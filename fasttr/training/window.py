@@ -67,7 +67,8 @@ def score_anchor(run: Run) -> None:
 def score_late(run: Run, window: range, *, evaluates: bool) -> None:
     """Score what a resumed run needs of its window and the checkpoint does not bring.
 
-    Only a soft reference still has, inside a window, the weights that it began with.
+    Inside a window only a soft reference still has the weights that it began with, and a fixed one
+    that was read again.
     """
     steps = range(run.step, window.stop)
     if not steps:
@@ -76,16 +77,36 @@ def score_late(run: Run, window: range, *, evaluates: bool) -> None:
     splits = [split for split in run.splits.values() if evaluates and split.lacks_reference()]
     if not lacks_rows and not splits:
         return
-    if run.reference.weights is None:
+    if run.reference.weights is None and not run.reference.is_apart:
         raise FasttrError(
             f"an evaluation falls into the window of step {run.step + 1}, which was scored without "
             "it, and the reference's weights of its start are gone; resume with the intervals that "
             "the run began with, or from a checkpoint where a window begins"
         )
     with run.reference.model() as reference:
+        if run.reference.is_apart:
+            _require_same_scores(run, reference)
         _sweep(run, reference, steps, None, StopSignal())
         for split in splits:
             _score_split(run, split, reference)
+    run.reference.window_scored()
+
+
+def _require_same_scores(run: Run, reference: PackedModel) -> None:
+    """FasttrError where a reference that was read again gives other log-probs to the first rows
+    than those that the run went by."""
+    allowed = 2e-2 if reference.bf16 else 1e-3
+    for batch in run.packs(0):
+        found = reference.logps(batch).cpu().double()
+        known = run.window_logps.get(batch.rows).double()
+        if not bool(((found - known).abs() <= allowed * (1 + known.abs())).all()):
+            config = run.config
+            name = config.ref_model_name_or_path or config.model_name_or_path
+            raise FasttrError(
+                f"max_steps: {name} is to score the rows that the run did not reach before, and it "
+                "gives other log-probs to its first ones than the reference did; wanted the same "
+                "model, or a new run"
+            )
 
 
 def _sweep(

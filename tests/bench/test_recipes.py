@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
 from fasttr.cli.train import parse_train
+from fasttr.cluster.report import report
+from fasttr.cluster.settings import PlanSettings
 from fasttr.reference.schedule import Hard, Soft
 from fasttr.training.loop import train
 from tests.places import ROOT
@@ -14,7 +17,7 @@ from tests.runs import lines
 
 ALL = sorted((ROOT / "fasttr" / "recipes").glob("*.yaml"))
 # Those of corrected reward models are in test_ocrm_recipes.
-RECIPES = [one for one in ALL if not one.stem.startswith(("pythia-1b", "qwen2.5-1.5b"))]
+RECIPES = [one for one in ALL if not one.stem.startswith(("pythia-1b", "qwen2.5-1.5b-alpaca"))]
 
 
 def is_small(recipe) -> bool:
@@ -114,3 +117,37 @@ def test_recipes_cover_the_study():
                 ["--loss_type", "kto_paired", "--group_size", "8"],
             ):
                 parse_train(["--config", str(recipe), *flags])
+
+
+# The published shapes of Qwen2.5: hidden size, layers, inner size, heads.
+SHAPES = {"0.5b": (896, 24, 4864, 14), "1.5b": (1536, 28, 8960, 12), "3b": (2048, 36, 11008, 16)}
+
+
+@pytest.mark.parametrize(
+    ("size", "row"), [("0.5b", "one card"), ("1.5b", "one card"), ("3b", "LoRA")]
+)
+def test_a_small_recipe_needs_the_memory_that_it_states(size, row, tmp_path):
+    hidden, layers, inner, heads = SHAPES[size]
+    file = tmp_path / "config.json"
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    }
+    file.write_text(json.dumps(config))
+    recipe = next(one for one in RECIPES if f"-{size}-ultrafeedback" in one.stem)
+    stated = float(re.search(r"it fits from (\d+) GiB", recipe.read_text())[1])
+
+    def fits(memory: float) -> bool:
+        asked = PlanSettings(model=str(file), memory_gib=memory, train_batch_size=32, lora_r=32)
+        (line,) = [line for line in report(asked).splitlines() if line.startswith(row)]
+        return "does not fit" not in line
+
+    assert fits(stated)
+    assert not fits(stated / 2)

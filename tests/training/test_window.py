@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -200,15 +202,35 @@ def test_a_run_that_lacks_its_final_model_alone_needs_no_reference(workspace, tm
     assert same_weights(tmp_path, tmp_path / "checkpoint-6")
 
 
-@pytest.mark.parametrize(("ref_update", "most"), [("none", 4), ("hard", 4)])
-def test_another_reference_cannot_and_says_how_far_it_reaches(
-    workspace, tmp_path, ref_update, most
-):
+def test_a_hard_reference_whose_weights_are_gone_says_how_far_it_reaches(workspace, tmp_path):
     """24 rows, 4 a step: no row of the last two steps of the epoch has been scored."""
-    values = resumable(workspace, ref_update, ref_update_every=6, save_steps=2)
+    values = resumable(workspace, "hard", ref_update_every=6, save_steps=2)
     run(workspace, tmp_path, **{**values, "max_steps": 4})
-    with pytest.raises(FasttrError, match=rf"scored no rows of step 5; .*wanted at most {most}"):
+    with pytest.raises(FasttrError, match=r"scored no rows of step 5; .*wanted at most 4"):
         run(workspace, tmp_path, **{**values, "max_steps": 6}, resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_fixed_reference_is_read_again_for_rows_of_a_longer_run(workspace, tmp_path, named):
+    values = resumable(workspace, "none", save_steps=2, lr_scheduler_type="constant")
+    if named:
+        values["ref_model_name_or_path"] = str(workspace / "reference")
+    whole = {**values, "max_steps": 6}
+    run(workspace, tmp_path / "whole", **whole)
+    run(workspace, tmp_path / "longer", **{**values, "max_steps": 4})
+    run(workspace, tmp_path / "longer", **whole, resume_from_checkpoint=True)
+    assert same_weights(tmp_path / "whole", tmp_path / "longer")
+    assert evaluations(tmp_path / "whole")[-1] == evaluations(tmp_path / "longer")[-1]
+
+
+def test_another_model_in_the_place_of_a_fixed_reference_is_noticed(workspace, tmp_path):
+    first = Path(shutil.copytree(workspace / "model", tmp_path / "first"))
+    values = resumable(workspace, "none", save_steps=2, model_name_or_path=str(first))
+    run(workspace, tmp_path / "out", **{**values, "max_steps": 4})
+    shutil.copy(workspace / "reference" / "model.safetensors", first)
+    longer = {**values, "max_steps": 6, "resume_from_checkpoint": True}
+    with pytest.raises(FasttrError, match=r"first is to score .* gives other log-probs"):
+        run(workspace, tmp_path / "out", **longer)
 
 
 def test_a_fixed_reference_that_has_seen_every_row_reaches_any_step(workspace, tmp_path):
