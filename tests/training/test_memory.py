@@ -124,7 +124,7 @@ def test_the_table_comes_before_weights_are_read(workspace, tmp_path, monkeypatc
     def stop(*args, **kwargs):
         raise InterruptedError
 
-    monkeypatch.setattr("fasttr.training.setup.load_model", stop)
+    monkeypatch.setattr("fasttr.training.models.load_model", stop)
     with pytest.raises(InterruptedError):
         run(workspace, tmp_path)
     assert "memory, planned: " in capsys.readouterr().out
