@@ -11,8 +11,11 @@ STAMP := $(VENV)/.installed
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
+	@echo "set-up, step 1 of 3: a virtual environment in $(VENV) (some seconds)"
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "set-up, step 2 of 3: installing torch, transformers and others (about 90 s where the network is fast)"
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[train,bench,test]'
+	@echo "set-up, step 3 of 3: checking that the packages fit each other (some seconds)"
 	$(PY) -m pip check
 	touch $@
 

@@ -158,8 +158,14 @@ def _check(method: str, line: list[str], folder: Path) -> None:
         config = parse_train(list(line), method)
     saved = folder / "train_config.json"
     if saved.is_file():
-        changed = config.differences(json.loads(saved.read_text()))
-        changed = [one for one in changed if not one.startswith(_RESOLVED)]
+        asked = config.as_dict()
+        values = json.loads(saved.read_text())
+        # What is left open, or to `auto`, a run decides and writes down.
+        given = {
+            name: asked.get(name) if _is_open(asked.get(name)) else value
+            for name, value in values.items()
+        }
+        changed = config.differences(given)
         if changed:
             raise FasttrError(
                 f"output_dir: {folder} was made with other settings ({'; '.join(changed)}); wanted "
@@ -167,8 +173,8 @@ def _check(method: str, line: list[str], folder: Path) -> None:
             )
 
 
-# Settings that a run fills in itself before it writes them down.
-_RESOLVED = ("loss_type", "max_tokens_per_batch", "attention_tier", "router_aux_loss_coef", "bf16")
+def _is_open(value: Any) -> bool:
+    return value is None or value == "auto"
 
 
 def _is_done(folder: Path) -> bool:
@@ -212,7 +218,7 @@ def _conclude(outcomes: Sequence[Outcome], output_dir: Path) -> None:
     from fasttr.report.page import FILE, write_report
 
     done = [one for one in outcomes if one.status == 0]
-    table = _table(outcomes)
+    table = _table(outcomes) + "\n\n± is half of a 95 % interval over rows."
     write_text(output_dir / TABLE, table + "\n")
     print("\n" + table)
     if done:

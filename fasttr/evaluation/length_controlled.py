@@ -32,7 +32,7 @@ class Gamed(NamedTuple):
 
     preference: np.ndarray  # (n,) of [0, 1], NaN where the judge gave none
     length_difference: np.ndarray  # (n,) already over its standard deviation
-    index: np.ndarray  # (n,) of the instruction
+    instruction: np.ndarray  # (n,) its place in AlpacaEval
     difficulty: np.ndarray  # (n,) of that instruction
 
 
@@ -48,8 +48,8 @@ def read_gamed(path: str | Path) -> Gamed:
             f"length_control_file: {path} cannot be read ({one_line(error)}); wanted AlpacaEval's "
             f"df_gamed.csv with the columns {', '.join(names)}"
         ) from error
-    preference, difference, index, difficulty = columns
-    return Gamed(preference, difference, index.astype(int), difficulty)
+    preference, difference, instruction, difficulty = columns
+    return Gamed(preference, difference, instruction.astype(int), difficulty)
 
 
 def length_controlled(
@@ -63,7 +63,7 @@ def length_controlled(
     preference_n = np.asarray(preference, dtype=np.float64)
     difference = np.asarray(baseline_lengths, float) - np.asarray(model_lengths, float)
     difference /= difference.std(ddof=1)
-    difficulty_of = dict(zip(gamed.index.tolist(), gamed.difficulty.tolist(), strict=True))
+    difficulty_of = dict(zip(gamed.instruction.tolist(), gamed.difficulty.tolist(), strict=True))
     if any(place not in difficulty_of for place in range(len(preference_n))):
         raise FasttrError(
             f"length_control_file: it has no difficulty of some of {len(preference_n)} "

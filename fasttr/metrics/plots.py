@@ -68,6 +68,11 @@ def panel_figure(panel: Panel, lines: list[dict[str, Any]], run_name: str = "") 
     curves = [curve for curve in panel.curves if series(lines, curve.key)[0]]
     if not curves:
         return None
+    curves = [
+        curve
+        for place, curve in enumerate(curves)
+        if not any(_is_the_same(lines, curve, later) for later in curves[place + 1 :])
+    ]
     figure, (ax,) = _figure(1)
     _draw_panel(ax, panel, curves, lines)
     _legend(figure, ax)
@@ -178,6 +183,17 @@ def _shown_key(panel: Compared, data: dict[str, list[dict[str, Any]]]) -> str | 
         if any(series(lines, key, panel.over)[0] for lines in data.values()):
             return key
     return None
+
+
+def _is_the_same(lines: list[dict[str, Any]], curve: Curve, other: Curve) -> bool:
+    """Whether another curve would hide this one, as that against the initial policy hides the one
+    against a reference that never moves."""
+    if not (curve.held_out and other.held_out):
+        return False
+    mine, its = series(lines, curve.key), series(lines, other.key)
+    return mine[0] == its[0] and all(
+        math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) for a, b in zip(mine[1], its[1], strict=True)
+    )
 
 
 def _finite(value: Any) -> bool:

@@ -27,8 +27,9 @@ p { margin: .4rem 0; max-width: 75ch; } .soft { color: var(--soft); }
 table { border-collapse: collapse; font-size: .92rem; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .7rem .3rem 0;
   border-bottom: 1px solid var(--line); }
-th { font-weight: 600; color: var(--soft); white-space: nowrap; }
-td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+th { font-weight: 600; color: var(--soft); max-width: 15rem; }
+td { font-variant-numeric: tabular-nums; overflow-wrap: break-word; min-width: 4.5rem;
+  max-width: 60ch; }
 .samples { table-layout: fixed; min-width: 720px; width: 100%; }
 .samples td, .samples tbody th { white-space: pre-wrap; font-size: .86rem;
   overflow-wrap: anywhere; padding-right: .9rem; }

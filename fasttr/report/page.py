@@ -82,7 +82,7 @@ def _paired(records: Sequence[Record]) -> Iterator[str]:
         rows = [
             [
                 run,
-                with_interval(own),
+                with_interval(own, ".3g"),
                 *(["", ""] if pairs is None else [with_interval(pairs), verdict(pairs)]),
             ]
             for run, own, pairs in differences(records, name)
@@ -122,6 +122,7 @@ def _run(record: Record, title: bool) -> Iterator[str]:
         parts.append("has not come to its end")
     yield html.paragraph(", ".join(parts), soft=True)
     yield html.tiles(headline(record))
+    yield html.paragraph(INTERVALS, soft=True)
     for name, results in record.results.items():
         if not name.startswith(("accuracy", "margin")):  # they are among the tiles
             found = estimate(results.values)

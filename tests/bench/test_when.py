@@ -238,8 +238,19 @@ def test_the_report_names_what_it_found(tmp_path):
     assert mean == pytest.approx(0.1, abs=0.02)
     assert low < mean < high
     assert seeds == SEEDS
-    for name in ("paths.png", "effects.png", "table.md"):
-        assert (tmp_path / name).exists()
+    assert "| linear |" in (tmp_path / "table.md").read_text()
+
+    paper = tmp_path / "paper"
+    (paper / "when").mkdir(parents=True)
+    (paper / "README.md").write_text("before\n<!-- when -->\nstale\n<!-- /when -->\nafter\n")
+    report.publish(records, tmp_path, paper)
+    page = (paper / "README.md").read_text()
+    assert page.startswith("before\n<!-- when -->\n**18 of the 18 planned seeds")
+    assert page.endswith("<!-- /when -->\nafter\n")
+    assert "stale" not in page
+    assert "| writer cold | **+0." in page
+    for name in ("when-paths.png", "when-effects.png", "when/verdict.md"):
+        assert (paper / name).exists()
 
 
 TINY = Scale(

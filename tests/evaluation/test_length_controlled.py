@@ -112,7 +112,7 @@ def test_df_gamed_is_read_and_another_file_is_refused(tmp_path):
     gamed = read_gamed(file)
     assert gamed.preference[0] == 0.25
     assert np.isnan(gamed.preference[1])
-    assert (gamed.index.tolist(), gamed.difficulty.tolist()) == ([0, 0], [0.7, 0.7])
+    assert (gamed.instruction.tolist(), gamed.difficulty.tolist()) == ([0, 0], [0.7, 0.7])
     with pytest.raises(FasttrError, match="no difficulty of some of 2 instructions"):
         length_controlled([1.0, 0.0], [3, 9], [4, 5], gamed)
     file.write_text("a,b\n1,2\n")

@@ -270,3 +270,19 @@ def test_the_command_draws_one_run_or_several(tmp_path, capsys):
 )
 def test_mistakes_of_the_command_are_one_line(words, answer, capsys):
     assert re.search(answer, error_line(capsys, ["plot", *words]))
+
+
+def test_of_two_held_out_curves_that_are_one_the_last_is_drawn():
+    key = "rewards/accuracies"
+    fixed = [
+        {"step": step, f"eval_{key}": 0.6 + step / 50, f"eval_anchor/{key}": 0.6 + step / 50}
+        for step in (1, 2, 3)
+    ]
+    moving = [*fixed[:2], {**fixed[2], f"eval_{key}": 0.5}]
+    labels = [
+        drawn("accuracies", lines).get_legend_handles_labels()[1] for lines in (fixed, moving)
+    ]
+    assert [label for label in labels[0] if "held" in label] == [
+        "held out, against the initial policy"
+    ]
+    assert len([label for label in labels[1] if "held" in label]) == 2

@@ -222,6 +222,13 @@ def test_a_run_ends_where_transformers_would_end_it(more_is_better, patience, th
     assert ours == ended > 0
 
 
+def test_a_gain_must_be_larger_than_the_threshold():
+    halves = [0.5, 0.25, 0.125]  # exact in binary
+    assert stopped_at([0.5] * 3, patience=2, threshold=0.0, more_is_better=False) == 3
+    assert stopped_at(halves, patience=1, threshold=0.25, more_is_better=False) == 2
+    assert stopped_at(halves, patience=1, threshold=0.24, more_is_better=False) == 3
+
+
 def test_a_value_that_is_not_a_number_is_no_improvement():
     values = [0.5, math.nan, math.nan, 0.4]
     assert stopped_at(values, patience=2, threshold=0.0, more_is_better=False) == 3

@@ -1,5 +1,7 @@
 """PPO: what the critic makes of a rollout, what a step minimises, and how a run goes on."""
 
+import json
+import shutil
 import signal
 
 import numpy as np
@@ -13,6 +15,7 @@ from fasttr.config.reward_config import RewardConfig
 from fasttr.errors import FasttrError
 from fasttr.metrics.names import ONLINE_METRICS, is_known
 from fasttr.models.policy import token_logps
+from fasttr.models.reward import CALIBRATION
 from fasttr.training.callbacks import Callback
 from fasttr.training.online import train_online
 from fasttr.training.reward import train_reward
@@ -248,6 +251,22 @@ def test_a_critic_starts_where_it_is_told(workspace, tmp_path, reward_folder):
     assert config.value_source == str(reward_folder)
     config = OnlineConfig(**values_of(workspace, tmp_path / "run"))
     assert config.value_source == str(workspace / "model")
+
+
+def test_a_critic_expects_calibrated_rewards(workspace, tmp_path, reward_folder):
+    folder = shutil.copytree(reward_folder, tmp_path / "calibrated")
+    (folder / CALIBRATION).write_text(json.dumps({"mean": 0.7}))
+    kept = {}
+
+    def look(run):
+        kept["rollout"] = run.collector.collect(0)
+
+    changes = {"value_model_name_or_path": str(folder), "max_steps": 1}
+    ppo(workspace, tmp_path / "run", callbacks=[AtStart(look)], **changes)
+    trees = kept["rollout"].rollout.trees
+    found = np.concatenate(by_completion(kept["rollout"].critique.value, trees))
+    wanted = np.concatenate(transformers_values(reward_folder, trees)) - 0.7
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
 def test_a_completion_without_a_reward_is_left_out(workspace, tmp_path):

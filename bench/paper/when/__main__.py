@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from bench.paper.when.design import SEEDS
-from bench.paper.when.report import write
+from bench.paper.when.report import publish, write
 from bench.paper.when.runs import Scale
 from bench.paper.when.study import bind, make, read, tasks_of
 from fasttr.errors import FasttrError
@@ -32,6 +32,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="I/N: only every Nth seed from the Ith (from 0), where calls run side by side",
     )
     parser.add_argument("--report-only", action="store_true", help="no runs: what there is")
+    parser.add_argument(
+        "--publish", action="store_true", help="put the report beside the studies' page as well"
+    )
     return parser.parse_args(argv)
 
 
@@ -51,6 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     records = read(tasks)
     if asked.most is None:
         print(write(records, scale, asked.out))
+    if asked.publish and records:
+        publish(records, asked.out, Path(__file__).parents[1])
     left = sum(bool(task.missing) for task in tasks)
     print(f"{len(tasks) - left} of {len(tasks)} settings are complete in {asked.out}")
 

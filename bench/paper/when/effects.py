@@ -106,6 +106,9 @@ class Effect(NamedTuple):
     def sign(self) -> int:
         return int(self.low > 0) - int(self.high < 0)
 
+    def negated(self) -> Effect:
+        return Effect(-self.mean, -self.high, -self.low, self.seeds)
+
     def text(self, digits: int = 3) -> str:
         if self.seeds == 0:
             return "no seed"

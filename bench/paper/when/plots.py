@@ -126,7 +126,7 @@ def plot_effects(found: Mapping[Outcome, Mapping[tuple[str, str], Effect]], path
         for i, arm in enumerate(MOVING):
             of_arm = [found[outcome][arm, name] for name in names]
             y = np.arange(len(names)) + 0.18 * (i - 1.5)
-            mean = np.array([effect.mean for effect in of_arm])
+            mean = np.array([effect.mean if effect.seeds else np.nan for effect in of_arm])
             high = np.array([effect.high for effect in of_arm])
             half = np.where(np.isfinite(high), high - mean, 0)
             ax.errorbar(
@@ -147,7 +147,7 @@ def plot_effects(found: Mapping[Outcome, Mapping[tuple[str, str], Effect]], path
         ax.set_xlabel(f"moving less fixed; {side} is better", fontsize=8, color=INK)
         ax.set_yticks(range(len(names)), [readable(name) for name in names])
         finish_axes(ax)
-    axes[0][0].invert_yaxis()
+    axes[0][0].set_ylim(len(names) - 0.5, -0.5)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     save_figure(figure, path)

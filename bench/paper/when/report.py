@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.paper.when.design import FACTORS
+from bench.paper.when.design import FACTORS, SEEDS, settings_of
 from bench.paper.when.effects import (
     KL,
     MISS,
@@ -26,7 +27,7 @@ from bench.paper.when.effects import (
 from bench.paper.when.plots import plot_effects, plot_paths, readable
 from bench.paper.when.runs import ARMS, CONTROLS, MOVING, Scale
 from bench.paper.when.study import Record
-from fasttr.files import write_json
+from fasttr.files import write_json, write_text
 
 Found = Mapping[tuple[str, str], Effect]
 ENDS = {
@@ -66,6 +67,38 @@ def write(records: Sequence[Record], scale: Scale, out: Path) -> str:
     plot_paths(records, out / "paths.png")
     plot_effects(found, out / "effects.png")
     return said
+
+
+def publish(records: Sequence[Record], out: Path, paper: Path) -> None:
+    """Put what `write` left in `out` into the folder of the studies' page, and the seeds and the
+    two tables into the page."""
+    for name in ("table.md", "verdict.md", "results.json"):
+        shutil.copy(out / name, paper / "when" / name)
+    for name in ("paths.png", "effects.png"):
+        shutil.copy(out / name, paper / f"when-{name}")
+    page = paper / "README.md"
+    before, rest = page.read_text().split("<!-- when -->\n")
+    _, after = rest.split("<!-- /when -->\n")
+    block = f"<!-- when -->\n{section(records)}\n<!-- /when -->\n"
+    write_text(page, before + block + after)
+
+
+def section(records: Sequence[Record]) -> str:
+    """How far the study is, and its two tables."""
+    seeds = len({record.seed for record in records})
+    planned = SEEDS * len(settings_of(0)) * len(ARMS)
+    return "\n\n".join(
+        [
+            f"**{seeds} of the {SEEDS} planned seeds are complete, {len(records)} of {planned} "
+            f"runs.** The {PRIMARY.name}, a moving reference less the fixed one in the same "
+            "setting; bold: the interval leaves zero out. The intervals hold together at "
+            f"{1 - MISS:.0%} (largest |t| of a family under changes of sign by seed; the writer x "
+            "part cells are a family of their own).",
+            effect_table(effects(records, PRIMARY)),
+            "The same outcome, over all settings, less each control:",
+            control_table(against_controls(records)),
+        ]
+    )
 
 
 def _listed(found: Found) -> dict[str, list[float | None]]:
@@ -158,6 +191,8 @@ def control_table(controls: Found) -> str:
     for arm in MOVING:
         shown = [_bold(controls[arm, control]) for control in CONTROLS]
         lines.append(f"| {arm} | " + " | ".join(shown) + " |")
+    shown = [_bold(controls[control, "fixed"].negated()) for control in CONTROLS]
+    lines.append("| fixed | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
