@@ -180,7 +180,7 @@ MEMORY_CASES = (
 def memory_table() -> str:
     """What the memory plan chooses on cards."""
     columns = ["weights and steps"]
-    columns += [f"{size} on {card}, {_memory(card) / 1e9:.0f} GB" for size, card in MEMORY_CASES]
+    columns += [f"{size} on {_named(card)}" for size, card in MEMORY_CASES]
     rows = [
         [setting.name, *(_plan_cell(plan_of(setting, size, card)) for size, card in MEMORY_CASES)]
         for setting in SETTINGS
@@ -192,6 +192,10 @@ def memory_table() -> str:
         "at once."
     )
     return titled(title, columns, rows)
+
+
+def _named(card: str) -> str:
+    return f"{card}, {_memory(card) / 1e9:.0f} GB" if card in CARDS else card
 
 
 def _memory(card: str) -> float:

@@ -97,7 +97,7 @@ def of_file(name: str) -> OnlyLengths:
 def cases(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
     sources = {name: drawn(LENGTHS[name], 1 << 17) for name in ("hh", "ultrafeedback")}
     if args.data:
-        sources[Path(args.data).name] = of_file(args.data)
+        sources[Path(args.data).resolve().parent.name] = of_file(args.data)
     worlds = [int(world) for world in args.worlds.split(",")]
     for name, trees in sources.items():
         yield {"what": f"shares, {name}", "rows": shares(trees, worlds), **_RIGHT}

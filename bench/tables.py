@@ -28,6 +28,7 @@ RESULTS, PAGES = HERE / "results", (HERE / "README.md", HERE.parent / "README.md
 NOT_MEASURED = "not measured on a GPU yet"
 PEERS = "peers"
 NAMES = (PEERS, *BENCHMARKS)
+WITHOUT_DEVICE = ("scale",)  # what no GPU would change
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
@@ -119,7 +120,7 @@ def tables_of(name: str, results: Path) -> str:
         device = path.relative_to(results).parts[0]
         is_on_gpu = is_on_gpu or not device.startswith("cpu")
         parts += [caption(_read(path)["environment"]), *_tables_in(path)]
-    if not is_on_gpu:
+    if not is_on_gpu and name not in WITHOUT_DEVICE:
         parts.append(f"GPU: {NOT_MEASURED}.")
     return "\n\n".join(parts)
 

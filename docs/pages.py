@@ -34,6 +34,7 @@ PARTS = {
     "reference/settings.md": Part("REFERENCE.md", ("Settings",), "Settings"),
     "reference/memory.md": Part("REFERENCE.md", ("Memory",), "The memory plan"),
     "reference/metrics.md": Part("REFERENCE.md", ("Metrics",), "Metrics"),
+    "reference/after.md": Part("REFERENCE.md", ("After a run",), "After a run"),
     "reference/trl.md": Part(
         "REFERENCE.md", ("Where fasttr differs from TRL 1.16", "Keys of TRL"), "Beside TRL"
     ),

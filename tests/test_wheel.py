@@ -67,8 +67,9 @@ def test_the_wheel_in_an_empty_environment(built, tmp_path):
     usage = run(bin / "fasttr", "--help")
     assert usage.returncode == 0, usage.stderr
     assert "train" in usage.stdout
-    for command in ("train", "demo", "eval", "plot"):
-        done = run(bin / "fasttr", command, "x")
+    output = ("--output_dir", "o")
+    for command in (("train", *output), ("demo", *output), ("eval", *output), ("plot", "runs")):
+        done = run(bin / "fasttr", *command)
         assert done.returncode == 2
         (line,) = done.stderr.splitlines()
         assert line.startswith("fasttr: error: ")

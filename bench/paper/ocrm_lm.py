@@ -56,7 +56,7 @@ ARMS = {
 @dataclass(frozen=True)
 class Settings:
     reward: str = "bag"
-    seeds: int = 4  # some eight minutes of one core each
+    seeds: int = 3  # some eight minutes of one core each
     stages: int = 8
     updates: int = 10  # rollouts of a stage
     rollout: int = 128  # completions of one

@@ -20,13 +20,11 @@ from fasttr.config import rules
 from fasttr.config.common import (
     ComputeSettings,
     DataSettings,
-    EvaluationSettings,
-    LoggingSettings,
     ModelSettings,
     OptimizerSettings,
-    SavingSettings,
     StepSettings,
 )
+from fasttr.config.recording import EvaluationSettings, LoggingSettings, SavingSettings
 from fasttr.config.scale import AdapterSettings, LaunchSettings
 from fasttr.config.watching import SampleSettings, StoppingSettings
 from fasttr.data.load import DataConfig

@@ -36,8 +36,9 @@ def micro_steps(costs: Sequence[int], world: int, budget: int) -> list[list[list
     As few micro-steps as even bins or first-fit need, with the dearest bins together: within one
     the others wait for the dearest. An item over the budget has a bin of its own.
     """
-    fitting = sum(min(cost, budget) for cost in costs)
-    number = world * max(1, -(-fitting // (world * budget)))
+    # An item over the budget fills a bin, and no more.
+    least = sum(min(cost, budget) for cost in costs)
+    number = world * max(1, -(-least // (world * budget)))
     while True:
         bins = evenly_filled(costs, number, budget)
         if bins is None:

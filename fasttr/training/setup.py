@@ -26,44 +26,44 @@ from fasttr.memory.plan import NO_REFERENCE
 from fasttr.metrics.ledger import PreferenceLedger
 from fasttr.metrics.sums import Averages
 from fasttr.metrics.trackers import require_trackers
-from fasttr.models.checks import check_given, check_ids
+from fasttr.models.checks import check_given
 from fasttr.models.choice import Candidate, Choice, choose_tier
 from fasttr.models.compiled import compile_layers
-from fasttr.models.given import pack_model, read_weights_into
-from fasttr.models.halves import add_remainders, add_remainders_of_rows
 from fasttr.models.load import (
     ModelConfig,
     check_loadable,
     checkpoint_activations,
     dropout_rates,
     has_tokenizer,
-    load_model,
     load_tokenizer,
 )
 from fasttr.models.packed import PackedModel
 from fasttr.models.router import coefficient_of
-from fasttr.models.vocabulary import check_rows, check_same_tokens, rows_wanted
-from fasttr.optim.adamw import LocalRows
+from fasttr.models.vocabulary import check_rows, check_same_tokens
 from fasttr.packing.ahead import PacksAhead
 from fasttr.packing.plan import Plan
 from fasttr.packing.tiers import longest_sequence
 from fasttr.reference.logp_table import LogpTable
 from fasttr.reference.moving import MovingReference
 from fasttr.training.announce import (
-    announce_adapter,
     announce_plan,
     announce_settings,
     announce_tier,
 )
 from fasttr.training.best import Best, Patience
 from fasttr.training.checkpoints import (
-    Resume,
     check_resume,
     find_resume,
     first_unscored,
     take_up,
 )
 from fasttr.training.memory import Rows, plan_memory, unless_compiled
+from fasttr.training.models import (
+    check_ids_of_both,
+    load_models,
+    local_rows_of,
+    named_reference,
+)
 from fasttr.training.run import Run
 
 
@@ -131,16 +131,18 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     announce_settings(config, loss, trees)
     # Ranks that divide a model meet while it is loaded.
     with contextlib.nullcontext() if ranks.is_sharded else ranks.together():
-        policy, initial = _models(config, device, given, tokenizer, resume, ranks, scores_more)
+        policy, initial = load_models(
+            config, device, given.model, tokenizer, resume, ranks, scores_more
+        )
     if policy.router is not None:
         policy.router.leaves_out_mismatched = loss.unpaired and loss.completions > 1
-    _check_ids(config, given, policy, initial, splits)
+    check_ids_of_both(config, given.model, policy, initial, splits)
     if config.eos_token is not None:
         _end_with(policy, tokenizer)
     # What is trained of an adapted model is small, and fp32.
     splits_weights = policy.bf16 and policy.adapter is None
     optimizer = config.optimizer().optimizer(
-        policy.model, bf16=splits_weights, rows=_rows_of(policy)
+        policy.model, bf16=splits_weights, rows=local_rows_of(policy)
     )
     # Not before: the optimizer decides which weights are bf16, and graphs are made for dtypes.
     compiled = compile_layers(policy, config.compile, budget=config.activation_memory_budget)
@@ -254,7 +256,7 @@ def checked_tokenizer(
     if not config.resize_embeddings:
         check_rows(hf_config, tokenizer, key, name)
     if config.ref_model_name_or_path is not None:
-        _check_reference(config, _named_reference(config, device), tokenizer)
+        _check_reference(config, named_reference(config, device), tokenizer)
     return tokenizer
 
 
@@ -306,7 +308,7 @@ def _candidates(
         policy = dataclasses.replace(config.model(device), name=str(source), revision=revision)
         candidates = [Candidate.named(policy)]
     if config.ref_model_name_or_path is not None:
-        candidates.append(Candidate.named(_named_reference(config, device)))
+        candidates.append(Candidate.named(named_reference(config, device)))
     return candidates
 
 
@@ -335,109 +337,3 @@ def _with_loss(
         config = dataclasses.replace(config, loss_type="kto" if is_unpaired else "sigmoid")
         say(f"loss_type: absent; the rows mean {config.loss_type}")
     return config, config.loss
-
-
-def _rows_of(policy: PackedModel) -> LocalRows | None:
-    """What the optimizer of a divided model works on."""
-    if policy.shards is None:
-        return None
-    plain = {name.removeprefix("model."): p for name, p in policy.local_parameters().items()}
-    low = {name.removeprefix("model."): x for name, x in policy.shards.remainders.items()}
-    policy.shards.remainders = {}
-    return LocalRows(plain, low)
-
-
-def _models(
-    config: TrainConfig,
-    device: torch.device,
-    given: Given,
-    tokenizer: Any,
-    resume: Resume | None,
-    ranks: Ranks,
-    scores_more: bool,
-) -> tuple[PackedModel, PackedModel | None]:
-    """The policy, and a first reference of its own where one is named and still needed.
-
-    `scores_more`: a fixed one, which a checkpoint does not keep, has rows left to score.
-    """
-    rows = rows_wanted(tokenizer) if config.resize_embeddings else None
-    wanted = dataclasses.replace(
-        config.model(device),
-        compile=False,
-        embedding_rows=rows,
-        ranks=ranks,
-        layout=config.layout(device),
-    )
-    policy = _policy(wanted, given.model, resume)
-    is_named = config.ref_model_name_or_path is not None
-    is_needed = resume is None or config.ref_update == "soft"
-    if not (is_named and is_needed) and not scores_more:
-        return policy, None
-    reference = dataclasses.replace(
-        _named_reference(config, device), embedding_rows=rows, ranks=ranks
-    )
-    # A soft one is taken apart into halves where the policy is.
-    halves = wanted.layout.halves and config.ref_update != "soft"
-    layout = wanted.layout._replace(halves=halves, keeps_remainders=False)
-    return policy, load_model(dataclasses.replace(reference, layout=layout))
-
-
-def _named_reference(config: TrainConfig, device: torch.device) -> ModelConfig:
-    name = config.ref_model_name_or_path or config.model_name_or_path
-    model = config.model(device, name)
-    if config.ref_model_name_or_path is None:
-        model = dataclasses.replace(model, revision=config.model_revision)
-    # A soft reference becomes an average of it, for which every bit counts.
-    if config.ref_update == "soft":
-        model = dataclasses.replace(model, compile=False)
-    else:
-        model = dataclasses.replace(model, is_trained=False)
-    return dataclasses.replace(model, key="ref_model_name_or_path")
-
-
-def _check_ids(
-    config: TrainConfig,
-    given: Given,
-    policy: PackedModel,
-    initial: PackedModel | None,
-    splits: list[TreeSource],
-) -> None:
-    """Both models have an embedding for every token that they will meet."""
-    largest_id = max(trees.largest_id for trees in splits)
-    if given.model is None:
-        check_ids(policy, largest_id, "model_name_or_path", str(config.model_name_or_path))
-    else:
-        check_ids(policy, largest_id, "model", "the given model")
-    if initial is not None:
-        name = str(config.ref_model_name_or_path)
-        check_ids(initial, largest_id, "ref_model_name_or_path", name)
-
-
-def _policy(wanted: ModelConfig, model: Any, resume: Resume | None) -> PackedModel:
-    """The given model, or the one that is named; with a checkpoint's weights where there is one."""
-    if wanted.adapter is not None:
-        policy = _packed(wanted, model)
-        assert policy.adapter is not None
-        if resume is not None:
-            policy.adapter.read(resume.folder)
-        announce_adapter(policy)
-        return policy
-    if model is None:
-        if resume is not None:
-            wanted = dataclasses.replace(wanted, name=str(resume.folder), revision="main")
-    elif resume is not None:
-        read_weights_into(model, resume.folder)
-    packed = _packed(wanted, model)
-    if resume is not None and packed.shards is not None:
-        of_rows = resume.state.of_rows(packed.shards)
-        add_remainders_of_rows(packed.shards, of_rows.remainders)
-    elif resume is not None:
-        add_remainders(packed.model, resume.state.remainders)
-    return packed
-
-
-def _packed(wanted: ModelConfig, model: Any) -> PackedModel:
-    if model is None:
-        return load_model(wanted)
-    name = str(model.config.name_or_path) if wanted.adapter is not None else "the given model"
-    return pack_model(model, dataclasses.replace(wanted, name=name, key="model"))

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fasttr_kernels.rounding import join_halves, round_stochastic, split_halves
 
-# Elements of a block: few enough that what is made on the way stays in a cache, many enough that
-# threads are seldom waited for.
-BLOCK = 1 << 20
+# Elements of a block for each thread: few enough that what is made on the way stays in a thread's
+# cache, many enough that threads are seldom waited for.
+BLOCK = 1 << 17
 # Blocks of random numbers are part of what a seed means.
 STOCHASTIC_BLOCK = 1 << 17
 
@@ -62,7 +62,7 @@ def update(items: list[Item], alpha: float, stochastic: bool, seed: int) -> None
 def _update_plain(item: Item, alpha: float, scratch: _Scratch) -> None:
     reference, policy, _ = item
     wide = wide_dtype(reference, policy)
-    for narrow, p in _blocks(BLOCK, reference, policy):
+    for narrow, p in _blocks(scratch.block, reference, policy):
         if narrow.dtype == wide:
             scratch.mix(narrow, p, alpha, out=narrow)
         else:
@@ -71,7 +71,7 @@ def _update_plain(item: Item, alpha: float, scratch: _Scratch) -> None:
 
 def _update_split(item: Item, alpha: float, scratch: _Scratch) -> None:
     assert item.remainder is not None
-    for high, p, low in _blocks(BLOCK, item.reference, item.policy, item.remainder):
+    for high, p, low in _blocks(scratch.block, item.reference, item.policy, item.remainder):
         new_high, new_low = split_halves(scratch.mix(join_halves(high, low), p, alpha))
         high.copy_(new_high)
         low.copy_(new_low)
@@ -106,7 +106,8 @@ class _Scratch:
     because its pages are faulted in anew."""
 
     def __init__(self, elements: int):
-        self._size = min(BLOCK, elements)
+        self.block = BLOCK * torch.get_num_threads()
+        self._size = min(self.block, elements)
         self._kept: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor]] = {}
 
     def _of(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

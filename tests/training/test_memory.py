@@ -12,7 +12,7 @@ from fasttr.errors import FasttrError
 from fasttr.memory.plan import GIB
 from fasttr.memory.shapes import SHAPES
 from fasttr.training.memory import Room, Rows, plan_memory
-from tests.runs import run, same_weights, settings, stopped_run
+from tests.runs import run, same_weights, settings, steps, stopped_run
 from tests.tiny import tiny_config
 
 CPU = torch.device("cpu")
@@ -124,7 +124,7 @@ def test_the_table_comes_before_weights_are_read(workspace, tmp_path, monkeypatc
     def stop(*args, **kwargs):
         raise InterruptedError
 
-    monkeypatch.setattr("fasttr.training.setup.load_model", stop)
+    monkeypatch.setattr("fasttr.training.models.load_model", stop)
     with pytest.raises(InterruptedError):
         run(workspace, tmp_path)
     assert "memory, planned: " in capsys.readouterr().out
@@ -147,6 +147,8 @@ def test_a_resumed_run_keeps_what_was_chosen_on_another_card(workspace, tmp_path
     on_another = {**changes, "memory_budget_gib": 4.0, "resume_from_checkpoint": True}
     run(workspace, tmp_path / "resumed", **on_another)
     assert same_weights(tmp_path / "whole", tmp_path / "resumed")
+    whole, resumed = steps(tmp_path / "whole"), steps(tmp_path / "resumed")
+    assert [line["loss"] for line in whole] == [line["loss"] for line in resumed]
 
 
 def small_budget(workspace) -> float:
