@@ -55,11 +55,16 @@ class Tree:
 
 
 class TreePolicy(nn.Module, abc.ABC):
-    """What both networks share: `leaf_logps`, and the device that a `MovingReference` asks for."""
+    """What both networks share: `leaf_logps`, and what a `MovingReference` asks for."""
 
     def __init__(self, tree: Tree):
         super().__init__()
         self.tree = tree
+
+    shards = None  # every weight lies here
+
+    def local_parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.named_parameters())
 
     @property
     def device(self) -> torch.device:

@@ -9,10 +9,12 @@ Legend: T tokens of the pack that is tried, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -140,7 +142,7 @@ def _counted(
         kinds_of_few = small.kinds_of_layers(build(copy.deepcopy(few)), few)
         model = _made(copy.deepcopy(few), build, bf16, adapter, tier)
     batch = _batch()
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), _unlogged():
         _empty_on_the_cpu(model)
         layers = _stack(model, len(kinds_of_few))
         packed = PackedModel(model, bf16=bf16)
@@ -170,6 +172,18 @@ def _counted(
         is_tied=head is not None and head.weight is embedding,
         attention_width=watch.attention_width() * depth // max(len(kinds_of_few), 1),
     )
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Within, torch does not log an op that has no shapes (fp32 experts, say) with a traceback: the
+    error is raised too, and told as the reason why nothing is planned."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = was_disabled
 
 
 def _batch() -> PackedBatch:

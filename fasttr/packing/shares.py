@@ -36,6 +36,7 @@ def micro_steps(costs: Sequence[int], world: int, budget: int) -> list[list[list
     As few micro-steps as even bins or first-fit need, with the dearest bins together: within one
     the others wait for the dearest. An item over the budget has a bin of its own.
     """
+    budget = max(budget, 1)  # 0 means a bin for each item
     # An item over the budget fills a bin, and no more.
     least = sum(min(cost, budget) for cost in costs)
     number = world * max(1, -(-least // (world * budget)))

@@ -50,7 +50,8 @@ def test_providers_take_turns_forwards_and_backwards():
 
 
 def test_medians_and_percentiles():
-    assert Times.of([float(i) for i in range(11)]) == Times(5.0, 2.0, 8.0, 11)
+    turns = tuple(float(i) for i in range(11))
+    assert Times.of(turns) == Times(5.0, 2.0, 8.0, 11, turns)
 
 
 def test_peak_memory_counts_what_a_call_holds_at_once():

@@ -107,6 +107,6 @@ def test_only_our_own_bar_is_shown(load, capfd):
     datasets.enable_progress_bars()  # a run with disable_tqdm in the same process switches them off
     load([PAIR, OTHER])
     shown = capfd.readouterr().err
-    assert "Tokenizing train" in shown
+    assert "Tokenizing data.jsonl (train)" in shown
     assert "Generating" not in shown
     assert not datasets.are_progress_bars_disabled()
