@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
+
+from fasttr import TrainConfig, train
 from fasttr.training.announce import evaluation_lines, step_line
+from tests.runs import settings
 
 LINE = {
     "loss": 0.65432,
@@ -76,3 +80,26 @@ def test_losses_without_a_reference_have_their_own_accuracy():
     assert evaluation_lines(5, metrics, "held") == [
         "evaluation on held at step 5: accuracy 0.610 +- 0.040  loss 0.5000"
     ]
+
+
+@pytest.mark.parametrize("loss_type", ["kto", ["kto"], None], ids=["a name", "a list", "absent"])
+@pytest.mark.parametrize("order", ["random", "sequential"])
+def test_shuffled_rows_of_kto_are_said_however_the_loss_is_given(
+    workspace, tmp_path, capsys, loss_type, order
+):
+    rows = [
+        {"prompt": f"{i} is", "completion": f" {i % 3}.", "label": i % 2 == 0} for i in range(8)
+    ]
+    config = TrainConfig(
+        **settings(
+            workspace,
+            tmp_path,
+            dataset_name=None,
+            loss_type=loss_type,
+            train_sampling_strategy=order,
+            max_steps=1,
+        )
+    )
+    train(config, train_dataset=rows)
+    said = "rows are shuffled, each with its mismatched completion" in capsys.readouterr().out
+    assert said == (order == "random")
