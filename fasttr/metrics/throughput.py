@@ -41,12 +41,11 @@ class FlopCount(NamedTuple):
         head = embedding[:0] if output is None else output.weight
         outside = {id(embedding), id(head)}
         layers = sum(_operations(p) for p in model.parameters() if id(p) not in outside)
-        head_dim = getattr(config, "head_dim", None)
-        if head_dim is None:
-            head_dim = config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_attention_heads", 0)  # a model of states alone has none
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
         # Scores and their sum over values are two products of head_dim, each 2 operations forward
         # and 4 backward.
-        attention = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim
+        attention = 12 * config.num_hidden_layers * heads * head_dim
         return cls(layers, _operations(head), attention)
 
     def of_pack(self, batch: PackedBatch) -> int:

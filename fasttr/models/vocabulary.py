@@ -12,11 +12,14 @@ from fasttr.errors import FasttrError
 
 
 def rows_wanted(tokenizer: Any) -> int:
-    """Rows that an embedding needs for every token of a text; padding is never embedded."""
+    """Rows that an embedding needs for every token of a text.
+
+    Padding is never embedded, and the token of unknown text, which a tokenizer's class may add by
+    itself, only where a row holds it: `checks.check_ids` looks there.
+    """
     ids = set(tokenizer.get_vocab().values())
-    if tokenizer.pad_token_id != tokenizer.eos_token_id:
-        ids.discard(tokenizer.pad_token_id)
-    return max(ids) + 1
+    kept = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    return max(ids - ({tokenizer.pad_token_id, tokenizer.unk_token_id} - kept)) + 1
 
 
 def check_rows(hf_config: Any, tokenizer: Any, key: str, name: str) -> None:

@@ -19,6 +19,8 @@ def tokenizer(pad: int | None = None, added: str = "", **ids: int):
         get_vocab=lambda: ids,
         get_added_vocab=lambda: {token: ids[token] for token in added.split()},
         pad_token_id=pad,
+        unk_token_id=None,
+        bos_token_id=None,
         eos_token_id=1,
     )
 
