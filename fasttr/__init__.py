@@ -11,14 +11,15 @@ from fasttr.version import __version__
 if TYPE_CHECKING:
     from fasttr.config.train_config import TrainConfig
     from fasttr.training.callbacks import Callback
-    from fasttr.training.loop import TrainResult, train
+    from fasttr.training.loop import train
+    from fasttr.training.whole_run import TrainResult
 
 __all__ = ["Callback", "TrainConfig", "TrainResult", "__version__", "train"]
 
 _HOMES = {
     "Callback": "fasttr.training.callbacks",
     "TrainConfig": "fasttr.config.train_config",
-    "TrainResult": "fasttr.training.loop",
+    "TrainResult": "fasttr.training.whole_run",
     "train": "fasttr.training.loop",
 }
 

@@ -15,6 +15,7 @@ table.md, verdict.md, ocrm-lm-REWARD.png. `--quick`: seconds, and no conclusions
 
 from __future__ import annotations
 
+import abc
 import argparse
 import dataclasses
 import json
@@ -82,7 +83,7 @@ def same_bag(prompt: str, texts: Sequence[str]) -> list[tuple[int, int]]:
 Features = Callable[[Sequence[str], Sequence[str], Sequence[Sequence[int]]], np.ndarray]
 
 
-class LinearSteps(Steps):
+class LinearSteps(Steps, abc.ABC):
     """Reward models that are linear in features of a prompt and its completion."""
 
     def fit_reward(self, folder: Path, rows: list[Row], seed: int) -> dict[str, Any]:
@@ -109,11 +110,11 @@ class LinearSteps(Steps):
 
         return train_online(own, reward_funcs=[linear]).metrics
 
+    @abc.abstractmethod
     def features(
         self, asked: Sequence[str], texts: Sequence[str], ids: Sequence[Sequence[int]]
     ) -> np.ndarray:
         """(N, F)"""
-        raise NotImplementedError
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)

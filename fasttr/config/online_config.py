@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fasttr.config.train_config import LossSettings, TrainConfig
+from fasttr.config.losses import LossSettings
+from fasttr.config.train_config import TrainConfig
 from fasttr.config.watching import SampleSettings
 from fasttr.errors import FasttrError
 from fasttr.losses import Loss

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from fasttr.batch import TreeSource
-from fasttr.config.train_config import LossSettings, ReferenceSettings, TrainConfig
+from fasttr.config.losses import LossSettings, ReferenceSettings
+from fasttr.config.train_config import TrainConfig
 from fasttr.config.watching import SampleSettings
 from fasttr.errors import FasttrError
 from fasttr.losses import Loss

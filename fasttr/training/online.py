@@ -31,11 +31,12 @@ from fasttr.training.callbacks import Callback, Callbacks
 from fasttr.training.critic import ValueSums
 from fasttr.training.experience import Collector, Experience
 from fasttr.training.intervals import Intervals
-from fasttr.training.loop import TrainResult, save_and_leave, to_the_end
+from fasttr.training.loop import save_and_leave
 from fasttr.training.online_setup import OnlineRun, set_up
 from fasttr.training.pace import Pace
 from fasttr.training.step import StepMetrics, finish_step
 from fasttr.training.stopping import FiniteGuard, StopSignal, check_weights
+from fasttr.training.whole_run import TrainResult, to_the_end
 
 
 def train_online(

@@ -48,10 +48,11 @@ from fasttr.training.announce import announce_plan
 from fasttr.training.best import Best, Patience
 from fasttr.training.callbacks import Callback
 from fasttr.training.checkpoints import Resume, check_resume, find_resume, take_up
-from fasttr.training.loop import TrainResult, to_the_end
+from fasttr.training.loop import Loop
 from fasttr.training.memory import Rows, plan_memory
 from fasttr.training.run import Run
 from fasttr.training.setup import Given, checked_tokenizer, prepare_torch
+from fasttr.training.whole_run import TrainResult, to_the_end
 
 
 def train_reward(
@@ -81,7 +82,9 @@ def train_reward(
         has_eval_data=eval_dataset is not None,
     )
     given = Given(train_dataset=train_dataset, eval_dataset=eval_dataset)
-    return to_the_end(config, lambda _: _set_up(config, given), [*callbacks, _Calibrate(config)])
+    return to_the_end(
+        config, lambda _: _set_up(config, given), [*callbacks, _Calibrate(config)], Loop
+    )
 
 
 def _set_up(config: RewardConfig, given: Given) -> Run:

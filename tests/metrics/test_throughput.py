@@ -44,6 +44,10 @@ def test_a_tied_embedding_is_the_head_and_counts_once():
     assert tied == FlopCount.of(tiny_model("llama"))
 
 
+def test_a_model_of_states_alone_has_no_attention():
+    assert FlopCount.of(tiny_model("mamba2")).per_attended_pair == 0
+
+
 def test_operations_of_a_pack_are_those_of_its_tokens_predicting_rows_and_pairs():
     """Prompt of 2 with completions of 3 and 1: segments of 5 queries on 5 keys and of 1 on 3."""
     count = FlopCount(per_token=1_000_000, per_predicting_row=1_000, per_attended_pair=1)

@@ -14,12 +14,12 @@ from tests.cli.mistakes import smaller_vocabulary
 from tests.runs import run, settings, steps, stopped_run
 
 
-def tokenizer(pad: int | None = None, added: str = "", **ids: int):
+def tokenizer(pad: int | None = None, unknown: int | None = None, added: str = "", **ids: int):
     return types.SimpleNamespace(
         get_vocab=lambda: ids,
         get_added_vocab=lambda: {token: ids[token] for token in added.split()},
         pad_token_id=pad,
-        unk_token_id=None,
+        unk_token_id=unknown,
         bos_token_id=None,
         eos_token_id=1,
     )
@@ -30,9 +30,11 @@ def hf_config(rows: int):
     return types.SimpleNamespace(get_text_config=lambda: text)
 
 
-def test_a_padding_token_needs_no_row():
+def test_tokens_of_padding_and_of_unknown_text_need_no_row():
     check_rows(hf_config(2), tokenizer(pad=2, a=0, end=1, pad_=2), "model", "m")
     assert rows_wanted(tokenizer(pad=1, a=0, end=1)) == 2
+    assert rows_wanted(tokenizer(unknown=2, a=0, end=1, unk=2)) == 2
+    assert rows_wanted(tokenizer(pad=0, unknown=1, a=0, end=1)) == 2
     with pytest.raises(FasttrError, match=r"^model: .* ids up to 2, .* of m has 2 rows"):
         check_rows(hf_config(2), tokenizer(pad=1, a=0, end=1, b=2), "model", "m")
 
