@@ -1,6 +1,5 @@
 """Help of each command: a sentence, range and group for every setting."""
 
-
 import pytest
 
 from fasttr import TrainConfig
