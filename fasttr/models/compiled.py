@@ -73,13 +73,29 @@ def budgeted(backend: Backend, budget: float | None) -> Backend:
         return backend
 
     def within_budget(graph: Any, inputs: Any) -> Any:
-        from torch._dynamo.backends.registry import lookup_backend
-
-        compile_graph = lookup_backend(backend) if isinstance(backend, str) else backend
         with torch._functorch.config.patch(activation_memory_budget=budget):
-            return compile_graph(graph, inputs)
+            return _graph_compiler(backend)(graph, inputs)
 
     return within_budget
+
+
+def _graph_compiler(backend: Backend) -> Callable[..., Any]:
+    from torch._dynamo.backends.registry import lookup_backend
+
+    return lookup_backend(backend) if isinstance(backend, str) else backend
+
+
+class _Announced:
+    """A back end that says so when it is asked for a graph in the middle of a run."""
+
+    def __init__(self, backend: Backend):
+        self.in_a_run = False
+        self._backend = backend
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        if self.in_a_run:
+            say("compile: a layer is compiled once more: the first packs had no call of this form")
+        return _graph_compiler(self._backend)(graph, inputs)
 
 
 def layers_of(packed: PackedModel) -> list[nn.Module]:
@@ -93,8 +109,9 @@ def _compiled(packed: PackedModel, backend: Backend) -> str | None:
     say(f"compile: compiling {len(layers)} layers, a minute or two where they are large")
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     begin = time.perf_counter()
+    announced = _Announced(backend)
     for layer in layers:
-        _compile(layer, backend, is_divided=packed.shards is not None)
+        _compile(layer, announced, is_divided=packed.shards is not None)
     try:
         scores_alike = all([_same_scores(packed, batch) for batch in _trial_packs(packed)])
     except torch._dynamo.exc.TorchDynamoException as error:
@@ -107,11 +124,12 @@ def _compiled(packed: PackedModel, backend: Backend) -> str | None:
         (differs,) = packed.shards.ranks.largest([int(not scores_alike)])
         scores_alike = not differs
     packed.scores_as_it_trains = not scores_alike
+    announced.in_a_run = True
     say(f"compile: done in {time.perf_counter() - begin:.0f} s")
     return None
 
 
-def _compile(layer: Any, backend: str | Callable[..., Any], is_divided: bool) -> None:
+def _compile(layer: Any, backend: Backend, is_divided: bool) -> None:
     """A layer of divided weights gathers them in hooks around its forward, which stay outside."""
     options: dict[str, Any] = {"fullgraph": True, "dynamic": True, "backend": backend}
     if is_divided:

@@ -101,6 +101,18 @@ def test_a_layer_without_a_whole_graph_is_said_and_stays_eager():
     assert torch.equal(model.logps(batch), packed_tiny().logps(batch))
 
 
+def test_a_graph_that_is_made_in_the_middle_of_a_run_is_said(capsys):
+    model = packed_tiny()
+    assert compile_layers(model, True, backend="eager")
+    batch = pack(random_trees([(3, 2, 4), (2, 6, 1)]))
+    capsys.readouterr()
+    model.logps(batch)
+    assert capsys.readouterr().out == ""
+    model.bf16 = True
+    model.logps(batch)
+    assert "compile: a layer is compiled once more" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_compiled_run_begins_at_0_and_follows_the_eager_one(workspace, tmp_path):
     run(workspace, tmp_path / "eager", compile=False, ref_update="soft", ref_update_every=2)
