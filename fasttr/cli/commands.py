@@ -110,9 +110,11 @@ NEEDED = {
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command; mistakes end in one line on standard error and exit status 2."""
-    # Read when torch is first imported, which is below: OpenMP's threads spin while they wait, and
-    # where another process has their core that makes a step many times slower.
+    # Both are read when torch is first imported, which is below. OpenMP's threads spin while they
+    # wait, and where another process has their core that makes a step many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Packs of other sizes would leave holes in a GPU's memory, which is planned nearly whole.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help", "help"):
         _print_usage()
