@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from fasttr import TrainConfig
 from fasttr.cli import main
+from fasttr.cli.commands import COMMANDS
 from fasttr.cli.train import parse_train
 from fasttr.cluster.settings import PlanSettings
 from fasttr.config.eval_config import EvalSettings
@@ -396,7 +397,32 @@ def test_commands_without_settings_have_help_too(capsys, command):
     assert f"usage:fasttr{command}" in help_of(capsys, command)
 
 
+def test_the_list_of_commands_fits_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    for name, command in COMMANDS.items():
+        assert any(re.match(f"  {name}  +{command.summary.split()[0]}", line) for line in lines)
+
+
 def test_values_out_of_range_are_refused_in_python_too():
     with pytest.raises(FasttrError, match="beta"):
         TrainConfig(model_name_or_path="m", dataset_name="d", beta=-1.0)
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_reader_that_has_enough_ends_the_command_in_silence():
+    """As `fasttr --help | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "fasttr", "--help"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": ".:kernels", "PYTHONUNBUFFERED": "1"},
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
