@@ -337,3 +337,19 @@ def test_values_out_of_range_are_refused_in_python_too():
     with pytest.raises(FasttrError, match="beta"):
         TrainConfig(model_name_or_path="m", dataset_name="d", beta=-1.0)
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_reader_that_has_enough_ends_the_command_in_silence():
+    """As `fasttr --help | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "fasttr", "--help"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": ".:kernels", "PYTHONUNBUFFERED": "1"},
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")

@@ -1,9 +1,12 @@
 """Help of each command: a sentence, range and group for every setting."""
 
+import re
+
 import pytest
 
 from fasttr import TrainConfig
 from fasttr.cli import main
+from fasttr.cli.commands import COMMANDS
 from fasttr.cluster.settings import PlanSettings
 from fasttr.config.eval_config import EvalSettings
 from fasttr.config.methods import METHODS
@@ -66,3 +69,12 @@ def test_help_of_eval_shows_the_settings_of_a_run_that_it_reads(capsys):
 @pytest.mark.parametrize("command", ["plot", "env"])
 def test_commands_without_settings_have_help_too(capsys, command):
     assert f"usage:fasttr{command}" in help_of(capsys, command)
+
+
+def test_the_list_of_commands_fits_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    for name, command in COMMANDS.items():
+        assert any(re.match(f"  {name}  +{command.summary.split()[0]}", line) for line in lines)
