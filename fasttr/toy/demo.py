@@ -22,7 +22,7 @@ from typing import Any
 
 from fasttr.checkpoint.folder import list_checkpoints, step_of
 from fasttr.config.train_config import TrainConfig
-from fasttr.console import duration, say
+from fasttr.console import counted, duration, say
 from fasttr.errors import FasttrError
 from fasttr.files import write_json, write_text
 from fasttr.metrics.plots import plot_comparison, plot_run
@@ -79,7 +79,7 @@ def demo(settings: DemoSettings) -> None:
     """Run it all and end in a table, a verdict, pictures and a report."""
     try:
         _demo(settings)
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt):
         say("the same command goes on with the demo")
         raise
 
@@ -87,7 +87,8 @@ def demo(settings: DemoSettings) -> None:
 def _demo(settings: DemoSettings) -> None:
     began = time.perf_counter()
     out = _folder(settings)
-    say(f"\n== SFT: {settings.sft_steps} steps on {SFT_ROWS:,} rows of the task")
+    if not (out / "sft").exists():
+        say(f"\n== SFT: {settings.sft_steps} steps on {SFT_ROWS:,} rows of the task")
     rows = sft_rows(SFT_ROWS, settings.seed)
     sft = supervised_start(out / "sft", rows, settings.sft_steps, width=WIDTH, seed=settings.seed)
     arms = [Arm(name, []) for name in ARMS]
@@ -105,9 +106,10 @@ def _demo(settings: DemoSettings) -> None:
                 seconds = time.perf_counter() - began
                 say(f"pictures: {plot_run(folder)[0].parent}, after {duration(seconds)}")
     pictures = plot_comparison(folders, out / "plots")
-    report = write_report(list(folders.values()), out / REPORT)
     text = "\n\n".join([table(arms), *verdict(arms)])
     write_text(out / "table.md", text + "\n")
+    of_all = f"Over {counted(settings.seeds, 'seed')}:\n\n{text}\n\nBelow: the first seed's runs."
+    report = write_report(list(folders.values()), out / REPORT, preface=of_all)
     say("\n" + text)
     _show_example(prompts(PROMPTS, settings.seed, held_out=True), arms)
     seconds = time.perf_counter() - began
@@ -174,7 +176,7 @@ def _train_arm(
             eval_on_start=True,
             save_strategy="steps",
             save_steps=every,
-            logging_steps=every,
+            logging_steps=max(every // 2, 1),
             seed=seed,
             **going_on(folder),
             **COMMON,

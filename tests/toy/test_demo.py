@@ -131,7 +131,7 @@ def test_a_demo_that_was_stopped_goes_on_and_ends_in_a_verdict(tmp_path, capsys,
     assert f"going on with the demo in {tmp_path / 'demo'}" in said
     assert "Verdict: on this task" in said
     assert "holds no checkpoint" not in said
-    assert (tmp_path / "demo" / "report.html").exists()
+    assert "Over 2 seeds:" in (tmp_path / "demo" / "report.html").read_text()
     assert "Verdict" in (tmp_path / "demo" / "table.md").read_text()
     assert all(one.isprintable() or one == "\n" for one in said)
     judged = json.loads((tmp_path / "demo" / "dpo-seed-0" / "judged.json").read_text())
