@@ -74,6 +74,11 @@ class DemoSettings:
     def folder(self) -> Path:
         return Path(self.output_dir)
 
+    @property
+    def every(self) -> int:
+        """Steps between evaluations."""
+        return max(self.steps // EVALUATIONS, 1)
+
 
 def demo(settings: DemoSettings) -> None:
     """Run it all and end in a table, a verdict, pictures and a report."""
@@ -100,7 +105,7 @@ def _demo(settings: DemoSettings) -> None:
         for arm in arms:
             folder = out / f"{arm.name.lower().replace(' ', '-')}-seed-{seed}"
             _train_arm(settings, arm.name, folder, data, seed)
-            arm.readings.append(_judge_run(folder, sft, asked, start, seed))
+            arm.readings.append(_judge_run(settings, folder, asked, start, seed))
             folders.setdefault(arm.name, folder)
             if seed == settings.seed:
                 seconds = time.perf_counter() - began
@@ -156,7 +161,7 @@ def _train_arm(
 ) -> None:
     if (folder / JUDGED).exists():
         return
-    every = max(settings.steps // EVALUATIONS, 1)
+    every = settings.every
     say(f"\n== {name}, seed {seed}: {settings.steps} steps")
     train(
         TrainConfig(
@@ -185,15 +190,19 @@ def _train_arm(
     )
 
 
-def _judge_run(folder: Path, sft: Path, asked: list[str], start: Judged, seed: int) -> Reading:
-    """Judge every checkpoint, once, and add what is found to the run's metrics."""
+def _judge_run(
+    settings: DemoSettings, folder: Path, asked: list[str], start: Judged, seed: int
+) -> Reading:
+    """Judge every checkpoint, once, and add what is found to the run's metrics. One that Ctrl-C
+    left between two evaluations is none of them: a run that was stopped is judged as any other."""
     kept = folder / JUDGED
     if not kept.exists():
         judged = {0: start}
         for checkpoint in list_checkpoints(folder):
             step = step_of(checkpoint)
             assert step is not None
-            judged[step] = judge(checkpoint, sft, asked, seed)
+            if step % settings.every == 0 or step == settings.steps:
+                judged[step] = judge(checkpoint, settings.folder / "sft", asked, seed)
         last = judged[max(judged)]
         rows = f"{len(asked)} held-out prompts, the first {asked[0]}"
         golds = [gold_reward(*pair) for pair in zip(asked, last.completions, strict=True)]

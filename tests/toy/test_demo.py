@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fasttr.cli.commands import main
 from fasttr.errors import FasttrError
 from fasttr.toy import demo as demo_module
 from fasttr.toy.demo import ARMS, DemoSettings, demo
@@ -109,21 +112,26 @@ def test_a_demo_that_was_stopped_goes_on_and_ends_in_a_verdict(tmp_path, capsys,
         pass
 
     monkeypatch.setattr(demo_module, "WIDTH", 16)
+    monkeypatch.setattr(demo_module, "EVALUATIONS", 1)
     whole = demo_module.train
 
     def stops(config):
         if len(trained) == 2:
             raise Stopped
+        return goes_on(config)
+
+    def goes_on(config):
+        """And leaves a checkpoint between two evaluations, as Ctrl-C does."""
         trained.append(config.output_dir)
-        return whole(config)
+        whole(config)
+        folder = Path(config.output_dir)
+        shutil.copytree(folder / "checkpoint-2", folder / "checkpoint-1")
 
     monkeypatch.setattr(demo_module, "train", stops)
     with pytest.raises(Stopped):
         demo(settings)
     before = [path for path in trained]
-    monkeypatch.setattr(
-        demo_module, "train", lambda config: (trained.append(config.output_dir), whole(config))[1]
-    )
+    monkeypatch.setattr(demo_module, "train", goes_on)
     demo(settings)
     assert len(trained) == len(set(trained)) == 4, "no run was made twice"
     assert trained[:2] == before
@@ -135,9 +143,22 @@ def test_a_demo_that_was_stopped_goes_on_and_ends_in_a_verdict(tmp_path, capsys,
     assert "Verdict" in (tmp_path / "demo" / "table.md").read_text()
     assert all(one.isprintable() or one == "\n" for one in said)
     judged = json.loads((tmp_path / "demo" / "dpo-seed-0" / "judged.json").read_text())
-    assert [row["step"] for row in judged["rows"]] == [0, 1, 2]
+    assert [row["step"] for row in judged["rows"]] == [0, 2]
     assert judged["rows"][0]["kl"] == 0
     assert len(judged["completions"]) == 6
+
+
+def test_ctrl_c_between_two_trainings_ends_in_two_lines(tmp_path, capsys, monkeypatch):
+    def pressed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo_module, "supervised_start", pressed)
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo", "--output_dir", str(tmp_path / "demo")])
+    assert stopped.value.code == 130
+    said = capsys.readouterr()
+    assert said.out.endswith("the same command goes on with the demo\n")
+    assert said.err == "fasttr: stopped\n"
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
