@@ -145,7 +145,12 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
         policy.model, bf16=splits_weights, rows=local_rows_of(policy)
     )
     # Not before: the optimizer decides which weights are bf16, and graphs are made for dtypes.
-    compiled = compile_layers(policy, config.compile, budget=config.activation_memory_budget)
+    compiled = compile_layers(
+        policy,
+        config.compile,
+        budget=config.activation_memory_budget,
+        tokens=config.token_budget(device),
+    )
     if unless_compiled(config, memory, compiled):
         say("memory: whole layers are made again in the backward, since they are not compiled")
         checkpoint_activations(policy.model, True)

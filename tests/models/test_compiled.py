@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from fasttr import TrainConfig
 from fasttr.errors import FasttrError
 from fasttr.models.compiled import compile_layers
 from fasttr.packing.layout import pack
@@ -76,6 +77,19 @@ def test_lengths_make_no_graphs_and_values_are_those_of_eager_layers(arch, kinds
     assert counters["stats"]["unique_graphs"] == made
 
 
+def test_liger_stays_out_of_layers_whose_operations_a_compiler_fuses():
+    def patches(device="cuda", **settings):
+        return TrainConfig(**settings).model(torch.device(device)).use_liger_kernel
+
+    assert patches() is False
+    assert patches("cpu", compile=True) is False
+    where_installed = None
+    assert patches("cpu") is where_installed
+    assert patches(compile=False) is where_installed
+    assert patches(attention_tier="padded") is where_installed
+    assert patches(use_liger_kernel=True) is True
+
+
 def test_where_layers_are_not_compiled(capsys):
     on_a_cpu = packed_tiny()
     assert not compile_layers(on_a_cpu, None)
@@ -99,6 +113,34 @@ def test_a_layer_without_a_whole_graph_is_said_and_stays_eager():
         compile_layers(model, True, backend="aot_eager")
     batch = pack(random_trees([(3, 2, 4)]))
     assert torch.equal(model.logps(batch), packed_tiny().logps(batch))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "positions", "longest"),
+    [(None, 4096, 44), (1024, 4096, 23 * 44), (10**6, 4096, 61 * 44), (10**6, 100, 3 * 44)],
+)
+def test_first_packs_are_about_as_long_as_those_of_a_run(tokens, positions, longest):
+    """A compiler lays out its kernels for the sizes that it meets first."""
+    model = packed_tiny(max_position_embeddings=positions)
+    seen = []
+    model.model.model.embed_tokens.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].numel())
+    )
+    assert compile_layers(model, True, backend="eager", tokens=tokens)
+    assert max(seen) == longest
+    assert min(seen) == longest * 29 // 44, "and one that is shorter"
+
+
+def test_a_graph_that_is_made_in_the_middle_of_a_run_is_said(capsys):
+    model = packed_tiny()
+    assert compile_layers(model, True, backend="eager")
+    batch = pack(random_trees([(3, 2, 4), (2, 6, 1)]))
+    capsys.readouterr()
+    model.logps(batch)
+    assert capsys.readouterr().out == ""
+    model.bf16 = True
+    model.logps(batch)
+    assert "compile: a layer is compiled once more" in capsys.readouterr().out
 
 
 @pytest.mark.slow
