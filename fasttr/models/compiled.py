@@ -6,8 +6,9 @@ compared on two random packs before the first row is read.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,39 @@ def _compile(layer: Any, backend: Backend, is_divided: bool) -> None:
         layer.forward = torch.compile(layer.forward, **options)
     else:
         layer.compile(**options)
+        weights = tuple(layer.parameters())
+        layer._compiled_call_impl = _without_sums(layer._compiled_call_impl, weights)
+
+
+def _without_sums(call: Callable[..., Any], weights: Sequence[nn.Parameter]) -> Callable[..., Any]:
+    """A layer's call, which may be traced anew at any time: torch traces no weight whose gradient
+    has another dtype, as the sums over the packs of a step have."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        sums = [(p, p.grad) for p in weights if p.grad is not None and p.grad.dtype != p.dtype]
+        for p, _ in sums:
+            p.grad = None
+        try:
+            return call(*args, **kwargs)
+        finally:
+            for p, gradient in sums:
+                p.grad = gradient
+
+    return called
+
+
+@contextlib.contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Within, layers run as they are written: with a growing cache of keys, say, every call has a
+    form of its own."""
+    compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl}
+    try:
+        for module in compiled:
+            module._compiled_call_impl = None
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
 
 
 def _undo(layer: Any) -> None:

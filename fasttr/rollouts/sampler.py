@@ -16,6 +16,7 @@ from torch import Tensor
 from fasttr.data.tokens import Messages, encode_texts
 from fasttr.errors import FasttrError, one_line
 from fasttr.models.attention import own_attention
+from fasttr.models.compiled import uncompiled
 from fasttr.models.packed import PackedModel
 
 
@@ -164,7 +165,8 @@ def _generating(causal_lm: Any) -> Iterator[None]:
     causal_lm.set_attn_implementation(own_attention(causal_lm))
     causal_lm.eval()
     try:
-        yield
+        with uncompiled(causal_lm):
+            yield
     finally:
         causal_lm.set_attn_implementation(packed)
         causal_lm.train(training)
