@@ -42,7 +42,8 @@ def compile_layers(
     None goes on without, and says so, where a layer has no whole graph; true is refused there with
     a FasttrError. `budget`: torch's activation_memory_budget, the share of a layer's activations
     that is kept for the backward; None keeps what is fastest. `tokens`: of a pack of the run; the
-    first packs are about as long, for which the compiler lays out its kernels. None: short ones.
+    first packs are about as long, for which the compiler lays out its kernels. None: long ones on a
+    GPU, short ones on a CPU.
     """
     if asked is False or (asked is None and packed.device.type != "cuda"):
         return False
@@ -193,12 +194,15 @@ def _same_scores(packed: PackedModel, batch: PackedBatch) -> bool:
 
 # Two packs of other lengths, numbers of trees and completions: prompt, completions.
 TRIALS = (((7, 5, 9), (3, 1, 4)), ((11, 2, 6), (6, 8, 3), (5, 1, 2)))
+TOKENS_OF_A_GPU = 8192
 MOST_TIMES = 61  # odd: no length has a factor that a graph could count on
 
 
 def _trial_packs(packed: PackedModel, tokens: int | None) -> list[PackedBatch]:
     generator = np.random.default_rng(0)
     config = packed.model.config.get_text_config()
+    if tokens is None and packed.device.type == "cuda":
+        tokens = TOKENS_OF_A_GPU
     times = _times(tokens, getattr(config, "max_position_embeddings", None))
     packs = []
     for shapes in TRIALS:
