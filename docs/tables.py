@@ -64,7 +64,17 @@ FORMATS: list[tuple[tuple[str, ...], str | None, int, str, bool]] = [
         "raw transcripts, split at the last Assistant turn, as plain text",
         False,
     ),
-    (("prompt", "completion"), None, 1, "completions alone, for sft", False),
+    (("conversations", "chosen", "rejected"), None, 2, "pairs under ShareGPT's keys", False),
+    (
+        ("instruction", "input", "chosen", "rejected"),
+        None,
+        2,
+        "pairs under Alpaca's keys; without `input` too",
+        False,
+    ),
+    (("prompt", "completion"), None, 1, "completions alone, for sft", True),
+    (("instruction", "input", "output"), None, 1, "the same under Alpaca's keys", False),
+    (("messages",), None, 1, "whole conversations, for sft; also `conversations`", True),
     (
         ("prompt_ids", "chosen_ids", "rejected_ids"),
         None,

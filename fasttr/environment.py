@@ -10,6 +10,7 @@ import importlib.util
 import os
 import platform
 import subprocess
+import textwrap
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ PACKAGES = (
     "triton",
     "transformers",
     "datasets",
+    "peft",
     "trl",
     "liger-kernel",
     "flash-attn",
@@ -149,8 +151,16 @@ def report() -> str:
         ("norm, rotary and MLP kernels (use_liger_kernel)", model_kernels()),
     ):
         lines += ["", title]
-        lines += [f"  {'yes' if b.usable else 'no ':<3}  {b.name:<17}  {b.why}" for b in backends]
+        lines += [_row(one) for one in backends]
     return "\n".join(lines)
+
+
+def _row(one: Usable) -> str:
+    start = f"  {'yes' if one.usable else 'no ':<3}  {one.name:<17}  "
+    rest = " " * len(start)
+    return textwrap.fill(
+        one.why, 80, initial_indent=start, subsequent_indent=rest, break_on_hyphens=False
+    )
 
 
 def _usable(name: str, why_not: str | None, what: str) -> Usable:

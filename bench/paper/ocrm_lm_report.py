@@ -39,8 +39,8 @@ def by_prompts(found: Found, arm: str) -> tuple[int, int]:
     of the difference over the same prompts."""
     difference = ends(found, arm, "gold_difference")
     stderr = ends(found, arm, "gold_difference_stderr")
-    in_errors = [difference[seed] / stderr[seed] for seed in difference]
-    return sum(x > 1.96 for x in in_errors), sum(x < -1.96 for x in in_errors)
+    above = sum(x > 1.96 * stderr[seed] for seed, x in difference.items())
+    return above, sum(x < -1.96 * stderr[seed] for seed, x in difference.items())
 
 
 def paired(mine: dict[int, float], others: dict[int, float]) -> Interval:

@@ -116,7 +116,7 @@ def settings_parser(
             "the command line needs jsonargparse; run pip install 'fasttr[train]'"
         ) from error
     parser = ArgumentParser(
-        prog=prog, usage=f"{prog} {usage}", description=description, exit_on_error=False
+        prog=prog, usage=f"{prog} {usage}".strip(), description=description, exit_on_error=False
     )
     groups: dict[str, Any] = {}
     for one in settings:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
+import signal
 import sys
+import textwrap
 from typing import NamedTuple
 
 from fasttr.cli.launch import is_of_one_process, speaks
@@ -110,12 +113,20 @@ NEEDED = {
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command; mistakes end in one line on standard error and exit status 2."""
+    try:
+        _answer(sys.argv[1:] if argv is None else argv)
+    except BrokenPipeError:  # whoever read our output has left, such as `head`
+        # Nor may Python complain when it empties its own buffer at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _answer(args: list[str]) -> None:
     # Both are read when torch is first imported, which is below. OpenMP's threads spin while they
     # wait, and where another process has their core that makes a step many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Packs of other sizes would leave holes in a GPU's memory, which is planned nearly whole.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help", "help"):
         _print_usage()
         return
@@ -148,6 +159,16 @@ def _run(command: Command, args: list[str]) -> None:
 
 
 def _print_usage() -> None:
-    print("usage: fasttr COMMAND ...\n")
+    print("usage: fasttr COMMAND ...; fasttr COMMAND --help shows its settings\n")
+    width = max(map(len, COMMANDS)) + 2
+    columns = shutil.get_terminal_size().columns - 2
     for name, command in COMMANDS.items():
-        print(f"  {name:7}{command.summary}")
+        start, rest = f"  {name:{width}}", " " * (width + 2)
+        line = textwrap.fill(
+            command.summary,
+            columns,
+            initial_indent=start,
+            subsequent_indent=rest,
+            break_on_hyphens=False,
+        )
+        print(line)

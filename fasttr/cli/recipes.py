@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 from fasttr.cli.arguments import settings_parser
-from fasttr.config.recipes import SUFFIX, recipe_names, recipe_summary, recipe_text
+from fasttr.config.recipes import (
+    SUFFIX,
+    recipe_command,
+    recipe_names,
+    recipe_summary,
+    recipe_text,
+)
 from fasttr.errors import FasttrError
 
+IN = " " * 6
 DESCRIPTION = (
-    "List the recipes of the package; fasttr dpo --recipe NAME runs one (flags win over it), and "
+    "List the recipes of the package under the commands that run them (flags win over a recipe); "
     "fasttr recipes copy NAME writes its file here, or to FILE, to be changed."
 )
 
@@ -28,11 +36,16 @@ def run(args: list[str]) -> None:
 
 
 def _list() -> None:
-    names = recipe_names()
-    width = max(map(len, names))
-    for name in names:
-        print(f"{name:{width}}  {recipe_summary(name)}")
-    print("\nrun one with fasttr dpo --recipe NAME, copy it with fasttr recipes copy NAME")
+    of_commands: dict[str, list[str]] = {}
+    for name in recipe_names():
+        of_commands.setdefault(recipe_command(name), []).append(name)
+    for command, names in of_commands.items():
+        print(f"fasttr {command} --recipe NAME")
+        for name in names:
+            print(f"  {name}")
+            print(textwrap.fill(recipe_summary(name), 80, initial_indent=IN, subsequent_indent=IN))
+        print()
+    print("fasttr recipes copy NAME writes one here, with its comments")
 
 
 def _copy(name: str, target: Path | None) -> None:
@@ -44,4 +57,4 @@ def _copy(name: str, target: Path | None) -> None:
         target.write_text(text, encoding="utf-8")
     except OSError as error:
         raise FasttrError(f"cannot write {target}: {error}") from error
-    print(f"wrote {target}; run it with fasttr dpo --config {target}")
+    print(f"wrote {target}; run it with fasttr {recipe_command(name)} --config {target}")

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from fasttr.config.train_config import TrainConfig
 
 USAGE = (
-    "[--recipe NAME] [--config FILE] [--preset NAME] [--print_config[=skip_default]] "
-    "[--SETTING VALUE ...]"
+    "[--recipe NAME] [--config FILE] [--preset NAME]\n"
+    "       [--print_config[=skip_default]] [--SETTING VALUE ...]"
 )
 DESCRIPTION = (
     "The reference of a loss may move (--ref_update). Every flag may stand in a flat YAML file "

@@ -28,3 +28,13 @@ def recipe_text(name: str) -> str:
 def recipe_summary(name: str) -> str:
     """The first line of its comment."""
     return recipe_text(name).splitlines()[0].removeprefix("#").strip()
+
+
+def recipe_command(name: str) -> str:
+    """The word of `fasttr` that runs it."""
+    import yaml
+
+    keys = yaml.safe_load(recipe_text(name))
+    if "arms" in keys:
+        return "ocrm"
+    return keys["loss_type"] if keys["loss_type"] in ("sft", "kto") else "dpo"

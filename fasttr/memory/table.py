@@ -43,17 +43,19 @@ def table(plan: Plan, device: str, total: float | None) -> list[str]:
 
 
 def sentence(plan: Plan) -> str:
-    """The same in a line, for a device that nothing is chosen for."""
+    """The same in short, for a device that nothing is chosen for."""
     found = plan.bytes
-    parts = [
-        f"weights {_gib(found.still['weights'])}",
-        f"gradients {_gib(found.gradients)}",
-        f"moments {_gib(found.still['moments'])}",
-    ]
-    if found.still["reference"]:
-        parts.append(f"reference {_gib(found.still['reference'])}")
-    parts.append(f"a pack of {plan.choices.tokens:,} tokens {_gib(found.activations)}")
-    return f"memory, planned: {_gib(found.peak)} at once: {', '.join(parts)}"
+    sizes = {
+        "weights": found.still["weights"],
+        "gradients": found.gradients,
+        "moments": found.still["moments"],
+        "reference": found.still["reference"],
+        f"a pack of {plan.choices.tokens:,} tokens": found.activations,
+    }
+    # What a small model holds is nothing beside the rest of the process.
+    shown = [f"{name} {size / 2**30:.2f}" for name, size in sizes.items() if size >= 0.005 * 2**30]
+    of_which = f"\n  of it {', '.join(shown)}" if shown else ""
+    return f"memory, planned: {_gib(found.peak)} at once{of_which}"
 
 
 def buffers(found: Bytes) -> float:

@@ -154,7 +154,7 @@ class _Trial:
         except Exception as error:  # any code of transformers or of a repository runs here
             return Exactness(0, f"a small {name} fails: {first_line(error)}")
         allowed = _FLOOR + 10 * min(self.noise, _LARGEST_NOISE)
-        seen = f"a small random {name} differs by {got:.0e} from rows alone (allowed {allowed:.0e})"
+        seen = f"a small random {name} is off by {got:.0e}; {allowed:.0e} is allowed"
         return Exactness(math.inf if got <= allowed else 0, seen)
 
     def _measured(self, run: Callable[[], Tensor]) -> _Measured:

@@ -80,11 +80,7 @@ def _paired(records: Sequence[Record]) -> Iterator[str]:
     for name in names:
         of_first = records[0].results[name]
         rows = [
-            [
-                run,
-                with_interval(own, ".3g"),
-                *(["", ""] if pairs is None else [with_interval(pairs), verdict(pairs)]),
-            ]
+            [run, with_interval(own, ".3g"), *_difference_cells(pairs)]
             for run, own, pairs in differences(records, name)
         ]
         yield html.paragraph(f"{of_first.title}, {len(of_first.values):,} rows")

@@ -160,13 +160,22 @@ def _end_ids(causal_lm: Any, tokenizer: Any) -> list[int]:
 
 @contextlib.contextmanager
 def _generating(causal_lm: Any) -> Iterator[None]:
-    """Within, the model attends as transformers does, with a cache, and is not in training mode."""
+    """Within, the model attends as transformers does, with a cache, and is not in training mode.
+
+    What its folder says of sampling is not read: with a penalty of repetition, say, samples would
+    be of another distribution than the one whose log-probs are taken.
+    """
+    from transformers import GenerationConfig
+
     packed, training = causal_lm.config._attn_implementation, causal_lm.training
+    folders = causal_lm.generation_config
     causal_lm.set_attn_implementation(own_attention(causal_lm))
     causal_lm.eval()
+    causal_lm.generation_config = GenerationConfig()
     try:
         with uncompiled(causal_lm):
             yield
     finally:
+        causal_lm.generation_config = folders
         causal_lm.set_attn_implementation(packed)
         causal_lm.train(training)

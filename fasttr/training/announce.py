@@ -78,9 +78,10 @@ def announce_plan(config: TrainConfig, loss: Loss, plan: Plan, ranks: Ranks = AL
         f"{counted(steps, 'step')} of {counted(rows, 'row')} ({epochs:.2f} epochs of "
         f"{counted(plan.steps_per_epoch, 'step')})"
     )
+    repeated = f", {unshared / plan.steps_per_epoch:,.0f} with prompts repeated"
     say(
-        f"tokens per step: {shared / plan.steps_per_epoch:,.0f} packed, "
-        f"{unshared / plan.steps_per_epoch:,.0f} with prompts repeated"
+        f"tokens per step: {shared / plan.steps_per_epoch:,.0f} packed"
+        f"{repeated if unshared > shared else ''}"
     )
     if ranks.world > 1:
         _announce_ranks(config, plan, ranks)
@@ -190,7 +191,7 @@ def _announce_reference(config: TrainConfig, steps: int) -> None:
         return
     trails = ""
     if updates:
-        trails = f"; it trails the policy by {schedule.mean_age(steps):.1f} steps on average"
+        trails = f"; trails the policy by {schedule.mean_age(steps):.1f} steps on average"
     say(f"reference: {config.ref_update}, {counted(updates, 'update')} planned{trails}")
     if updates == 0:
         say(

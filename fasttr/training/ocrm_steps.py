@@ -33,13 +33,26 @@ from fasttr.models.load import ModelConfig, load_config, load_model, load_tokeni
 from fasttr.models.packed import PackedModel
 from fasttr.rollouts.confident import Cluster, confident_pair, same_text
 from fasttr.rollouts.engine import Rollout
-from fasttr.rollouts.prompts import Prompts, encode
-from fasttr.rollouts.rewards import RewardInputs, RewardSource, load_function, reward_source
+from fasttr.rollouts.prompts import Prompts, with_room
+from fasttr.rollouts.rewards import (
+    Closing,
+    RewardInputs,
+    RewardSource,
+    load_function,
+    reward_source,
+)
 from fasttr.training.loop import train
 from fasttr.training.online import train_online
-from fasttr.training.pair_rows import Row, pair_row, pair_tree, read_pairs, write_pairs
+from fasttr.training.pair_rows import (
+    Row,
+    pair_row,
+    pair_tree,
+    read_pairs,
+    with_sides,
+    write_pairs,
+)
 from fasttr.training.reward import train_reward
-from fasttr.training.stages import Step, Store, model_digest, seed_of
+from fasttr.training.stages import Step, Store, lasting, model_digest, seed_of
 
 LOGPS = "logps.npy"
 WEIGHTS = "weights.npy"
@@ -58,7 +71,7 @@ class Steps:
         policy = config.policy(Path("p"), config.model_name_or_path, None, "gold", 0, run)
         self.budget = policy.token_budget(self.device)
         self.template = dataclasses.replace(policy.model(self.device), gradient_checkpointing=False)
-        load_config(config.model_name_or_path)
+        self.hf_config = load_config(config.model_name_or_path)
         self.tokenizer = load_tokenizer(config.model_name_or_path)
         self.sft = model_digest(config.model_name_or_path)
         self.prompts = self._prompts(config.dataset_name)
@@ -109,7 +122,9 @@ class Steps:
                 row["weight"] = weight
             if more is not None:
                 rows += [{**row, "weight": 1.0} for row in read_pairs(more.folder)]
-            return _finite(self.fit_reward(folder, rows, seed))
+            closing = Closing.of(self.tokenizer, self.prompts.raw[0])
+            rows = [with_sides(row, closing.behind) for row in rows]
+            return lasting(self.fit_reward(folder, rows, seed))
 
         return self.store.step(name, inputs, make)
 
@@ -155,8 +170,8 @@ class Steps:
                 raise FasttrError(f"label: {config.label} finds no difference in any pair")
             write_pairs(folder, rows)
             dropped = len(first) - len(rows)
-            say(f"{len(rows)} pairs, {dropped} dropped: both sides alike, or more than asked for")
-            return {"pairs": len(rows), "dropped": dropped, "gold": float(gold.mean())}
+            say(f"{len(rows)} pairs, {dropped} dropped: sides alike, no label, or too many")
+            return {"pairs": len(rows), "dropped": dropped, "gold": float(np.nanmean(gold))}
 
         return self.store.step(name, inputs, make)
 
@@ -179,7 +194,7 @@ class Steps:
             seed, m = seed_of(config.seed, "synthetic"), config.synthetic_samples
             rng = np.random.default_rng(seed)
             places = self._some_prompts(min(config.pairs, len(self.prompts)), rng)
-            some = _picked(self.prompts, places)
+            some = self.prompts.picked(places)
             rollout = draw_rollout(self.load(policy), self.tokenizer, some, self._drawing(m, seed))
             score_Bm = self.source(reward)(RewardInputs(some.raw, rollout, some.columns))
             cluster: Cluster = same_text
@@ -266,7 +281,7 @@ class Steps:
 
         def make(folder: Path) -> dict[str, Any]:
             seed = seed_of(config.seed, name)
-            return _finite(self.follow(folder, start, reference, reward, seed, run))
+            return lasting(self.follow(folder, start, reference, reward, seed, run))
 
         return self.store.step(name, inputs, make)
 
@@ -291,7 +306,7 @@ class Steps:
 
         def make(folder: Path) -> dict[str, Any]:
             own = config.preferences(folder, seed_of(config.seed, "dpo"), is_wpo=is_wpo)
-            return _finite(train(own, train_dataset=read_pairs(pairs.folder)).metrics)
+            return lasting(train(own, train_dataset=read_pairs(pairs.folder)).metrics)
 
         return self.store.step(name, inputs, make)
 
@@ -340,7 +355,7 @@ class Steps:
         self, policy: Step | None, prompts: int, m: int, seed: int, rng: np.random.Generator
     ) -> tuple[Rollout, np.ndarray]:
         """m samples for each of so many prompts, and their gold rewards."""
-        some = _picked(self.prompts, self._some_prompts(prompts, rng))
+        some = self.prompts.picked(self._some_prompts(prompts, rng))
         settings = self._drawing(m, seed, self.config.pairs_temperature)
         rollout = draw_rollout(self.load(policy), self.tokenizer, some, settings)
         return rollout, self._gold()(RewardInputs(some.raw, rollout, some.columns))
@@ -349,9 +364,9 @@ class Steps:
         return np.sort(rng.permutation(len(self.prompts))[:number])
 
     def _prompts(self, name: str) -> Prompts:
-        split = "train"
-        rows = read_rows(name, split=split) if Path(name).exists() else read_rows(name)
-        return encode(self.tokenizer, rows, name, None)[0]
+        rows = read_rows(name, split="train") if Path(name).exists() else read_rows(name)
+        longest = self.config.sampling(None)["max_completion_length"]
+        return with_room(self.tokenizer, rows, name, self.hf_config, longest)
 
     def _model(self, policy: Step | None) -> ModelConfig:
         if policy is None:
@@ -377,24 +392,3 @@ class Steps:
             budget=self.budget,
             **self.config.sampling(temperature),
         )
-
-
-def _picked(prompts: Prompts, rows: np.ndarray) -> Prompts:
-    picked = rows.tolist()
-    return dataclasses.replace(
-        prompts,
-        raw=[prompts.raw[row] for row in picked],
-        ids=[prompts.ids[row] for row in picked],
-        columns={name: [values[row] for row in picked] for name, values in prompts.columns.items()},
-        positions=prompts.positions[rows],
-    )
-
-
-def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What a step keeps of a run's metrics, its times left out."""
-    timed = ("perf/", "memory/", "train_runtime", "train_pairs")
-    return {
-        name: value
-        for name, value in metrics.items()
-        if not name.startswith(timed) and np.isfinite(value)
-    }

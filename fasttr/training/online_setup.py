@@ -29,7 +29,7 @@ from fasttr.packing.tiers import SHARED
 from fasttr.reference.logp_table import LogpTable
 from fasttr.reference.resident import ResidentReference
 from fasttr.rollouts.engine import TransformersEngine
-from fasttr.rollouts.prompts import Prompts, RolloutPlan, encode
+from fasttr.rollouts.prompts import Prompts, RolloutPlan, with_room
 from fasttr.rollouts.rewards import (
     GIVEN,
     FunctionReward,
@@ -151,19 +151,8 @@ def _prompts(config: OnlineConfig, tokenizer: Any, device: torch.device, rows: A
     name = config.dataset_name or "the rows"
     if rows is None:
         rows = read_rows(name, config=config.dataset_config, split=config.dataset_train_split)
-    of_text = config.model(device).read().get_text_config()
-    positions = getattr(of_text, "max_position_embeddings", None)  # some need no such number
-    longest = None if positions is None else positions - config.max_completion_length
-    if longest is not None and longest < 1:
-        raise FasttrError(
-            f"max_completion_length: got {config.max_completion_length}, and the model has "
-            f"{positions} positions; wanted room for a prompt"
-        )
-    prompts, dropped = encode(tokenizer, rows, name, longest)
-    say(f"read {len(prompts) + dropped} prompts of {name}, kept {len(prompts)}")
-    if dropped:
-        say(f"  dropped {dropped}: longer than {longest} tokens")
-    return prompts
+    hf_config = config.model(device).read()
+    return with_room(tokenizer, rows, name, hf_config, config.max_completion_length)
 
 
 def _plan(config: OnlineConfig, prompts: Prompts) -> RolloutPlan:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,14 @@ def pair_row(tree: Tree, chosen: int, rejected: int) -> Row:
         "chosen_ids": tree.completions[chosen].tolist(),
         "rejected_ids": tree.completions[rejected].tolist(),
     }
+
+
+def with_sides(row: Row, changed: Callable[[np.ndarray], np.ndarray]) -> Row:
+    sides = {
+        name: changed(np.array(row[name], dtype=np.int32)).tolist()
+        for name in ("chosen_ids", "rejected_ids")
+    }
+    return {**row, **sides}
 
 
 def pair_tree(row: Row) -> Tree:

@@ -6,7 +6,7 @@ import pytest
 
 from fasttr.cli import main
 from fasttr.cli.train import parse_train
-from fasttr.config.recipes import recipe_names, recipe_text
+from fasttr.config.recipes import recipe_command, recipe_names, recipe_text
 from tests.places import ROOT
 from tests.runs import error_line
 
@@ -17,9 +17,21 @@ def test_every_file_is_listed_with_what_it_is(capsys):
     main(["recipes"])
     said = capsys.readouterr().out.splitlines()
     files = sorted(path.stem for path in (ROOT / "fasttr" / "recipes").glob("*.yaml"))
-    assert [line.split()[0] for line in said[: len(files)]] == files == recipe_names()
-    (line,) = [line for line in said if line.startswith(NAME + " ")]
-    assert line.endswith("all weights, the soft update; meant for one GPU of 24 GB.")
+    assert sorted(line.strip() for line in said if line.strip() in files) == files == recipe_names()
+    assert max(map(len, said)) <= 80
+    place = said.index(f"  {NAME}")
+    assert "all weights, the soft update;" in said[place + 1]
+    commands = [line.split()[1] for line in said[:place] if line.startswith("fasttr ")]
+    assert commands == ["dpo"]
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [("qwen2.5-0.5b-kto", "kto"), ("pythia-2.8b-hh-sft", "sft"), ("pythia-2.8b-hh-dpo", "dpo")],
+)
+def test_the_command_that_is_named_takes_the_recipe(name, command):
+    assert recipe_command(name) == command
+    assert parse_train(["--recipe", name], command).loss_type in (command, "sigmoid")
 
 
 def test_flags_and_files_win_over_a_recipe(tmp_path):

@@ -32,6 +32,7 @@ def test_every_format_is_one_that_the_reader_knows():
     } == {
         "paired",
         "unpaired",
+        "messages",
         "hh_rlhf",
         "paired_ids",
         "unpaired_ids",

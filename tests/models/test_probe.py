@@ -37,7 +37,7 @@ def test_a_window_that_is_one_token_off_is_noticed(monkeypatch, wrong):
     support = probe(tiny_config("mistral"))
     assert support.tiers["shared"].limit == 0
     assert support.best() == "packed"
-    assert "differs by" in support.tiers["shared"].reason
+    assert "is off by" in support.tiers["shared"].reason
 
 
 def test_loaded_weights_are_held_to_their_own_forward(workspace, monkeypatch):
@@ -84,7 +84,7 @@ def test_models_share_the_tier_that_is_exact_for_all():
     assert choose_tier("packed", [shared], 50).tier == "packed"
     choice = choose_tier("auto", [shared, padded], 50)
     assert choice.tier == "padded"
-    assert "a prompt cannot be shared: a small random lfm2 differs by" in choice.reason
+    assert "a prompt cannot be shared: a small random lfm2 is off by" in choice.reason
     with pytest.raises(FasttrError, match="got shared with the given model, and a small random"):
         choose_tier("shared", [shared, padded], 50)
 
@@ -102,7 +102,7 @@ def test_a_forced_tier_trains_alike_and_says_its_cost(workspace, tmp_path, capsy
         run(workspace, tmp_path / tier, attention_tier=tier, learning_rate=1e-3)
         logs[tier] = steps(tmp_path / tier)
     shown = capsys.readouterr().out
-    assert "attention_tier: shared (a small random llama differs by" in shown
+    assert "attention_tier: shared (a small random llama is off by" in shown
     assert "attention_tier: padded (asked for); " in shown
     assert "times the tokens of shared prompts" in shown
     for tier in ("packed", "padded"):

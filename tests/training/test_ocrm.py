@@ -290,6 +290,7 @@ def test_labels_with_noise_are_bradley_terry():
         ({"cluster": "json:nothing"}, "cluster: 'json' has no function 'nothing'"),
         ({"dpo": {"loss_type": "ipo"}}, "dpo_loss_type: got 'ipo'; a stage sets it"),
         ({"arms": ["ppo-rlhf"], "ppo": {"lam": 2.0}}, "lam: got 2.0; wanted a number from 0 to 1"),
+        ({"rl": {"max_completion_length": 5000}}, "wanted room for a prompt"),
         ({"pairs": 4000}, "pairs: got 4000, 2 of a prompt, and there are 24 prompts"),
     ],
 )

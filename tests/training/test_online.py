@@ -136,6 +136,24 @@ def test_rloo_takes_the_kl_off_the_reward(workspace, tmp_path):
     assert experience.metrics["kl"] == pytest.approx(sum(kl) / experience.rollout.lengths.sum())
 
 
+def test_all_tokens_of_a_rollout_count_alike(workspace, tmp_path):
+    """dapo: a step is divided by the tokens of its rollout over the number of steps, as in TRL."""
+    found = {}
+
+    class Keep(Watch):
+        def on_train_begin(self, run):
+            found["experience"] = run.collector.collect(0)
+
+    changes = {"steps_per_generation": 2, "max_completion_length": 100, "learning_rate": 0.0}
+    online(workspace, tmp_path / "run", callbacks=[Keep()], max_steps=2, **changes)
+    experience = found["experience"]
+    lengths = experience.rollout.lengths
+    assert abs(lengths[:8].sum() - lengths[8:].sum()) > 4
+    losses = -(experience.advantage.numpy() * lengths).reshape(2, 8).sum(axis=1)
+    wanted = losses / (lengths.sum() / 2)
+    assert [line["loss"] for line in steps(tmp_path / "run")] == pytest.approx(wanted, rel=1e-4)
+
+
 @pytest.mark.parametrize("method", [GRPO, RLOO])
 def test_the_reward_rises(workspace, tmp_path, method):
     changes = {**method, "train_batch_size": 32, "max_steps": 20, "learning_rate": 3e-3}
