@@ -83,6 +83,25 @@ class AttentionLayout(NamedTuple):
         return queries, keys
 
 
+class Part(NamedTuple):
+    """Tokens of a pack that go through the layers without the others; T is theirs here."""
+
+    input_ids: Tensor  # (T,) int64
+    position_ids: Tensor  # (T,) int64
+    attention: AttentionLayout
+
+    def to(self, device: torch.device) -> Part:
+        return Part(
+            self.input_ids.to(device, non_blocking=True),
+            self.position_ids.to(device, non_blocking=True),
+            self.attention._replace(
+                cu_q=self.attention.cu_q.to(device, non_blocking=True),
+                cu_k=self.attention.cu_k.to(device, non_blocking=True),
+                keys=RowGather(*(x.to(device, non_blocking=True) for x in self.attention.keys)),
+            ),
+        )
+
+
 class PackedBatch(NamedTuple):
     """Trees laid out in one row of T tokens, with everything that their log-probs need."""
 
@@ -102,6 +121,8 @@ class PackedBatch(NamedTuple):
     labels: Tensor  # (B,) bool
     per_completion: dict[str, Tensor]  # name -> (N,) fp32, of the trees
     rows: tuple[int, ...]  # (B,) data-set rows
+    # Of a pack over the budget: its T tokens in order, then perhaps some that nobody reads.
+    parts: tuple[Part, ...] = ()
 
     def to(self, device: torch.device) -> PackedBatch:
         """Move what the model and the loss read; the offsets stay on the host. To a GPU it is one
@@ -129,6 +150,7 @@ class PackedBatch(NamedTuple):
             ),
             predicting=RowGather(*itertools.islice(moved, 3)),
             per_completion={name: next(moved) for name in self.per_completion},
+            parts=tuple(part.to(device) for part in self.parts),
         )
 
 

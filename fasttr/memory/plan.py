@@ -47,6 +47,7 @@ class Setup(NamedTuple):
     reference: Reference = NO_REFERENCE
     world: int = 1
     shard: int = 1  # ranks among which everything that lies still is divided
+    widest: int = 1  # tokens of the longest pack, whose parts meet at the head where it is cut
 
 
 class Choices(NamedTuple):
@@ -78,6 +79,7 @@ class Bytes(NamedTuple):
     activations: float  # kept by a pack's forward
     phases: Mapping[str, float]  # everything that is held at once, in each phase
     on_host: float  # a reference that rests there, pinned
+    offloaded: float = 0.0  # inputs of layers on the host, pinned
 
     @property
     def peak(self) -> float:
@@ -116,7 +118,7 @@ def bytes_of(setup: Setup, choices: Choices) -> Bytes:
         sizes, min(setup.chunk_rows, tokens), setup.bf16, splits=storage.splits
     )
     at_head = head.logits + head.weight
-    at_head += tokens * activations.head_working_bytes(sizes, setup.bf16)
+    at_head += max(tokens, setup.widest) * activations.head_working_bytes(sizes, setup.bf16)
     at_layer = tokens * activations.layer_working_bytes(sizes, recompute)
     at_layer += _gradients_of_a_layer(sizes, storage)
     at_end = activations.embedding_gradient_bytes(sizes, adds_packs=storage.adds_packs)
@@ -132,7 +134,8 @@ def bytes_of(setup: Setup, choices: Choices) -> Bytes:
         "scoring": lying + _visitor(setup, choices, storage) + at_head + at_layer / 2 + gathered,
         "loading": _while_loading(setup, storage, still),
     }
-    return Bytes(still, gradients, kept, phases, on_host)
+    offloaded = tokens * activations.offloaded_bytes(sizes, recompute)
+    return Bytes(still, gradients, kept, phases, on_host, offloaded)
 
 
 def _head_gradient(sizes: ModelSizes, storage: Storage) -> float:

@@ -88,11 +88,15 @@ def table(arms: Sequence[Arm]) -> str:
         ["SFT", "", *_cells(of_start), ""],
     ]
     for arm in arms:
-        ends = {key: arm.mean(lambda one, key=key: one.rows[-1][key]) for key in of_start}
+        ends = {key: arm.mean(_last(key)) for key in of_start}
         peak = arm.mean(lambda one: best(one.rows))
         accuracy = arm.mean(lambda one: one.accuracy)
         lines.append([arm.name, f"{peak:.3f}", *_cells(ends), f"{accuracy:.3f}"])
     return f"{_aligned(lines)}\n\n{_filled(ABOUT)}"
+
+
+def _last(key: str) -> Callable[[Reading], float]:
+    return lambda reading: reading.rows[-1][key]
 
 
 def _cells(row: Mapping[str, float]) -> list[str]:

@@ -112,7 +112,8 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     splits = [trees, *eval_trees.values()]
     choice = _tier(config, candidates, splits)
     config = dataclasses.replace(config, attention_tier=choice.tier)
-    rows_of_packs = Rows.of(config, splits, config.group_rows(loss))
+    are_cut = not config.router_aux_loss_coef
+    rows_of_packs = Rows.of(config, splits, config.group_rows(loss), are_cut=are_cut)
     config, memory = plan_memory(
         config,
         device,
