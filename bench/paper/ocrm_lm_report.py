@@ -63,7 +63,7 @@ def table(found: Found) -> str:
             str(len(seeds)),
             f"{_mean(ends(found, arm, 'episodes')):.0f}",
             f"{_mean(ends(found, arm, 'labels')):.0f}",
-            f"{_mean(gold):.3f} +- {np.std(list(gold.values())):.3f}",
+            _with_spread(list(gold.values())),
             "" if arm == first else paired(gold, ends(found, first)).text(),
             "" if arm == first else "{}, {}".format(*by_prompts(found, arm)),
             f"{_mean(best(found, arm)):.3f}, {_mean(worst(found, arm)):.3f}",
@@ -171,6 +171,11 @@ def plot(found: Found, path: Path) -> None:
         ax.legend(frameon=False, fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def _with_spread(values: list[float]) -> str:
+    spread = f" +- {np.std(values):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
 
 
 def _mean(values: dict[int, float]) -> float:

@@ -17,7 +17,6 @@ import numpy as np
 
 from fasttr.config.ocrm_config import OcrmConfig, PolicyRun
 from fasttr.console import say
-from fasttr.data.in_memory import ListTrees
 from fasttr.data.sources import read_rows
 from fasttr.environment import device_for
 from fasttr.errors import FasttrError
@@ -45,9 +44,11 @@ from fasttr.training.loop import train
 from fasttr.training.online import train_online
 from fasttr.training.pair_rows import (
     Row,
+    given_pairs,
+    labelled_pairs,
     pair_row,
-    pair_tree,
     read_pairs,
+    read_trees,
     with_sides,
     write_pairs,
 )
@@ -131,8 +132,16 @@ class Steps:
     # -- data
 
     def pairs(self, name: str, policy: Step | None) -> Step:
-        """Pairs that a policy wrote, labelled."""
+        """Pairs that a policy wrote, labelled; those of the SFT policy may be given."""
         config = self.config
+        if policy is None and config.pairs_dataset_name is not None:
+            given = given_pairs(self.tokenizer, config.pairs_dataset_name, self.hf_config)
+
+            def keep(folder: Path) -> dict[str, Any]:
+                write_pairs(folder, given.rows)
+                return {"pairs": len(given.rows)}
+
+            return self.store.step(name, {"given": given.fingerprint, "writer": self.sft}, keep)
         per_prompt = config.pairs_per_prompt
         wanted = -(-config.pairs // per_prompt)
         if wanted > len(self.prompts):
@@ -157,15 +166,7 @@ class Steps:
             rollout, gold = self._drawn(policy, wanted, 2 * per_prompt, seed, rng)
             gold_P2 = gold.reshape(-1, 2)
             first, labelled = label_pairs(gold_P2[:, 0], gold_P2[:, 1], config.label_noise, rng)
-            rows = []
-            for number, is_first in enumerate(first.tolist()):
-                tree = rollout.trees[number // per_prompt]
-                place = 2 * (number % per_prompt)
-                sides = (place, place + 1) if is_first else (place + 1, place)
-                row = pair_row(tree, *sides)
-                if labelled[number] and row["chosen_ids"] != row["rejected_ids"]:
-                    rows.append(row)
-            rows = rows[: config.pairs]
+            rows = labelled_pairs(rollout.trees, first, labelled)[: config.pairs]
             if not rows:
                 raise FasttrError(f"label: {config.label} finds no difference in any pair")
             write_pairs(folder, rows)
@@ -225,7 +226,7 @@ class Steps:
         }
 
         def make(folder: Path) -> None:
-            trees = ListTrees([pair_tree(row) for row in read_pairs(pairs.folder)])
+            trees = read_trees(pairs.folder)
             found = summed_logps(
                 self.load(policy),
                 trees,
@@ -243,7 +244,7 @@ class Steps:
         p = self.logps(f"p-{number}", pairs, policy)
 
         def make(folder: Path) -> dict[str, Any]:
-            trees = ListTrees([pair_tree(row) for row in read_pairs(pairs.folder)])
+            trees = read_trees(pairs.folder)
             found = pair_weights(
                 np.load(p.folder / LOGPS),
                 np.load(q.folder / LOGPS),

@@ -8,9 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fasttr.config.online_config import OnlineConfig
-from fasttr.training.callbacks import Callback
 from fasttr.training.online import train_online
-from tests.runs import settings
+from tests.runs import FirstRollout, settings
 from tests.trl_trainers import trl_online
 
 # Of four prompts with four completions each: all known, one alone, none, equal ones.
@@ -40,14 +39,7 @@ def second(prompts, completions, **columns):
 
 def ours(workspace, folder, options):
     """The prompts of a rollout, and what is made of it."""
-    kept = {}
-
-    class Keep(Callback):
-        def on_train_begin(self, run):
-            rows = run.plan.of_rollout(0)
-            kept["prompts"] = [run.plan.trees.raw[row] for row in rows]
-            kept["experience"] = run.collector.collect(0)
-
+    begun = FirstRollout()
     config = OnlineConfig(
         **settings(workspace, folder, max_steps=1, train_batch_size=16, max_length=None),
         ref_model_name_or_path=str(workspace / "reference"),
@@ -59,8 +51,8 @@ def ours(workspace, folder, options):
         seed=2,
         **options,
     )
-    train_online(config, callbacks=[Keep()])
-    return kept["prompts"], kept["experience"]
+    train_online(config, callbacks=[begun])
+    return begun.prompts, begun.experience
 
 
 def theirs(workspace, folder, kind, options, prompts, experience):
