@@ -39,7 +39,7 @@ def report_page(records: Sequence[Record], preface: str = "") -> str:
     names = ", ".join(record.name for record in records)
     body = [html.heading(1, names if len(records) == 1 else f"{len(records)} runs: {names}")]
     if preface:
-        body.append(html.preformatted(preface.splitlines()))
+        body.append(html.preformatted(preface.splitlines(), css_class="drawn"))
     if len(records) > 1:
         body += _comparison(records)
     for record in records:

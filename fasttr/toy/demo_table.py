@@ -52,9 +52,6 @@ class Arm(NamedTuple):
     name: str
     readings: list[Reading]
 
-    def mean(self, value: Callable[[Reading], float]) -> float:
-        return float(np.mean([value(reading) for reading in self.readings]))
-
 
 class Outcome(NamedTuple):
     """A number by which two runs of one seed are compared."""
@@ -82,30 +79,22 @@ DRIFT = (
 def table(arms: Sequence[Arm]) -> str:
     """A line an arm: means over seeds."""
     start = [reading.rows[0] for reading in arms[0].readings]
-    of_start = {key: float(np.mean([row[key] for row in start])) for key in start[0]}
     lines = [
         ["run", "best gold", "last gold", "KL", "outside", "length", "accuracy"],
-        ["SFT", "", *_cells(of_start), ""],
+        ["SFT", "", *_cells(start), ""],
     ]
     for arm in arms:
-        ends = {key: arm.mean(_last(key)) for key in of_start}
-        peak = arm.mean(lambda one: best(one.rows))
-        accuracy = arm.mean(lambda one: one.accuracy)
-        lines.append([arm.name, f"{peak:.3f}", *_cells(ends), f"{accuracy:.3f}"])
+        last = [reading.rows[-1] for reading in arm.readings]
+        highest = np.mean([best(reading.rows) for reading in arm.readings])
+        accuracy = np.mean([reading.accuracy for reading in arm.readings])
+        lines.append([arm.name, f"{highest:.3f}", *_cells(last), f"{accuracy:.3f}"])
     return f"{_aligned(lines)}\n\n{_filled(ABOUT)}"
 
 
-def _last(key: str) -> Callable[[Reading], float]:
-    return lambda reading: reading.rows[-1][key]
-
-
-def _cells(row: Mapping[str, float]) -> list[str]:
-    return [
-        f"{row['gold']:.3f}",
-        f"{row['kl']:.2f}",
-        f"{row['outside']:.3f}",
-        f"{row['length']:.1f}",
-    ]
+def _cells(rows: Rows) -> list[str]:
+    """Means over seeds."""
+    digits = {"gold": 3, "kl": 2, "outside": 3, "length": 1}
+    return [f"{np.mean([row[key] for row in rows]):.{n}f}" for key, n in digits.items()]
 
 
 def verdict(arms: Sequence[Arm]) -> list[str]:
