@@ -91,14 +91,13 @@ class Part(NamedTuple):
     attention: AttentionLayout
 
     def to(self, device: torch.device) -> Part:
+        attention = self.attention
+        keys = RowGather(*(x.to(device) for x in attention.keys))
+        cu_q, cu_k = attention.cu_q.to(device), attention.cu_k.to(device)
         return Part(
-            self.input_ids.to(device, non_blocking=True),
-            self.position_ids.to(device, non_blocking=True),
-            self.attention._replace(
-                cu_q=self.attention.cu_q.to(device, non_blocking=True),
-                cu_k=self.attention.cu_k.to(device, non_blocking=True),
-                keys=RowGather(*(x.to(device, non_blocking=True) for x in self.attention.keys)),
-            ),
+            self.input_ids.to(device),
+            self.position_ids.to(device),
+            attention._replace(cu_q=cu_q, cu_k=cu_k, keys=keys),
         )
 
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from fasttr.data.in_memory import ListTrees
+from fasttr.distributed.ranks import Ranks
 from fasttr.packing.layout import pack
 from fasttr.packing.parts import cut, number_of_parts, with_parts
+from fasttr.packing.plan import pack_rows
 from fasttr.packing.tiers import PADDED, SHARED, TIERS, model_tokens, unshared
 from tests.tiny import random_trees
 
@@ -67,6 +69,21 @@ def test_parts_are_within_the_budget_and_as_many_as_lengths_say(tier):
         assert not batch.parts or tokens == batch.input_ids.tolist()
         several += number > 1
     assert several > 20
+
+
+def test_ranks_that_meet_in_every_layer_have_as_many_parts_as_the_others():
+    rng = np.random.default_rng(5)
+    shapes = [tuple(rng.integers(1, 13, 3).tolist()) for _ in range(13)]
+    trees = ListTrees([t._replace(row=i) for i, t in enumerate(random_trees(shapes))])
+    of_ranks = []
+    for rank in range(3):
+        ranks = Ranks(rank, 3, shard_size=3)
+        of_ranks.append(pack_rows(trees, np.arange(13), 24, ranks=ranks, cuts=True))
+    rows = [row for packs in of_ranks for batch in packs for row in batch.rows]
+    assert sorted(rows) == list(range(13))
+    passes = [[max(len(batch.parts), 1) for batch in packs] for packs in of_ranks]
+    assert passes[0] == passes[1] == passes[2]
+    assert len(set(passes[0])) > 1
 
 
 def test_a_pack_is_filled_up_with_parts_that_do_nothing():
