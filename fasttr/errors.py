@@ -5,6 +5,7 @@ A message says what was got, what is wanted and how to mend it, in one line.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 LONGEST = 300  # characters of somebody else's message that are worth repeating
@@ -55,8 +56,20 @@ def nearest(word: str, words: Iterable[str]) -> str | None:
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
     """` (did you mean ...?)` for the end of a message, or nothing when no word is near."""
-    near = nearest(word, words)
-    return f" (did you mean {near!r}?)" if near is not None else ""
+    words = list(dict.fromkeys(words))
+    near = nearest(word.lower(), words)
+    meant = [near] if near is not None else _longer_names(word, words)
+    return f" (did you mean {' or '.join(map(repr, meant))}?)" if meant else ""
+
+
+def _longer_names(word: str, words: Sequence[str]) -> list[str]:
+    """Names that begin or end with `word`, such as num_train_epochs for epochs: one or two."""
+    found = [
+        name
+        for name in words
+        if re.search(rf"^{re.escape(word)}[_-]|[_-]{re.escape(word)}$", name, re.IGNORECASE)
+    ]
+    return found if len(found) <= 2 else []
 
 
 def edit_distance(a: str, b: str) -> int:

@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 import math
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from fasttr.errors import all_of, did_you_mean
@@ -89,8 +89,12 @@ def settings_of(config_class: type) -> dict[str, Setting]:
 
 def check_ranges(config: Any) -> None:
     """Raise FasttrError (got, wanted) for the values that are out of their range."""
-    settings = settings_of(type(config)).values()
-    found = [out_of_range(one, getattr(config, one.name)) for one in settings]
+    check_values(settings_of(type(config)).values(), vars(config))
+
+
+def check_values(settings: Iterable[Setting], values: Mapping[str, Any]) -> None:
+    """The same of a mapping that has them all."""
+    found = [out_of_range(one, values[one.name]) for one in settings]
     reasons = [reason for reason in found if reason is not None]
     if reasons:
         raise all_of(reasons)

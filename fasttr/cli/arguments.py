@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from fasttr.config.recipes import recipe_text
 from fasttr.errors import FasttrError, did_you_mean, one_line
-from fasttr.settings import Setting, settings_of
+from fasttr.settings import Setting, check_values, settings_of
 
 ANSWERED_AT_ONCE = ("help", "h", "print_config")
 
@@ -37,8 +37,13 @@ def read_words(args: list[str]) -> Words:
         while not equals and pending and not _is_flag(pending[0]):
             values.append(pending.pop(0))
         key = word.lstrip("-").replace("-", "_")
+        one_dash = next((one for one in (word, *values) if re.match("-[A-Za-z]{2}", one)), None)
+        if one_dash is not None:
+            raise FasttrError(f"got {one_dash!r}; wanted a flag with two dashes: -{one_dash}")
         if not _is_flag(word):
-            raise FasttrError(f"got {word!r} where a flag was wanted, such as --beta 0.1")
+            is_file = word.endswith((".yaml", ".yml"))
+            wanted = f"--config {word}" if is_file else "a flag, such as --beta 0.1"
+            raise FasttrError(f"got {word!r} where a flag was wanted; write {wanted}")
         if key in ANSWERED_AT_ONCE:
             at_once[key] = " ".join(values)
         elif key == "config":
@@ -58,7 +63,11 @@ def read_yaml(path: str) -> dict[str, Any]:
 
     try:
         with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
+            text = file.read()
+        _check_keys(path, text)
+        content = yaml.safe_load(text)
+    except FasttrError:
+        raise
     except (OSError, ValueError) as error:  # also text that is not UTF-8, or no path at all
         raise FasttrError(f"config: cannot read {path!r}: {error}") from error
     except yaml.YAMLError as error:
@@ -66,6 +75,22 @@ def read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise FasttrError(f"config: {path} holds no keys; wanted lines such as beta: 0.1")
     return content
+
+
+def _check_keys(path: str, text: str) -> None:
+    """YAML itself takes the last of two values in silence."""
+    import yaml
+
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    lines: dict[str, int] = {}
+    for key, _ in root.value if isinstance(root, yaml.MappingNode) else ():
+        line = key.start_mark.line + 1
+        first = lines.setdefault(str(key.value), line)
+        if first != line:
+            raise FasttrError(
+                f"config: {path} has {key.value} in line {first} and in line {line}; leave one of "
+                "them out"
+            )
 
 
 def _recipe(name: str) -> dict[str, Any]:
@@ -170,7 +195,9 @@ def settings_of_command(
     missing = [s.name for s in settings.values() if s.is_required and s.name not in values]
     if missing:
         raise FasttrError(f"{missing[0]}: missing; {settings[missing[0]].sentence}")
-    return typed(parser, values)
+    found = typed(parser, values)
+    check_values(settings.values(), found)
+    return found
 
 
 def folders_and_flags(args: list[str], known: Iterable[str]) -> tuple[list[str], dict[str, str]]:

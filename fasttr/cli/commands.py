@@ -10,7 +10,7 @@ import sys
 import textwrap
 from typing import NamedTuple
 
-from fasttr.cli.launch import is_of_one_process, speaks
+from fasttr.cli.launch import OF_A_MISTAKE, is_of_one_process, speaks
 from fasttr.errors import FasttrError, did_you_mean
 from fasttr.version import __version__
 
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
         # Nor may Python complain when it empties its own buffer at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
-    except KeyboardInterrupt:  # outside of training, which saves first
+    except KeyboardInterrupt:  # a run that trains takes the signal itself, and saves
         print("fasttr: stopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
@@ -145,7 +145,7 @@ def _answer(args: list[str]) -> None:
     except FasttrError as error:
         if speaks() or is_of_one_process(error):
             print(f"fasttr: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(OF_A_MISTAKE)
 
 
 def _run(command: Command, args: list[str]) -> None:

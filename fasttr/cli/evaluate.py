@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fasttr.cli import arguments
-from fasttr.errors import FasttrError
+from fasttr.errors import FasttrError, did_you_mean
 from fasttr.settings import check_ranges, settings_of
 
 USAGE = "[--config FILE] [--SETTING VALUE ...]"
@@ -36,7 +36,7 @@ def run(args: list[str]) -> None:
         takes_list=trl.takes_list,
         stands_alone=lambda key: key not in own and trl.stands_alone(key),
     )
-    _refuse_training(flags, of_run, read)
+    _check_names(flags, of_run, read, own)
     words.file.pop("env", None)
     given = trl.merge(words.file, flags)
     of_eval = {name: given.pop(name) for name in list(given) if name in own}
@@ -63,12 +63,15 @@ def run(args: list[str]) -> None:
         _measure(config, eval_settings)
 
 
-def _refuse_training(flags: dict[str, Any], of_run: Any, read: Any) -> None:
+def _check_names(flags: dict[str, Any], of_run: Any, read: Any, own: Any) -> None:
     for name in flags:
         if name in of_run and name not in read:
             raise FasttrError(
                 f"{name}: fasttr eval trains nothing and does not read it; leave it out"
             )
+        near = did_you_mean(name, own)
+        if near and name not in own and name not in of_run:
+            raise FasttrError(f"unknown key {name!r}{near}; --help lists all")
 
 
 def _names_rows(config: Any) -> bool:
@@ -183,10 +186,11 @@ def _judge(config: Any, settings: Any) -> None:
 
 
 def _read_verdicts(settings: Any) -> None:
+    from fasttr.config.eval_config import JUDGED_FORMATS
     from fasttr.evaluation.verdicts import read_verdicts
 
     if settings.verdicts_format is None:
-        raise FasttrError("verdicts_format: missing; wanted who wrote the verdicts")
+        raise FasttrError(f"verdicts_format: missing; wanted one of {', '.join(JUDGED_FORMATS)}")
     found = read_verdicts(settings.verdicts, settings.verdicts_format, settings.length_control_file)
     _tell(found, settings.results_dir)
 

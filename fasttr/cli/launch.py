@@ -7,6 +7,8 @@ import sys
 
 from fasttr.errors import FasttrError
 
+OF_A_MISTAKE = 2  # the exit status of a command that has printed its line
+
 
 def speaks() -> bool:
     """Whether this process is the one of a launch that prints; alone it is."""
@@ -36,7 +38,7 @@ def is_of_one_process(error: FasttrError) -> bool:
 
 def launch(args: list[str], num_processes: int | None) -> None:
     """Become torchrun with that many processes of `fasttr ARGS` on this machine."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [sys.executable, "-m", "fasttr.cli.torchrun", "--standalone"]
     command += ["--nproc-per-node", str(num_processes), "-m", "fasttr", *args]
     sys.stdout.flush()
     os.execv(command[0], command)

@@ -153,9 +153,11 @@ def _line_of(given: Sequence[str], one: Combination, output_dir: Path) -> list[s
 def _check(method: str, line: list[str], folder: Path) -> None:
     """That the run can be configured, and is the one that its folder holds, if any."""
     from fasttr.cli.train import parse_train
+    from fasttr.config.rules import check_sources
 
     with contextlib.redirect_stdout(io.StringIO()):  # what it notes is noted again by the run
         config = parse_train(list(line), method)
+    check_sources(config, has_model=False, has_data=False, has_eval_data=False)
     saved = folder / "train_config.json"
     if saved.is_file():
         asked = config.as_dict()

@@ -170,6 +170,8 @@ def _check_paths(config: Any) -> None:
         value = getattr(config, key)
         if not isinstance(value, str):
             continue
+        if not value.strip():
+            raise FasttrError(f"{key}: got {value!r}; wanted a name, or leave it out")
         try:
             os.stat(value)
         except (FileNotFoundError, NotADirectoryError):
@@ -286,12 +288,6 @@ def _check_best(config: Any) -> None:
         return
     if config.eval_strategy == "no":
         raise FasttrError(f"{asks} with eval_strategy no; wanted steps or epoch")
-    metric = config.best_metric
-    if not BEST_METRICS.match(metric):
-        raise FasttrError(
-            f"metric_for_best_model: got {config.metric_for_best_model!r}; wanted loss, "
-            "rewards/margins, rewards/accuracies or another of eval_rewards/ and eval_anchor/"
-        )
     _check_comparable(config, asks)
     if config.save_strategy != "best":
         _check_saved_where_evaluated(config, asks)
@@ -313,7 +309,12 @@ def _check_stopping(config: Any) -> None:
 
 
 def _check_comparable(config: Any, asks: str) -> None:
-    """Evaluations that are compared are of one reference."""
+    """The metric is one of evaluations, and those that are compared are of one reference."""
+    if not BEST_METRICS.match(config.best_metric):
+        raise FasttrError(
+            f"metric_for_best_model: got {config.metric_for_best_model!r}; wanted loss, "
+            "rewards/margins, rewards/accuracies or another of eval_rewards/ and eval_anchor/"
+        )
     if config.ref_update != "none" and "anchor/" not in config.best_metric:
         raise FasttrError(
             f"{asks} with ref_update {config.ref_update} and metric {config.best_metric}: values "

@@ -119,9 +119,19 @@ def _split_list(value: Any) -> Any:
 
 
 def _json(value: Any) -> Any:
-    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+    """JSON, or YAML on one line, which needs no quotes (but reads 1e-5 as text)."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("{", "["):
+        return value
+    import yaml
+
+    try:
         return json.loads(value)
-    return value
+    except ValueError:
+        pass
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError("neither JSON nor YAML") from error
 
 
 _READERS = {

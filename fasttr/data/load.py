@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -210,12 +210,13 @@ def _encode_dataset(
     order = config.num_proc if encoder.takes_apart else None
     key = [rows._fingerprint, tokenizer_fingerprint(encoder.tokenizer), options, order]
     digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16)
+    what = f"Tokenizing {Path(config.name).name} ({config.split})"
     try:
         encoded = (
             rows.with_format(None)
             .select_columns(names)
             .map(
-                encoder,
+                encoder if config.num_proc else _in_sight(encoder, what, len(rows)),
                 batched=True,
                 batch_size=ROWS_AT_ONCE,
                 with_indices=True,
@@ -223,7 +224,7 @@ def _encode_dataset(
                 features=encoder.features(),
                 num_proc=config.num_proc,
                 new_fingerprint=digest.hexdigest(),
-                desc=f"Tokenizing {Path(config.name).name} ({config.split})",
+                desc=what,
             )
         )
     except OSError as error:
@@ -232,6 +233,24 @@ def _encode_dataset(
             "another cache_dir"
         ) from error
     return Columns.of_dataset(encoded)
+
+
+def _in_sight(encoder: Encoder, what: str, rows: int) -> Callable[..., dict[str, list[Any]]]:
+    """The encoder; where `datasets` draws no bar, as into a file, lines say how far it is."""
+    import datasets
+
+    from fasttr.console import Progress
+
+    if not datasets.are_progress_bars_disabled():
+        return encoder
+    progress = Progress(what, rows, "row", hides_bar=True)
+
+    def encode(batch: Any, places: Any) -> dict[str, list[Any]]:
+        encoded = encoder(batch, places)
+        progress.update(len(places))
+        return encoded
+
+    return encode
 
 
 def _encode_stream(rows: Any, encoder: Encoder, most: int | None) -> Columns:

@@ -71,7 +71,8 @@ def read_labels(batch: Mapping[str, list[Any]], rows: Sequence[int]) -> np.ndarr
     """(n,) bool labels from booleans, or the numbers 0 and 1. RowError on anything else."""
     for row, value in zip(rows, batch["label"], strict=True):
         if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise RowError(row, f"label is {value!r:.40}; wanted true or false")
+            quoted = ", not as text" if str(value).lower() in ("true", "false") else ""
+            raise RowError(row, f"label is {value!r:.40}; wanted true or false{quoted}")
     return np.array(batch["label"], dtype=bool)
 
 

@@ -306,7 +306,10 @@ def _about_files(place: _Place, causes: list[BaseException]) -> FasttrError:
             if fault is not None:
                 return FasttrError(fault)
     wraps = isinstance(causes[0], datasets.exceptions.DatasetsError) and len(causes) > 1
-    return FasttrError(f"{place.name} cannot be read: {first_line(causes[1 if wraps else 0])}")
+    is_csv = any(_kind(path.name) == "csv" for path in place.named_files)
+    remedy = "; wanted UTF-8 text with a comma between columns, their names first" if is_csv else ""
+    why = first_line(causes[1 if wraps else 0]).rstrip()
+    return FasttrError(f"{place.name} cannot be read: {why}{remedy}")
 
 
 def _kind(name: str) -> str | None:

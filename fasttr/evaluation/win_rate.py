@@ -18,7 +18,7 @@ from fasttr.metrics.results import Results
 from fasttr.models.choice import Candidate
 from fasttr.models.load import ModelConfig, load_model, tokenizer_of
 from fasttr.rollouts.engine import TransformersEngine, as_rollout
-from fasttr.rollouts.rewards import RewardInputs, reward_source
+from fasttr.rollouts.rewards import RewardInputs, check_source, reward_source
 from fasttr.rollouts.sampler import Sample, Sampling, encode_prompts
 
 
@@ -37,6 +37,7 @@ def win_rate(
     tokens of a reward model's pass. FasttrError for rows without a response, and where the judge
     gives a sample no number.
     """
+    check_source(judge, key="judge")
     prompts, references = _read(prompts_file)
     tokenizer = tokenizer_of(model)
     ids = encode_prompts(tokenizer, prompts, str(prompts_file))

@@ -136,7 +136,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     out when torn."""
     path = Path(run_dir) / "metrics.jsonl"
     if not Path(run_dir).is_dir():
-        raise FasttrError(f"run {run_dir} does not exist; wanted the output_dir of a run")
+        raise FasttrError(f"{run_dir} is no folder; wanted the output_dir of a run")
     if not path.is_file():
         raise FasttrError(
             f"run {run_dir} has no metrics.jsonl; wanted the output_dir of a run that has logged"

@@ -263,6 +263,11 @@ def load_tokenizer(
                 f"{key}: the tokenizer of {name} is code from its own repository, which "
                 "is run with trust_remote_code true alone"
             ) from error
+        if not has_tokenizer(name):
+            raise FasttrError(
+                f"{key}: no tokenizer in {name!r}; wanted its files (tokenizer.json, "
+                "tokenizer_config.json) beside the weights: copy those of the base model"
+            ) from error
         raise FasttrError(f"{key}: no tokenizer in {name!r}: {first_line(error)}") from error
 
 

@@ -53,7 +53,7 @@ def cost(record: Record) -> Iterator[tuple[str, str]]:
     """Time, speed and memory."""
     runtime = record.last("train_runtime")
     if runtime is not None:
-        yield duration(runtime), "time of the last start, all included"
+        yield duration(runtime), "since its last start, all included"
     speeds = series(record.lines, "perf/tokens_per_second")[1]
     if any(speeds):
         yield shortened(statistics.median(speeds)), "tokens a second of training steps, median"

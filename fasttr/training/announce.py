@@ -181,6 +181,9 @@ def announce_settings(config: TrainConfig, loss: Loss, trees: TreeSource) -> Non
         say(f"optim: got {config.optim}: {OPTIMIZERS[config.optim].notice}")
     if config.learning_rate == 0:
         say("WARNING: learning_rate is 0: nothing will be learned")
+    for name in ("eval_dataset_name", "test_split_size"):
+        if getattr(config, name) is not None and not config.evaluates:
+            say(f"WARNING: {name}: nothing is evaluated; write eval_strategy: steps (or epoch)")
     for name in config.unread_loss_settings(loss):
         say(f"WARNING: {name}: ignored: {' + '.join(config.loss_names)} does not read it")
     for name in ("ref_update_alpha", "ref_update_every"):

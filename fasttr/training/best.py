@@ -87,6 +87,6 @@ def value_of(evaluation: dict[str, float], metric: str) -> float:
     if metric not in evaluation:
         known = ", ".join(key for key in evaluation if not key.endswith("stderr"))
         raise FasttrError(
-            f"metric_for_best_model: {metric} is not in this evaluation; wanted of {known}"
+            f"metric_for_best_model: {metric} is not in this evaluation; wanted one of {known}"
         )
     return evaluation[metric]

@@ -127,5 +127,9 @@ def _lock(config: TrainConfig) -> files.FolderLock:
             f"output_dir: another run is writing into {config.output_dir}; wait for it, or take "
             "another folder"
         ) from error
+    except FileExistsError as error:
+        raise FasttrError(
+            f"output_dir: {config.output_dir} is a file; wanted a folder, new or of this run"
+        ) from error
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise FasttrError(f"output_dir: cannot write {config.output_dir!r}: {error}") from error

@@ -71,6 +71,7 @@ ROWS: dict[str, Rows] = {
     "null": with_null(20),
     "same": [{**row, "rejected": row["chosen"]} for row in GOOD],
     "odd_label": unpaired(lambda i: "good"),
+    "text_label": unpaired(lambda i: "true"),
     "unpaired": unpaired(lambda i: i % 2 == 0),
     "one_class": unpaired(lambda i: True),
     "messages": messages(),
@@ -88,6 +89,9 @@ def write_rows(folder: Path) -> None:
     (folder / "broken.jsonl").write_text("\n".join([*lines[:5], lines[5][:40], *lines[6:]]))
     quoted = [",".join(f'"{value}"' for value in row.values()) for row in GOOD]
     (folder / "good.csv").write_text("\n".join(["prompt,chosen,rejected", *quoted]) + "\n")
+    lines = [";".join(row.values()) for row in [*GOOD, {"prompt": "a", "chosen": "b, c, d"}]]
+    (folder / "semicolons.csv").write_text("\n".join(["prompt;chosen;rejected", *lines]) + "\n")
+    (folder / "twice.yaml").write_text("beta: 0.1\nmax_steps: 1\nbeta: 0.2\n")
     (folder / "broken.yaml").write_text("beta: 0.1\n  max_steps: [1\n")
     (folder / "nested.yaml").write_text("model:\n  name: tiny\ntraining:\n  beta: 0.1\n")
     (folder / "prompts.txt").write_text("What is 3?\n")
@@ -115,6 +119,8 @@ def write_models(model: Path, folder: Path) -> None:
         changed_json(made / "tokenizer_config.json", chat_template=template)
     whole = (copy("truncated") / "model.safetensors").read_bytes()
     (folder / "truncated" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    for file in copy("no_tokenizer").glob("*token*"):
+        file.unlink()
     (copy("pickled") / "model.safetensors").rename(folder / "pickled" / "pytorch_model.bin")
     smaller_vocabulary(copy("small_vocabulary"))
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from fasttr import TrainConfig
-from fasttr.cli import main
+from fasttr.cli import commands, main
 from fasttr.cli.train import parse_train
 from fasttr.errors import FasttrError
 from tests.runs import read_rows, settings, steps
@@ -368,3 +368,14 @@ def test_a_reader_that_has_enough_ends_the_command_in_silence():
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_ctrl_c_before_a_run_has_begun_is_no_traceback(capsys, monkeypatch):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands.importlib, "import_module", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main(["env"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "fasttr: stopped\n"

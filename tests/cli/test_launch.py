@@ -81,6 +81,23 @@ def assert_same_steps(folder):
         assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
 
 
+def test_a_mistake_of_several_processes_is_one_line_too(tmp_path):
+    words = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", str(tmp_path)]
+    flags = ["--num_processes", "2", "--shard_size", "3", "--use_cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "fasttr", "dpo", *words, *flags],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=ROOT,
+        env={"PYTHONPATH": ".:kernels", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("fasttr: error: shard_size: got 3 with 2 processes; wanted")
+
+
 def test_processes_are_started_only_where_no_launcher_has_done_so(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert [needs_launch(number) for number in (None, 1, 2)] == [False, False, True]

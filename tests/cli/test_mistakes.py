@@ -190,6 +190,47 @@ CASES = [
     Case("kto GO --train_batch_size 1", "got a group of 1 row with kto.*wanted 2"),
 ]
 
+# Found later than the fifty-five.
+MORE = [
+    Case("train --config twice.yaml", "config: twice.yaml has beta in line 1 and in line 3; leave"),
+    Case("train broken.yaml", "got 'broken.yaml' where a flag was wanted; write --config broken"),
+    Case("train GO -beta 0.1", "got '-beta'; wanted a flag with two dashes: --beta"),
+    Case("train GO --lr_scheduler cosine", "unknown key 'lr_scheduler' .did you mean 'lr_schedul"),
+    Case("train GO --loss_type SIGMOID", "did you mean 'sigmoid'"),
+    Case("train GO --preset soft", "got 'soft'; wanted one of .*did you mean 'tr-soft'"),
+    Case("train GO --output_dir good.csv", "output_dir: good.csv is a file; wanted a folder"),
+    Case("train GO --dataset_name ''", "dataset_name: got ''; wanted a name, or leave it out"),
+    Case(
+        "train GO --datasets '[{path: a}, {pth: b}]'",
+        r"datasets\[1\]: unknown key 'pth'; wanted path",
+    ),
+    Case("kto GO --dataset_name text_label.jsonl", "label is 'true'; wanted true or false, not as"),
+    Case("train GO --dataset_name semicolons.csv", "cannot be read: .*a comma between columns"),
+    Case(
+        "train GO --model_name_or_path no_tokenizer", "no tokenizer in 'no_tokenizer'; wanted its"
+    ),
+    Case(
+        "train GO --eval_dataset_name nope.jsonl",
+        "WARNING: eval_dataset_name: nothing is evaluated; write eval_strategy",
+        trains=True,
+    ),
+    Case(
+        "train GO --test_split_size 0.25 --eval_strategy steps --early_stopping_patience 1 "
+        "--metric_for_best_model accuracy",
+        "metric_for_best_model: got 'accuracy'; wanted loss, rewards/margins",
+    ),
+    Case("plan --model llama-3-8b --gpus 0", "gpus: got 0; wanted a whole number from 1"),
+    Case("sweep dpo --beta 0.1,0.2 --output_dir s", "missing: model_name_or_path .*; dataset_name"),
+    Case("report good.jsonl", "good.jsonl is no folder; wanted the output_dir of a run"),
+    Case(
+        "eval --model_name_or_path tiny --anchor tiny", "did you mean 'anchor_model_name_or_path'"
+    ),
+    Case(
+        "eval --model_name_or_path tiny --prompts good.jsonl --judge len --use_cpu",
+        "judge: got 'len', which is no folder here and no module:function",
+    ),
+]
+
 
 @pytest.fixture(scope="module")
 def folder(workspace, tmp_path_factory) -> Path:
@@ -214,7 +255,7 @@ def test_there_are_fifty_five():
     assert len(CASES) == 55
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.command[:50])
+@pytest.mark.parametrize("case", [*CASES, *MORE], ids=lambda case: case.command[:50])
 def test_a_mistake_is_told_with_its_cure(case, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     words = words_of(case.command)

@@ -6,6 +6,7 @@ import datasets
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from fasttr import console
 from fasttr.data.load import DataConfig, encode_rows
 from fasttr.errors import FasttrError
 from tests.data.rows import CHAT, OTHER, PAIR, decoded, say
@@ -250,3 +251,11 @@ def test_a_column_of_the_format_is_no_weight(load):
         FasttrError, match="weight_column 'chosen' is a column of the rows' own content"
     ):
         load([PAIR, OTHER], weight_column="chosen")
+
+
+def test_tokenising_says_how_far_it_is_where_no_bar_is_drawn(tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr(console, "FIRST_LINE", 0.0)
+    monkeypatch.setattr(datasets, "are_progress_bars_disabled", lambda: True)
+    rows = datasets.Dataset.from_list([PAIR] * 1500)
+    encode_rows(tokenizer, rows, DataConfig("rows"))
+    assert "Tokenizing rows (train): 1,000 of 1,500 rows, " in capsys.readouterr().out

@@ -160,7 +160,7 @@ def test_a_broken_line_is_named(broken, tmp_path):
 
 
 def test_missing_runs_and_runs_with_nothing_to_draw_are_refused(tmp_path):
-    with pytest.raises(FasttrError, match="does not exist"):
+    with pytest.raises(FasttrError, match="is no folder"):
         plots.plot_run(tmp_path / "none")
     with pytest.raises(FasttrError, match="no metrics"):
         plots.plot_run(tmp_path)

@@ -167,5 +167,5 @@ def test_the_command_writes_where_it_says(runs, tmp_path, capsys):
 
 def test_what_is_no_run_is_refused(tmp_path, capsys):
     assert "wanted one or more" in error_line(capsys, ["report", "--output_file", "x"])
-    with pytest.raises(FasttrError, match="does not exist"):
+    with pytest.raises(FasttrError, match="is no folder"):
         read_records([tmp_path / "nowhere"])
