@@ -1,4 +1,4 @@
-"""The over-optimisation study: intervals over seeds, what is claimed of them, and a whole run."""
+"""The over-optimisation study: what is claimed of intervals over seeds, and a whole run."""
 
 from __future__ import annotations
 
@@ -7,25 +7,8 @@ import math
 
 import pytest
 
-from bench.paper import curves, overoptimization, stats
+from bench.paper import curves, overoptimization
 from bench.paper.curves import Run
-
-
-def test_intervals_over_seeds():
-    found = stats.interval([1.0, 2.0, 3.0, math.nan])
-    assert (found.mean, found.n, found.sign) == (2.0, 3, 0)
-    assert found.high - 2 == pytest.approx(4.303 / math.sqrt(3))
-    assert stats.t975(30) == pytest.approx(2.042, abs=1e-3)
-    assert stats.interval([1.0]).sign == 0
-    assert "no interval" in stats.interval([1.0]).text()
-    assert [
-        stats.words(stats.interval(x), "up", "down", "none")[:4]
-        for x in ([1, 1.1], [-1, -1.1], [-1, 1])
-    ] == [
-        "up (",
-        "down",
-        "none",
-    ]
 
 
 def made_up(
