@@ -42,9 +42,10 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    # Read when torch is first imported, which is below: spinning threads take the cores from the
-    # processes that a benchmark compares.
+    # Both are read when torch is first imported, which is below, as the command line of fasttr has
+    # them: spinning threads would take the cores from the processes that a benchmark compares.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="WHAT")
     given = (sys.argv[1:] if argv is None else argv)[:1]

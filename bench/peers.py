@@ -70,7 +70,7 @@ class Job:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
-        help="preference file, folder or hub id; drawn:hh, drawn:ultrafeedback or drawn:tldr are "
+        help="preference file; drawn:hh, drawn:ultrafeedback or drawn:tldr are "
         "random words with the lengths of those sets; none: generated pairs",
     )
     parser.add_argument("--steps", type=int, default=8)

@@ -122,7 +122,7 @@ def model_kernels() -> list[Usable]:
         _usable(
             "liger",
             _no_gpu() or missing,
-            f"liger-kernel {version_of('liger-kernel')}; on unless switched off",
+            f"liger-kernel {version_of('liger-kernel')}; on where layers are not compiled",
         )
     ]
 

@@ -53,6 +53,15 @@ class Asks(Callback):
             run.ask(self.request)
 
 
+class FirstRollout(Callback):
+    """Keeps what a run on rollouts makes of its first one, before any step."""
+
+    def on_train_begin(self, run: Any) -> None:
+        rows = run.plan.of_rollout(0)
+        self.prompts = [run.plan.trees.raw[row] for row in rows]
+        self.experience = run.collector.collect(0)
+
+
 def stopped_run(workspace: Path, output_dir: Path, at: int, **changes: Any) -> Path:
     """The folder of a run that a callback stopped after a step, as if it were still under way."""
     values = settings(workspace, output_dir, **changes)
@@ -126,6 +135,15 @@ def assert_same_run(a: Path, b: Path) -> None:
     """Final weights bit for bit, and every line of metrics but for the clock."""
     assert same_weights(a, b)
     assert [timeless(line) for line in lines(a)] == [timeless(line) for line in lines(b)]
+
+
+def assert_resumed(a: Path, b: Path) -> None:
+    """Likewise, where one began in the middle: the mean loss of its steps is left out."""
+    assert same_weights(a, b)
+    kept = [
+        [timeless(line) for line in lines(folder) if "train_loss" not in line] for folder in (a, b)
+    ]
+    assert kept[0] == kept[1]
 
 
 def checkpoint_names(output_dir: Path) -> list[str]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.paper.stats import Interval, interval, words
 from fasttr.metrics.plots import BLUE, DPI, FAINT, GREEN, INK, ORANGE, PURPLE
+from fasttr.toy.stats import Interval, interval, words
 
 Line = dict[str, Any]
 Found = dict[str, dict[int, list[Line]]]  # arm -> seed -> stages, as `run_ocrm` returns them
@@ -39,8 +39,8 @@ def by_prompts(found: Found, arm: str) -> tuple[int, int]:
     of the difference over the same prompts."""
     difference = ends(found, arm, "gold_difference")
     stderr = ends(found, arm, "gold_difference_stderr")
-    in_errors = [difference[seed] / stderr[seed] for seed in difference]
-    return sum(x > 1.96 for x in in_errors), sum(x < -1.96 for x in in_errors)
+    above = sum(x > 1.96 * stderr[seed] for seed, x in difference.items())
+    return above, sum(x < -1.96 * stderr[seed] for seed, x in difference.items())
 
 
 def paired(mine: dict[int, float], others: dict[int, float]) -> Interval:
@@ -63,7 +63,7 @@ def table(found: Found) -> str:
             str(len(seeds)),
             f"{_mean(ends(found, arm, 'episodes')):.0f}",
             f"{_mean(ends(found, arm, 'labels')):.0f}",
-            f"{_mean(gold):.3f} +- {np.std(list(gold.values())):.3f}",
+            _with_spread(list(gold.values())),
             "" if arm == first else paired(gold, ends(found, first)).text(),
             "" if arm == first else "{}, {}".format(*by_prompts(found, arm)),
             f"{_mean(best(found, arm)):.3f}, {_mean(worst(found, arm)):.3f}",
@@ -171,6 +171,11 @@ def plot(found: Found, path: Path) -> None:
         ax.legend(frameon=False, fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def _with_spread(values: list[float]) -> str:
+    spread = f" +- {np.std(values):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
 
 
 def _mean(values: dict[int, float]) -> float:

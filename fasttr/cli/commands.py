@@ -119,15 +119,17 @@ def main(argv: list[str] | None = None) -> None:
         # Nor may Python complain when it empties its own buffer at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
-    except KeyboardInterrupt:  # a run that trains takes the signal itself, and saves
+    except KeyboardInterrupt:  # outside of training, which saves first
         print("fasttr: stopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 
 def _answer(args: list[str]) -> None:
-    # Read when torch is first imported, which is below: OpenMP's threads spin while they wait, and
-    # where another process has their core that makes a step many times slower.
+    # Both are read when torch is first imported, which is below. OpenMP's threads spin while they
+    # wait, and where another process has their core that makes a step many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Packs of other sizes would leave holes in a GPU's memory, which is planned nearly whole.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if not args or args[0] in ("-h", "--help", "help"):
         _print_usage()
         return

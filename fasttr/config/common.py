@@ -78,7 +78,8 @@ class ModelSettings:
     use_liger_kernel: bool | None = setting(
         None,
         None,
-        "Liger's norm, rotary and MLP kernels; none means where CUDA and liger-kernel are present",
+        "Liger's norm, rotary and MLP kernels; none means where CUDA and liger-kernel are present "
+        "and layers are not compiled",
         in_eval=True,
     )
     chat_template: str | None = setting(

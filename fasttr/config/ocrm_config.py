@@ -107,6 +107,12 @@ class OcrmSettings:
     algorithm: str = setting("rloo", one_of("rloo", "grpo", "ppo"), "how a policy is trained")
     stages: int = setting(3, whole(1), "stages of an arm")
     updates_per_stage: int = setting(195, whole(1), "rollouts that a stage's policy takes")
+    pairs_dataset_name: str | None = setting(
+        None,
+        None,
+        "pairs that the SFT policy wrote and somebody labelled, at pairs_temperature; none: it "
+        "writes them, and label labels",
+    )
     pairs: int = setting(1000, whole(2), "pairs that the SFT policy writes")
     pairs_per_prompt: int = setting(1, whole(1), "of them of one prompt")
     pairs_temperature: float | None = setting(

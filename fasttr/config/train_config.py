@@ -203,7 +203,7 @@ class TrainConfig(
             bf16=self.computes_in_bf16(device),
             attn_implementation=self.attn_implementation,
             gradient_checkpointing=self.gradient_checkpointing is not False and name is None,
-            use_liger_kernel=self.use_liger_kernel,
+            use_liger_kernel=self._patches_layers(device),
             max_length=self.max_length,
             ld_alpha=self.ld_alpha,
             adapter=self.adapter() if name is None else None,
@@ -302,6 +302,19 @@ class TrainConfig(
 
     def trackers(self) -> TrackerConfig:
         return TrackerConfig(self.report_to, self.run_name, self.project)
+
+    def compiles(self, device: torch.device) -> bool:
+        """Whether layers are compiled, where each of them has a whole graph."""
+        is_shared = self.attention_tier in (AUTO, SHARED)
+        can = is_shared and not self.router_aux_loss_coef and not self.load_in_4bit
+        return can and (device.type == "cuda" if self.compile is None else self.compile)
+
+    def _patches_layers(self, device: torch.device) -> bool | None:
+        """Whether Liger's kernels are put into layers: where a compiler fuses the same operations
+        they are in its way, unless they are asked for."""
+        if self.use_liger_kernel is None and self.compiles(device):
+            return False
+        return self.use_liger_kernel
 
     def computes_in_bf16(self, device: torch.device) -> bool:
         if self.bf16 is not None:

@@ -11,8 +11,9 @@ from fasttr.config.train_config import TrainConfig
 from fasttr.config.trl_launch import launch_of
 from fasttr.config.trl_table import MODEL_ENTRIES, RIVALS, SPEED_ENTRIES, TABLE
 from fasttr.config.trl_values import converted, is_default, is_none, named_columns
+from fasttr.config.unknown_keys import unknown_key
 from fasttr.distributed.launchers import WHOLE
-from fasttr.errors import FasttrError, all_of, did_you_mean
+from fasttr.errors import FasttrError, all_of
 from fasttr.losses import unknown_losses
 from fasttr.settings import out_of_range, settings_of
 
@@ -101,7 +102,7 @@ class _Translation:
             if key in TABLE:
                 self.attempt(self._give, key, value)
             elif key not in settings:
-                self.refusals.append(_unknown(key))
+                self.refusals.append(unknown_key(key))
             else:
                 leaves_out = settings[key].is_optional and is_none(value)
                 self.ours[key] = None if leaves_out else value
@@ -386,28 +387,3 @@ def _processes(asked: int | None) -> int:
     """How many processes a launcher has started, or fasttr will."""
     started = os.environ.get("WORLD_SIZE", "")
     return int(started) if started.isdigit() and started != "0" else asked or 1
-
-
-def _unknown(key: str) -> str:
-    settings = settings_of(TrainConfig)
-    base = key.removeprefix("no_")
-    if base != key and (base in TABLE or base in settings):
-        return f"unknown key {key!r}: write {base}: false"
-    if key in _OTHER_WORDS:
-        return f"unknown key {key!r}: {_OTHER_WORDS[key]}"
-    return f"unknown key {key!r}{did_you_mean(key, [*settings, *TABLE])}; --help lists all"
-
-
-# What people of other tools write, with what it is here.
-_OTHER_WORDS = {
-    "device": "a run takes the GPU when there is one; use_cpu: true keeps it on the CPU",
-    "model": "a file of settings is flat: write model_name_or_path: NAME",
-    "dataset": "a file of settings is flat: write dataset_name: NAME",
-    "data": "a file of settings is flat: write dataset_name: NAME",
-    "batch_size": "write train_batch_size, rows per optimizer step",
-    "lr": "write learning_rate",
-    "epochs": "write num_train_epochs",
-    "alpha": "write ref_update_alpha, with ref_update: soft",
-    "model_args": "a file of settings is flat: write its keys without model_args",
-    "training_args": "a file of settings is flat: write its keys without training_args",
-}

@@ -233,7 +233,7 @@ TRAINING = [
         "use_liger_kernel",
         False,
         "bool",
-        "Liger's layers, not its losses; absent: where CUDA and liger-kernel are",
+        "Liger's layers, not its losses; absent: where CUDA and liger-kernel are, not compiled",
     ),
     _i("liger_kernel_config", None, "any", "values do not depend on which of Liger's kernels run"),
     _i("use_cache", False, "bool", "training reads no key-value cache"),

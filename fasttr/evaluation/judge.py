@@ -16,14 +16,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fasttr.batch import TreeSource
+from fasttr.data.tokens import encode_texts
 from fasttr.errors import FasttrError
 from fasttr.losses.ratios import prefix_sums
 from fasttr.models.packed import PackedModel
 from fasttr.models.policy import token_logps
 from fasttr.packing.plan import sweep
-from fasttr.rollouts.engine import Rollout, TransformersEngine
+from fasttr.rollouts.engine import Rollout, TransformersEngine, as_rollout
 from fasttr.rollouts.prompts import Prompts
 from fasttr.rollouts.rewards import RewardInputs, RewardSource
+from fasttr.rollouts.sampler import Sample
 
 
 class JudgeSettings(NamedTuple):
@@ -67,13 +69,18 @@ def judge(
     gold_Bm = _by_prompt(gold(inputs), settings.samples)
     if np.isnan(gold_Bm).any():
         raise FasttrError(f"label: {gold.name} gives no reward for a sample; wanted one for each")
-    own = summed_logps(policy, rollout.trees, settings.budget)
+    # Of the distributions that samples are drawn from: at any other temperature it is no KL.
+    own, before = (
+        summed_logps(model, rollout.trees, settings.budget, settings.temperature)
+        for model in (policy, initial)
+    )
     found = _with_stderr("gold", gold_Bm)
     found |= _with_stderr("length", rollout.lengths.reshape(gold_Bm.shape))
     found |= _with_stderr("unfinished", ~rollout.finished.reshape(gold_Bm.shape))
-    found |= _with_stderr("kl", own - summed_logps(initial, rollout.trees, settings.budget))
+    found |= _with_stderr("kl", own - before)
     if "response" in prompts.columns:
-        found |= _with_stderr("win_rate", gold_Bm > _gold_of_responses(prompts, gold)[:, None])
+        theirs_B = gold(_responses(prompts, tokenizer))
+        found |= _with_stderr("win_rate", gold_Bm > theirs_B[:, None])
     for name, source in (reward_models or {}).items():
         score_Bm = _by_prompt(source(inputs), settings.samples)
         found |= _with_stderr(f"{name}/reward", score_Bm)
@@ -120,12 +127,13 @@ def label_pairs(
     first: np.ndarray, second: np.ndarray, noise: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """(P,) whether the first is preferred, and (P,) whether there is a label at all: without noise
-    equal ones have none."""
+    equal ones have none, and one whose reward is NaN never has."""
     difference = first - second
+    is_known = ~np.isnan(difference)
     if noise == 0:
-        return difference > 0, difference != 0
-    preferred = rng.random(len(difference)) < 1 / (1 + np.exp(-difference / noise))
-    return preferred, np.ones(len(difference), dtype=bool)
+        return difference > 0, is_known & (difference != 0)
+    share = _logistic(np.nan_to_num(difference) / noise)
+    return rng.random(len(difference)) < share, is_known
 
 
 def _of_pairs(
@@ -148,15 +156,13 @@ def _of_pairs(
     }
 
 
-def _gold_of_responses(prompts: Prompts, gold: RewardSource) -> np.ndarray:
-    """(B,) gold reward of the responses that the rows bring along."""
-    from fasttr.rollouts.engine import as_rollout
-    from fasttr.rollouts.sampler import Sample
-
+def _responses(prompts: Prompts, tokenizer: Any) -> RewardInputs:
+    """The responses that the rows bring along, as if they had been drawn."""
     texts: Sequence[str] = prompts.columns["response"]
-    end = np.zeros(1, dtype=np.int32)
-    drawn = [[Sample(text, 1, True, end)] for text in texts]
-    return gold(RewardInputs(prompts.raw, as_rollout(prompts.ids, drawn), prompts.columns))
+    ids = encode_texts(tokenizer, texts, add_special_tokens=False)
+    ended = [np.append(one, np.int32(tokenizer.eos_token_id)) for one in ids]
+    drawn = [[Sample(text, len(one), True, one)] for text, one in zip(texts, ended, strict=True)]
+    return RewardInputs(prompts.raw, as_rollout(prompts.ids, drawn), prompts.columns)
 
 
 def _with_stderr(name: str, values_Bm: np.ndarray) -> dict[str, float]:

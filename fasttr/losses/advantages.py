@@ -13,12 +13,18 @@ from torch import Tensor
 EPSILON = 1e-4  # beside a standard deviation, as in TRL
 
 
-def leave_one_out(reward_N: Tensor, m: int) -> Tensor:
-    """(N,) reward minus the mean of the other rewards of its prompt (arXiv:2402.14740)."""
+def leave_one_out(reward_N: Tensor, m: int, *, normalize: bool = False) -> Tensor:
+    """(N,) reward minus the mean of the other rewards of its prompt (arXiv:2402.14740); with
+    `normalize` of mean 0 and deviation 1 over those that have others."""
     reward_Bm = reward_N.view(-1, m)
     known_B1 = (~reward_Bm.isnan()).sum(dim=1, keepdim=True)
     others_Bm = (reward_Bm.nansum(dim=1, keepdim=True) - reward_Bm) / (known_B1 - 1)
-    return (reward_Bm - others_Bm).view(-1).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    # The sum less a lone reward may leave a rounding: it is no other's.
+    others_Bm = others_Bm.masked_fill(known_B1 < 2, torch.nan)
+    found_N = (reward_Bm - others_Bm).view(-1)
+    if normalize:
+        found_N = (found_N - found_N.nanmean()) / (nan_std(found_N[None]) + EPSILON)
+    return found_N.nan_to_num(nan=0.0)
 
 
 def group_relative(reward_N: Tensor, m: int, scale: str = "group") -> Tensor:
@@ -33,13 +39,6 @@ def group_relative(reward_N: Tensor, m: int, scale: str = "group") -> Tensor:
     return centred_Bm.reshape(-1).nan_to_num(nan=0.0)
 
 
-def standardised(advantage_N: Tensor, reward_N: Tensor) -> Tensor:
-    """(N,) of mean 0 and deviation 1 over those with a reward; 0 for the others."""
-    known = torch.where(reward_N.isnan(), torch.nan, advantage_N)
-    found = (known - known.nanmean()) / (nan_std(known[None])[0] + EPSILON)
-    return found.nan_to_num(nan=0.0)
-
-
 def nan_std(x_Bm: Tensor) -> Tensor:
     """(B,) standard deviation of each row with one degree of freedom less, NaN left out; 0 where
     fewer than two are known."""
@@ -47,6 +46,12 @@ def nan_std(x_Bm: Tensor) -> Tensor:
     centred_Bm = x_Bm - x_Bm.nanmean(dim=1, keepdim=True)
     variance_B = (centred_Bm**2).nansum(dim=1) / (known_B - 1).clamp(min=1)
     return variance_B.sqrt()
+
+
+def share_without_spread(x_Bm: Tensor) -> float:
+    """Share of the rows in which two or more are known, and all of them equal."""
+    known_B = (~x_Bm.isnan()).sum(dim=1)
+    return float(((known_B > 1) & (nan_std(x_Bm) < 1e-8)).double().mean())
 
 
 def generalised(

@@ -19,10 +19,11 @@ from fasttr.losses.advantages import k3
 
 # What the summed loss of a step is divided by.
 BY_OWN_LENGTH = ("grpo",)  # and by the completions
-BY_TOKENS = ("bnpo", "dapo", "cispo", "ppo")
+BY_TOKENS = ("bnpo", "ppo")  # of the step
+BY_MEAN_TOKENS = ("dapo", "cispo")  # of a rollout's steps on average: all its tokens count alike
 BY_LONGEST = ("dr_grpo",)  # completions times max_completion_length
 BY_COMPLETIONS = ("luspo", "rloo")
-LOSS_TYPES = (*BY_OWN_LENGTH, *BY_TOKENS, *BY_LONGEST, *BY_COMPLETIONS)
+LOSS_TYPES = (*BY_OWN_LENGTH, *BY_TOKENS, *BY_MEAN_TOKENS, *BY_LONGEST, *BY_COMPLETIONS)
 LEVELS = ("token", "sequence")
 
 
@@ -60,9 +61,9 @@ class PolicyLoss:
 
     grpo, bnpo, dapo, dr_grpo, luspo, ppo: -min(min(c, delta) A, clip(c, 1 - e, 1 + e_high) A) a
     token; cispo: -min(c, e_high) A logp, the ratio without gradient; rloo: as grpo with one ratio
-    a completion, exp of its summed log-ratio. bnpo divides by the tokens of a step here, as dapo:
-    nothing depends on a micro-batch. beta adds k3 to the first six and to cispo, times c with
-    `use_bias_correction_kl`.
+    a completion, exp of its summed log-ratio. Nothing depends on a micro-batch: bnpo divides by the
+    tokens of a step, dapo by those of its rollout over the rollout's steps. beta adds k3 to the
+    first five and to cispo, times c with `use_bias_correction_kl`.
     """
 
     loss_type: str = "dapo"
@@ -88,9 +89,15 @@ class PolicyLoss:
         """Whether the loss itself, not only a reward, holds a KL term."""
         return self.beta > 0 and self.loss_type not in ("rloo", "ppo")
 
-    def normalizer(self, completions: int, tokens: int) -> float:
-        """What the sum over a step's completions is divided by; `tokens` of those that are kept."""
-        if self.loss_type in BY_TOKENS:
+    @property
+    def counts_rollout(self) -> bool:
+        """Whether its tokens are those of a rollout, over its steps, and not the step's own."""
+        return self.loss_type in BY_MEAN_TOKENS
+
+    def normalizer(self, completions: int, tokens: float) -> float:
+        """What the sum over a step's completions is divided by; `tokens` of those that are kept,
+        see `counts_rollout`."""
+        if self.loss_type in (*BY_TOKENS, *BY_MEAN_TOKENS):
             return float(max(tokens, 1))
         if self.loss_type in BY_LONGEST:
             return float(completions * self.max_completion_length)

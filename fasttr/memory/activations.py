@@ -72,19 +72,14 @@ class Head(NamedTuple):
     """Buffers of the fused head that do not grow with a pack."""
 
     logits: float  # of a chunk of rows, and their gradient in bf16
-    weight: float  # a bf16 copy of an fp32 weight, and dW where it is made anew
+    weight: float  # a bf16 copy of an fp32 weight
 
 
-def head_bytes(
-    sizes: ModelSizes, chunk_rows: int, bf16: bool, *, splits: bool, adds_packs: bool
-) -> Head:
-    """Of `fasttr_kernels.linear_preference_loss`: fp32 logits of a chunk of `chunk_rows` rows; dW
-    in fp32, into the gradient that is there where packs are added up."""
+def head_bytes(sizes: ModelSizes, chunk_rows: int, bf16: bool, *, splits: bool) -> Head:
+    """Of `fasttr_kernels.linear_preference_loss`: fp32 logits of a chunk of `chunk_rows` rows."""
     logits = (FP32 + (BF16 if bf16 else 0)) * chunk_rows * sizes.vocabulary
     is_half = splits and not sizes.is_tied
-    cast = BF16 * sizes.head_weights if bf16 and not is_half else 0
-    made_anew = is_half and not adds_packs
-    return Head(logits, cast + (FP32 * sizes.head_weights if made_anew else 0))
+    return Head(logits, BF16 * sizes.head_weights if bf16 and not is_half else 0)
 
 
 def embedding_gradient_bytes(sizes: ModelSizes, *, adds_packs: bool) -> float:

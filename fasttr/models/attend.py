@@ -79,7 +79,9 @@ def _attend(
         with_sinks = torch.logaddexp(lse, sinks[:, None].to(lse.dtype))
         out = out * torch.exp(lse - with_sinks).t()[..., None].to(out.dtype)
         lse = with_sinks
-    return out, lse
+    # FlashAttention's results lie in memory as its inputs do, heads first behind partial rotary
+    # embeddings; a compiled layer reads them as the fake kernels below promise.
+    return out.contiguous(), lse.contiguous()
 
 
 @torch.library.custom_op("fasttr::attend_backward", mutates_args=())
@@ -109,6 +111,7 @@ def _attend_backward(
     dq, dk, dv = _BACKENDS[backend].backward(grad, q, k, v, out, lse, offsets, scores)
     if len(sources) != rows:
         dk, dv = sum_over_readers(dk, dv, reader_offsets, readers)
+    dq, dk, dv = (x.contiguous() for x in (dq, dk, dv))
     return dq, dk, dv, _sink_gradient(grad, out, lse, sinks)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +16,7 @@ from fasttr.data.tokens import adjust
 from fasttr.distributed.ranks import ALONE, Ranks
 from fasttr.errors import FasttrError, first_line
 from fasttr.hub import go_offline_if_unreachable
-from fasttr.models import attention, checks, lora, quantised
+from fasttr.models import attention, checks, liger, lora, quantised
 from fasttr.models.compiled import compile_layers
 from fasttr.models.empty import empty_model, files_of, make_room
 from fasttr.models.halves import in_bf16, round_matrices
@@ -158,8 +156,8 @@ def finish_packed(
         )
     if config.tier != SHARED:
         model.set_attn_implementation(attention.own_attention(model, config.attn_implementation))
-    if _wants_liger(config, model.config.model_type):
-        _apply_liger(model)
+    if liger.is_wanted(config.use_liger_kernel, config.device, model.config.model_type):
+        liger.patch(model)
     if config.gradient_checkpointing:
         checkpoint_activations(model, True)
     backend = attention.backend_for(config.attn_implementation, config.device, config.bf16)
@@ -367,43 +365,3 @@ def checkpoint_activations(model: Any, on: bool) -> None:
         getattr(model, f"{name}_enable")({"use_reentrant": False})
     elif getattr(model, f"is_{name}"):
         getattr(model, f"{name}_disable")()
-
-
-def _wants_liger(config: ModelConfig, model_type: str) -> bool:
-    if config.use_liger_kernel is not None:
-        return config.use_liger_kernel
-    if config.device.type != "cuda" or importlib.util.find_spec("liger_kernel") is None:
-        return False
-    return model_type in _liger_functions()
-
-
-def _liger_functions() -> dict[str, Any]:
-    """The functions of liger-kernel that patch a model, by architecture."""
-    try:
-        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-    except ImportError as error:
-        raise FasttrError(
-            "use_liger_kernel: needs the package liger-kernel; run pip install 'fasttr[cuda]'"
-        ) from error
-    return MODEL_TYPE_TO_APPLY_LIGER_FN
-
-
-def _apply_liger(model: Any) -> None:
-    """Liger's norm, rotary and MLP kernels; never its losses, which the fused head replaces."""
-    apply = _liger_functions().get(model.config.model_type)
-    if apply is None:
-        raise FasttrError(
-            f"use_liger_kernel: liger-kernel has none for {model.config.model_type}; set it to "
-            "false"
-        )
-    wanted = {
-        "rope": True,
-        "rms_norm": True,
-        "layer_norm": True,
-        "swiglu": True,
-        "geglu": True,
-        "cross_entropy": False,
-        "fused_linear_cross_entropy": False,
-    }
-    accepted = inspect.signature(apply).parameters
-    apply(model=model, **{key: value for key, value in wanted.items() if key in accepted})

@@ -65,14 +65,11 @@ class MovingReference:
         self._in_products = {name for factors in self._factors for name in factors}
         if isinstance(schedule, Soft):
             whole = self._masters() if initial is None else _taken_from(initial, policy)
+            self._rests_beside = schedule.every == 1 or (fits_beside or _fits_beside)(policy)
             self.weights = {}
             self._keep(whole)
             self._widen()
             self._initial = None
-            self._rests_beside = schedule.every == 1 or (fits_beside or _fits_beside)(policy)
-            if not self._rests_beside:
-                self.weights = {name: _on_host(x) for name, x in self.weights.items()}
-                self.remainders = {name: _on_host(x) for name, x in self.remainders.items()}
 
     @contextlib.contextmanager
     def model(self) -> Iterator[PackedModel]:
@@ -160,13 +157,16 @@ class MovingReference:
 
     @torch.no_grad()
     def _keep(self, whole: Iterator[tuple[str, Tensor]]) -> None:
+        """Each where it rests as soon as it is made: there may be no room for all of them here."""
         assert self.weights is not None
         policy = self.policy.local_parameters()
+        at_home = _as_it_is if self._rests_beside else _on_host
         for name, values in whole:
             if policy[name].dtype == torch.bfloat16:
-                self.weights[name], self.remainders[name] = split_halves(values.float())
+                high, low = split_halves(values.float())
+                self.weights[name], self.remainders[name] = at_home(high), at_home(low)
             else:
-                self.weights[name] = values
+                self.weights[name] = at_home(values)
 
     def _masters(self) -> Iterator[tuple[str, Tensor]]:
         """Copies of the policy's weights as its optimizer has them, one after the other."""
@@ -243,6 +243,10 @@ class MovingReference:
             own = policy[name].detach().clone()
             policy[name].copy_(weights[name], non_blocking=True)
             weights[name].copy_(own, non_blocking=True)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _on_host(x: Tensor) -> Tensor:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from fasttr.console import say
 from fasttr.data.reading import read_prompt
 from fasttr.data.tokens import Messages
 from fasttr.errors import FasttrError
@@ -34,6 +35,17 @@ class Prompts:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def picked(self, rows: np.ndarray) -> Prompts:
+        """Some of them, in a given order, under the fingerprint of all."""
+        some = rows.tolist()
+        return replace(
+            self,
+            raw=[self.raw[row] for row in some],
+            ids=[self.ids[row] for row in some],
+            columns={name: [one[row] for row in some] for name, one in self.columns.items()},
+            positions=self.positions[rows],
+        )
 
 
 def encode(tokenizer: Any, rows: Any, name: str, longest: int | None) -> tuple[Prompts, int]:
@@ -70,6 +82,26 @@ def encode(tokenizer: Any, rows: Any, name: str, longest: int | None) -> tuple[P
         fingerprint=digest.hexdigest(),
     )
     return prompts, len(ids) - len(kept)
+
+
+def with_room(
+    tokenizer: Any, rows: Any, name: str, hf_config: Any, max_completion_length: int
+) -> Prompts:
+    """The prompts that leave room for a completion among the model's positions; says how many were
+    read and dropped."""
+    # Some models need no such number.
+    positions = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
+    longest = None if positions is None else positions - max_completion_length
+    if longest is not None and longest < 1:
+        raise FasttrError(
+            f"max_completion_length: got {max_completion_length}, and the model has {positions} "
+            "positions; wanted room for a prompt"
+        )
+    prompts, dropped = encode(tokenizer, rows, name, longest)
+    say(f"read {len(prompts) + dropped} prompts of {name}, kept {len(prompts)}")
+    if dropped:
+        say(f"  dropped {dropped}: longer than {longest} tokens")
+    return prompts
 
 
 @dataclass(frozen=True)

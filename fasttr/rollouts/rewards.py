@@ -29,6 +29,8 @@ from fasttr.rollouts.engine import Rollout
 
 GOLD = "fasttr.toy.task:reward"  # what the word gold stands for
 GIVEN = "given"  # functions that Python hands over, in place of a name
+# Columns that a function is not given: of a reference answer, or what it gets of the rollout.
+TAKEN = ("completion", "prompts", "completions", "completion_ids")
 
 
 class RewardInputs(NamedTuple):
@@ -70,7 +72,11 @@ class FunctionReward:
         if is_chat:
             completions = [[{"role": "assistant", "content": text}] for text in texts]
         ids = [c.tolist() for tree in inputs.rollout.trees for c in tree.completions]
-        columns = {name: inputs.repeated(values) for name, values in inputs.columns.items()}
+        columns = {
+            name: inputs.repeated(values)
+            for name, values in inputs.columns.items()
+            if name not in TAKEN
+        }
         found = self._function(
             prompts=inputs.repeated(inputs.prompts),
             completions=completions,
@@ -80,7 +86,7 @@ class FunctionReward:
         return self._checked(found, len(texts))
 
     def _checked(self, found: Any, wanted: int) -> np.ndarray:
-        if not isinstance(found, Sequence | np.ndarray) or len(found) != wanted:
+        if not hasattr(found, "__len__") or len(found) != wanted:
             got = len(found) if hasattr(found, "__len__") else repr(found)[:40]
             raise FasttrError(
                 f"reward_funcs: {self.name} returned {got} rewards; wanted {wanted}, one for each "
@@ -104,6 +110,31 @@ class FunctionReward:
         return np.array(values, dtype=np.float64)
 
 
+class Closing(NamedTuple):
+    """What a chat template writes behind the EOS of an answer. A reward model that was trained on
+    conversations reads its score there."""
+
+    eos: int | None
+    ids: np.ndarray  # int32
+
+    @staticmethod
+    def of(tokenizer: Any, prompt: str | Messages) -> Closing:
+        """Behind the answer to such a prompt; nothing behind that to a text."""
+        rest = ""
+        if not isinstance(prompt, str) and tokenizer.chat_template and tokenizer.eos_token:
+            whole = _conversation(tokenizer, prompt, "an answer")
+            _, eos, behind = whole.rpartition(tokenizer.eos_token)
+            rest = behind if eos else ""
+        (ids,) = encode_texts(tokenizer, [rest], add_special_tokens=False)
+        return Closing(tokenizer.eos_token_id, ids)
+
+    def behind(self, completion: np.ndarray) -> np.ndarray:
+        """The completion as a conversation holds it, where it ended."""
+        if completion[-1] != self.eos:
+            return completion
+        return np.concatenate([completion, self.ids])
+
+
 class FolderReward:
     """A reward model. With the policy's tokenizer it scores the token ids as they were drawn, EOS
     included; with another one the text, as it was trained on text."""
@@ -113,17 +144,25 @@ class FolderReward:
         self._model = load_scorer(model)
         self._mean = read_calibration(model.name)
         self._budget = budget
-        own = load_tokenizer(model.name, model.revision, model.key)
-        self._own = None if own.get_vocab() == tokenizer.get_vocab() else own
+        self._tokenizer = load_tokenizer(model.name, model.revision, model.key)
+        self._reads_ids = self._tokenizer.get_vocab() == tokenizer.get_vocab()
 
     def __call__(self, inputs: RewardInputs) -> np.ndarray:
-        trees = inputs.rollout.trees if self._own is None else self._as_its_own(inputs)
+        trees = self._as_drawn(inputs) if self._reads_ids else self._as_its_own(inputs)
         scores = score_all(self._model, trees, self._budget).reshape(-1)
         return scores.astype(np.float64) - self._mean
 
+    def _as_drawn(self, inputs: RewardInputs) -> ListTrees:
+        closing = Closing.of(self._tokenizer, inputs.prompts[0])
+        return ListTrees(
+            [
+                tree._replace(completions=tuple(map(closing.behind, tree.completions)))
+                for tree in inputs.rollout.trees
+            ]
+        )
+
     def _as_its_own(self, inputs: RewardInputs) -> ListTrees:
         """Each completion with its prompt in the reward model's own tokens."""
-        assert self._own is not None
         prompts = inputs.repeated(inputs.prompts)
         texts = [
             self._text(prompt, text, ended)
@@ -132,15 +171,24 @@ class FolderReward:
             )
         ]
         is_chat = not isinstance(inputs.prompts[0], str)
-        ids = encode_texts(self._own, texts, add_special_tokens=not is_chat)
+        ids = encode_texts(self._tokenizer, texts, add_special_tokens=not is_chat)
         return ListTrees([Tree(row, one[:1], (one[1:],)) for row, one in enumerate(ids)])
 
     def _text(self, prompt: str | Messages, text: str, ended: bool) -> str:
-        assert self._own is not None
         if isinstance(prompt, str):
-            return prompt + text + (self._own.eos_token if ended else "")
-        whole = [*prompt, {"role": "assistant", "content": text}]
-        return self._own.apply_chat_template(whole, tokenize=False)
+            return prompt + text + (self._tokenizer.eos_token if ended else "")
+        return _conversation(self._tokenizer, prompt, text)
+
+
+def _conversation(tokenizer: Any, prompt: Messages, answer: str) -> str:
+    """Messages with the answer to them, as a chat template writes them."""
+    whole = [*prompt, {"role": "assistant", "content": answer}]
+    try:
+        return tokenizer.apply_chat_template(whole, tokenize=False)
+    except Exception as error:  # a template is a program: it raises whatever it likes
+        raise FasttrError(
+            f"reward_funcs: a chat template refuses an answer to {prompt!r:.60}: {one_line(error)}"
+        ) from error
 
 
 def reward_source(name: str, model: ModelConfig, tokenizer: Any, budget: int) -> RewardSource:
@@ -163,7 +211,8 @@ def check_source(name: str, key: str = "reward_funcs") -> None:
 
 
 def check_renders(names: Sequence[str], tokenizer: Any, prompts: Sequence[str | Messages]) -> None:
-    """Raise FasttrError where a folder's own tokenizer could not write the prompts' messages."""
+    """Raise FasttrError where a folder's own tokenizer could not write the prompts' messages and an
+    answer."""
     if isinstance(prompts[0], str):
         return
     for name in names:
@@ -173,6 +222,7 @@ def check_renders(names: Sequence[str], tokenizer: Any, prompts: Sequence[str | 
                 f"reward_model_name_or_path: {name} has no chat template and the prompts are "
                 "messages; wanted a reward model trained on conversations"
             )
+        Closing.of(own, prompts[0])
 
 
 def load_function(name: str, key: str = "reward_funcs") -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from fasttr.data.tokens import Messages, encode_texts
 from fasttr.errors import FasttrError, one_line
 from fasttr.models.attention import own_attention
+from fasttr.models.compiled import uncompiled
 from fasttr.models.packed import PackedModel
 
 
@@ -159,12 +160,22 @@ def _end_ids(causal_lm: Any, tokenizer: Any) -> list[int]:
 
 @contextlib.contextmanager
 def _generating(causal_lm: Any) -> Iterator[None]:
-    """Within, the model attends as transformers does, with a cache, and is not in training mode."""
+    """Within, the model attends as transformers does, with a cache, and is not in training mode.
+
+    What its folder says of sampling is not read: with a penalty of repetition, say, samples would
+    be of another distribution than the one whose log-probs are taken.
+    """
+    from transformers import GenerationConfig
+
     packed, training = causal_lm.config._attn_implementation, causal_lm.training
+    folders = causal_lm.generation_config
     causal_lm.set_attn_implementation(own_attention(causal_lm))
     causal_lm.eval()
+    causal_lm.generation_config = GenerationConfig()
     try:
-        yield
+        with uncompiled(causal_lm):
+            yield
     finally:
+        causal_lm.generation_config = folders
         causal_lm.set_attn_implementation(packed)
         causal_lm.train(training)

@@ -186,14 +186,12 @@ class Collector:
         if config.is_ppo:
             return self._with_critique(used_N, experience, metrics)
         if config.is_rloo:
-            advantage_N = advantages.leave_one_out(used_N, m)
-            if config.normalize_advantages:
-                advantage_N = advantages.standardised(advantage_N, used_N)
+            advantage_N = advantages.leave_one_out(used_N, m, normalize=config.normalize_advantages)
         else:
             advantage_N = advantages.group_relative(used_N, m, config.scale_rewards)
         over_all = config.scale_rewards == "batch" and not config.is_rloo
-        spread_B = advantages.nan_std(used_N[None] if over_all else used_N.view(-1, m))
-        metrics["frac_reward_zero_std"] = float((spread_B.abs() < 1e-8).double().mean())
+        compared = used_N[None] if over_all else used_N.view(-1, m)
+        metrics["frac_reward_zero_std"] = advantages.share_without_spread(compared)
         return experience._replace(advantage=advantage_N.float(), metrics=metrics)
 
     def _with_critique(

@@ -175,11 +175,7 @@ def _reference(config: TrainConfig) -> Reference:
 
 
 def _compiles(config: TrainConfig, device: torch.device, ranks: Ranks) -> bool:
-    can = config.attention_tier in (AUTO, SHARED) and not config.router_aux_loss_coef
-    if ranks.is_sharded:
-        return False
-    asked = device.type == "cuda" if config.compile is None else config.compile
-    return can and asked
+    return not ranks.is_sharded and config.compiles(device)
 
 
 def _wishes(config: TrainConfig, rows: Rows) -> Wishes:

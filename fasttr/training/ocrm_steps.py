@@ -17,7 +17,6 @@ import numpy as np
 
 from fasttr.config.ocrm_config import OcrmConfig, PolicyRun
 from fasttr.console import say
-from fasttr.data.in_memory import ListTrees
 from fasttr.data.sources import read_rows
 from fasttr.environment import device_for
 from fasttr.errors import FasttrError
@@ -33,13 +32,28 @@ from fasttr.models.load import ModelConfig, load_config, load_model, load_tokeni
 from fasttr.models.packed import PackedModel
 from fasttr.rollouts.confident import Cluster, confident_pair, same_text
 from fasttr.rollouts.engine import Rollout
-from fasttr.rollouts.prompts import Prompts, encode
-from fasttr.rollouts.rewards import RewardInputs, RewardSource, load_function, reward_source
+from fasttr.rollouts.prompts import Prompts, with_room
+from fasttr.rollouts.rewards import (
+    Closing,
+    RewardInputs,
+    RewardSource,
+    load_function,
+    reward_source,
+)
 from fasttr.training.loop import train
 from fasttr.training.online import train_online
-from fasttr.training.pair_rows import Row, pair_row, pair_tree, read_pairs, write_pairs
+from fasttr.training.pair_rows import (
+    Row,
+    given_pairs,
+    labelled_pairs,
+    pair_row,
+    read_pairs,
+    read_trees,
+    with_sides,
+    write_pairs,
+)
 from fasttr.training.reward import train_reward
-from fasttr.training.stages import Step, Store, model_digest, seed_of
+from fasttr.training.stages import Step, Store, lasting, model_digest, seed_of
 
 LOGPS = "logps.npy"
 WEIGHTS = "weights.npy"
@@ -58,7 +72,7 @@ class Steps:
         policy = config.policy(Path("p"), config.model_name_or_path, None, "gold", 0, run)
         self.budget = policy.token_budget(self.device)
         self.template = dataclasses.replace(policy.model(self.device), gradient_checkpointing=False)
-        load_config(config.model_name_or_path)
+        self.hf_config = load_config(config.model_name_or_path)
         self.tokenizer = load_tokenizer(config.model_name_or_path)
         self.sft = model_digest(config.model_name_or_path)
         self.prompts = self._prompts(config.dataset_name)
@@ -109,15 +123,25 @@ class Steps:
                 row["weight"] = weight
             if more is not None:
                 rows += [{**row, "weight": 1.0} for row in read_pairs(more.folder)]
-            return _finite(self.fit_reward(folder, rows, seed))
+            closing = Closing.of(self.tokenizer, self.prompts.raw[0])
+            rows = [with_sides(row, closing.behind) for row in rows]
+            return lasting(self.fit_reward(folder, rows, seed))
 
         return self.store.step(name, inputs, make)
 
     # -- data
 
     def pairs(self, name: str, policy: Step | None) -> Step:
-        """Pairs that a policy wrote, labelled."""
+        """Pairs that a policy wrote, labelled; those of the SFT policy may be given."""
         config = self.config
+        if policy is None and config.pairs_dataset_name is not None:
+            given = given_pairs(self.tokenizer, config.pairs_dataset_name, self.hf_config)
+
+            def keep(folder: Path) -> dict[str, Any]:
+                write_pairs(folder, given.rows)
+                return {"pairs": len(given.rows)}
+
+            return self.store.step(name, {"given": given.fingerprint, "writer": self.sft}, keep)
         per_prompt = config.pairs_per_prompt
         wanted = -(-config.pairs // per_prompt)
         if wanted > len(self.prompts):
@@ -142,21 +166,13 @@ class Steps:
             rollout, gold = self._drawn(policy, wanted, 2 * per_prompt, seed, rng)
             gold_P2 = gold.reshape(-1, 2)
             first, labelled = label_pairs(gold_P2[:, 0], gold_P2[:, 1], config.label_noise, rng)
-            rows = []
-            for number, is_first in enumerate(first.tolist()):
-                tree = rollout.trees[number // per_prompt]
-                place = 2 * (number % per_prompt)
-                sides = (place, place + 1) if is_first else (place + 1, place)
-                row = pair_row(tree, *sides)
-                if labelled[number] and row["chosen_ids"] != row["rejected_ids"]:
-                    rows.append(row)
-            rows = rows[: config.pairs]
+            rows = labelled_pairs(rollout.trees, first, labelled)[: config.pairs]
             if not rows:
                 raise FasttrError(f"label: {config.label} finds no difference in any pair")
             write_pairs(folder, rows)
             dropped = len(first) - len(rows)
-            say(f"{len(rows)} pairs, {dropped} dropped: both sides alike, or more than asked for")
-            return {"pairs": len(rows), "dropped": dropped, "gold": float(gold.mean())}
+            say(f"{len(rows)} pairs, {dropped} dropped: sides alike, no label, or too many")
+            return {"pairs": len(rows), "dropped": dropped, "gold": float(np.nanmean(gold))}
 
         return self.store.step(name, inputs, make)
 
@@ -179,7 +195,7 @@ class Steps:
             seed, m = seed_of(config.seed, "synthetic"), config.synthetic_samples
             rng = np.random.default_rng(seed)
             places = self._some_prompts(min(config.pairs, len(self.prompts)), rng)
-            some = _picked(self.prompts, places)
+            some = self.prompts.picked(places)
             rollout = draw_rollout(self.load(policy), self.tokenizer, some, self._drawing(m, seed))
             score_Bm = self.source(reward)(RewardInputs(some.raw, rollout, some.columns))
             cluster: Cluster = same_text
@@ -210,7 +226,7 @@ class Steps:
         }
 
         def make(folder: Path) -> None:
-            trees = ListTrees([pair_tree(row) for row in read_pairs(pairs.folder)])
+            trees = read_trees(pairs.folder)
             found = summed_logps(
                 self.load(policy),
                 trees,
@@ -228,7 +244,7 @@ class Steps:
         p = self.logps(f"p-{number}", pairs, policy)
 
         def make(folder: Path) -> dict[str, Any]:
-            trees = ListTrees([pair_tree(row) for row in read_pairs(pairs.folder)])
+            trees = read_trees(pairs.folder)
             found = pair_weights(
                 np.load(p.folder / LOGPS),
                 np.load(q.folder / LOGPS),
@@ -266,7 +282,7 @@ class Steps:
 
         def make(folder: Path) -> dict[str, Any]:
             seed = seed_of(config.seed, name)
-            return _finite(self.follow(folder, start, reference, reward, seed, run))
+            return lasting(self.follow(folder, start, reference, reward, seed, run))
 
         return self.store.step(name, inputs, make)
 
@@ -291,7 +307,7 @@ class Steps:
 
         def make(folder: Path) -> dict[str, Any]:
             own = config.preferences(folder, seed_of(config.seed, "dpo"), is_wpo=is_wpo)
-            return _finite(train(own, train_dataset=read_pairs(pairs.folder)).metrics)
+            return lasting(train(own, train_dataset=read_pairs(pairs.folder)).metrics)
 
         return self.store.step(name, inputs, make)
 
@@ -340,7 +356,7 @@ class Steps:
         self, policy: Step | None, prompts: int, m: int, seed: int, rng: np.random.Generator
     ) -> tuple[Rollout, np.ndarray]:
         """m samples for each of so many prompts, and their gold rewards."""
-        some = _picked(self.prompts, self._some_prompts(prompts, rng))
+        some = self.prompts.picked(self._some_prompts(prompts, rng))
         settings = self._drawing(m, seed, self.config.pairs_temperature)
         rollout = draw_rollout(self.load(policy), self.tokenizer, some, settings)
         return rollout, self._gold()(RewardInputs(some.raw, rollout, some.columns))
@@ -349,9 +365,9 @@ class Steps:
         return np.sort(rng.permutation(len(self.prompts))[:number])
 
     def _prompts(self, name: str) -> Prompts:
-        split = "train"
-        rows = read_rows(name, split=split) if Path(name).exists() else read_rows(name)
-        return encode(self.tokenizer, rows, name, None)[0]
+        rows = read_rows(name, split="train") if Path(name).exists() else read_rows(name)
+        longest = self.config.sampling(None)["max_completion_length"]
+        return with_room(self.tokenizer, rows, name, self.hf_config, longest)
 
     def _model(self, policy: Step | None) -> ModelConfig:
         if policy is None:
@@ -377,24 +393,3 @@ class Steps:
             budget=self.budget,
             **self.config.sampling(temperature),
         )
-
-
-def _picked(prompts: Prompts, rows: np.ndarray) -> Prompts:
-    picked = rows.tolist()
-    return dataclasses.replace(
-        prompts,
-        raw=[prompts.raw[row] for row in picked],
-        ids=[prompts.ids[row] for row in picked],
-        columns={name: [values[row] for row in picked] for name, values in prompts.columns.items()},
-        positions=prompts.positions[rows],
-    )
-
-
-def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What a step keeps of a run's metrics, its times left out."""
-    timed = ("perf/", "memory/", "train_runtime", "train_pairs")
-    return {
-        name: value
-        for name, value in metrics.items()
-        if not name.startswith(timed) and np.isfinite(value)
-    }

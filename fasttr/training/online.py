@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -78,7 +79,8 @@ def policy_step(run: OnlineRun, experience: Experience, within: int) -> StepMetr
     config = collector.config
     loss = config.policy_loss
     prompts = collector.plan.places(within)
-    tokens = experience.kept_tokens(prompts)
+    counted = np.arange(len(experience.rollout.trees)) if loss.counts_rollout else prompts
+    tokens = experience.kept_tokens(counted) * len(prompts) / len(counted)
     completions = len(prompts) * config.num_generations
     normalizer = loss.normalizer(completions, tokens)
     found = _StepSums(loss)
@@ -289,4 +291,6 @@ class _OnlineLoop:
         self.log.write(run.step, totals)
         say(f"done: {run.step} steps in {totals['train_runtime']:.1f} s; all in {run.output_dir}")
         metrics = self.last_line | totals
-        return TrainResult(run.output_dir, run.step, metrics, run.policy.model, run.tokenizer)
+        return TrainResult(
+            run.output_dir, run.step, metrics, run.policy.trained_model, run.tokenizer
+        )

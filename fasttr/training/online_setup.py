@@ -29,7 +29,7 @@ from fasttr.packing.tiers import SHARED
 from fasttr.reference.logp_table import LogpTable
 from fasttr.reference.resident import ResidentReference
 from fasttr.rollouts.engine import TransformersEngine
-from fasttr.rollouts.prompts import Prompts, RolloutPlan, encode
+from fasttr.rollouts.prompts import Prompts, RolloutPlan, with_room
 from fasttr.rollouts.rewards import (
     GIVEN,
     FunctionReward,
@@ -42,7 +42,7 @@ from fasttr.training.critic import Critic, read_critic
 from fasttr.training.experience import Collector
 from fasttr.training.memory import Rows, plan_memory
 from fasttr.training.run import Run
-from fasttr.training.setup import Given, checked_tokenizer, prepare_torch
+from fasttr.training.setup import Given, checked_tokenizer, compile_policy, prepare_torch
 
 
 @dataclass
@@ -66,7 +66,7 @@ def set_up(config: OnlineConfig, functions: Sequence[Any], rows: Any) -> OnlineR
     if resume is not None:
         config = config.as_planned_in(resume.state.facts["config"])
     config = dataclasses.replace(config, attention_tier=SHARED)
-    config, _ = plan_memory(
+    config, memory = plan_memory(
         config,
         device,
         dataclasses.replace(config.model(device), name=str(source)).read(),
@@ -83,7 +83,9 @@ def set_up(config: OnlineConfig, functions: Sequence[Any], rows: Any) -> OnlineR
     if resume is not None:
         trained_on: Any = plan
         check_resume(resume, config, loss, trained_on)
-    of_policy = dataclasses.replace(config.model(device), embedding_rows=embedding_rows)
+    of_policy = dataclasses.replace(
+        config.model(device), compile=False, embedding_rows=embedding_rows
+    )
     policy = _policy(of_policy, resume, plan.trees)
     sources = _sources(config, tokenizer, device, functions)
     reference = ResidentReference(config.schedule, _reference(config, device, embedding_rows))
@@ -92,6 +94,7 @@ def set_up(config: OnlineConfig, functions: Sequence[Any], rows: Any) -> OnlineR
         saved = None if resume is None else resume.state.critic
         critic = read_critic(config, device, tokenizer, plan.total_steps, saved)
     optimizer = config.optimizer().optimizer(policy.model, policy.bf16)
+    compile_policy(config, policy, memory)
     ledger = OnlineLedger([one.name for one in sources])
     budget = config.token_budget(device)
     engine = TransformersEngine(
@@ -148,19 +151,8 @@ def _prompts(config: OnlineConfig, tokenizer: Any, device: torch.device, rows: A
     name = config.dataset_name or "the rows"
     if rows is None:
         rows = read_rows(name, config=config.dataset_config, split=config.dataset_train_split)
-    of_text = config.model(device).read().get_text_config()
-    positions = getattr(of_text, "max_position_embeddings", None)  # some need no such number
-    longest = None if positions is None else positions - config.max_completion_length
-    if longest is not None and longest < 1:
-        raise FasttrError(
-            f"max_completion_length: got {config.max_completion_length}, and the model has "
-            f"{positions} positions; wanted room for a prompt"
-        )
-    prompts, dropped = encode(tokenizer, rows, name, longest)
-    say(f"read {len(prompts) + dropped} prompts of {name}, kept {len(prompts)}")
-    if dropped:
-        say(f"  dropped {dropped}: longer than {longest} tokens")
-    return prompts
+    hf_config = config.model(device).read()
+    return with_room(tokenizer, rows, name, hf_config, config.max_completion_length)
 
 
 def _plan(config: OnlineConfig, prompts: Prompts) -> RolloutPlan:

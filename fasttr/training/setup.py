@@ -22,6 +22,7 @@ from fasttr.environment import device_for
 from fasttr.errors import FasttrError
 from fasttr.evaluation.split import EvaluationSplit
 from fasttr.losses import Loss, as_loss
+from fasttr.memory.choose import Plan as MemoryPlan
 from fasttr.memory.plan import NO_REFERENCE
 from fasttr.metrics.ledger import PreferenceLedger
 from fasttr.metrics.sums import Averages
@@ -145,10 +146,7 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
         policy.model, bf16=splits_weights, rows=local_rows_of(policy)
     )
     # Not before: the optimizer decides which weights are bf16, and graphs are made for dtypes.
-    compiled = compile_layers(policy, config.compile, budget=config.activation_memory_budget)
-    if unless_compiled(config, memory, compiled):
-        say("memory: whole layers are made again in the backward, since they are not compiled")
-        checkpoint_activations(policy.model, True)
+    compile_policy(config, policy, memory)
     run = Run(
         config=config,
         device=device,
@@ -184,6 +182,19 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     if resume is not None:
         take_up(run, resume)
     return run
+
+
+def compile_policy(config: TrainConfig, policy: PackedModel, memory: MemoryPlan | None) -> None:
+    """Compile its layers as the memory plan counts on it."""
+    compiled = compile_layers(
+        policy,
+        config.compile,
+        budget=config.activation_memory_budget,
+        tokens=config.token_budget(policy.device),
+    )
+    if unless_compiled(config, memory, compiled):
+        say("memory: whole layers are made again in the backward, since they are not compiled")
+        checkpoint_activations(policy.model, True)
 
 
 def _require_divisible(config: TrainConfig) -> None:

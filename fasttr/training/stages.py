@@ -103,5 +103,15 @@ def model_digest(name: str) -> str:
     return digest.hexdigest()
 
 
+def lasting(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What a step keeps of a run's metrics, its times left out."""
+    timed = ("perf/", "memory/", "train_runtime", "train_pairs")
+    return {
+        name: value
+        for name, value in metrics.items()
+        if not name.startswith(timed) and np.isfinite(value)
+    }
+
+
 def _described(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: x.key if isinstance(x, Step) else x for name, x in inputs.items()}

@@ -19,9 +19,7 @@ from fasttr.training import checkpoints
 from fasttr.training.callbacks import Callback, Callbacks
 from fasttr.training.hub import hub_callbacks
 from fasttr.training.run import Run
-from fasttr.training.stopping import (
-    StopSignal,
-)
+from fasttr.training.stopping import StopSignal
 
 
 class TrainResult(NamedTuple):

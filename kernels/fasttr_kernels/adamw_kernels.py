@@ -115,14 +115,14 @@ def _scaled(x, BLOCK: tl.constexpr):
 @triton.jit
 def _first_code(m, BLOCK: tl.constexpr):
     largest, y = _scaled(tl.abs(m), BLOCK)
-    code = tl.floor(tl.sqrt(tl.sqrt(y)) * 127.0 + 0.5)
+    code = tl.floor(tl.sqrt_rn(tl.sqrt_rn(y)) * 127.0 + 0.5)
     return tl.where(m < 0, -code, code).to(tl.int8), largest
 
 
 @triton.jit
 def _second_code(v, BLOCK: tl.constexpr):
     largest, y = _scaled(v, BLOCK)
-    code = tl.floor(tl.sqrt(tl.sqrt(tl.sqrt(y))) * 255.0 + 0.5)
+    code = tl.floor(tl.sqrt_rn(tl.sqrt_rn(tl.sqrt_rn(y))) * 255.0 + 0.5)
     return tl.where((v > 0) & (code < 1.0), 1.0, code).to(tl.uint8), largest
 
 

@@ -22,10 +22,7 @@ def gather_keys(
     v: Tensor,  # (T, H, Dv)
     sources: Tensor,  # (S,) int32
 ) -> tuple[Tensor, Tensor]:
-    """Rows `sources` of keys and of values, contiguous; one launch on a GPU.
-
-    The last dimension of both must be contiguous.
-    """
+    """Rows `sources` of keys and of values, contiguous; one launch on a GPU."""
     if k.is_cuda:
         from fasttr_kernels import gather_triton
 

@@ -80,6 +80,7 @@ def sum_kernel(
 
 def gather(k: Tensor, v: Tensor, sources: Tensor) -> tuple[Tensor, Tensor]:
     rows = len(sources)
+    k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
     out_k, out_v = k.new_empty(rows, *k.shape[1:]), v.new_empty(rows, *v.shape[1:])
     width_k, width_v = _width(k), _width(v)
     gather_kernel[(rows,)](

@@ -54,6 +54,12 @@ def test_differences_are_paired_by_seed():
     assert "unweighted" not in table(found)
     row = next(text for text in table(found).splitlines() if text.startswith("| weighted | 3"))
     assert "| 0.500 +- 0.245 | +0.500 [+0.252, +0.748] | 3, 0 | 0.600, 0.400 | 0.20 |" in row
+    # An arm that draws the same samples as the first one differs by 0 +- 0.
+    same = {"fixed": ENDS["fixed"], "weighted": ENDS["fixed"]}
+    alike = found_of(same, EXCESS)
+    for lines in alike["weighted"].values():
+        lines[-1]["gold_difference_stderr"] = 0.0
+    assert by_prompts(alike, "weighted") == (0, 0)
     # -0.1, 0.1 and -0.1 beside a standard error of 0.15 say nothing.
     assert by_prompts(found, "shuffled") == (0, 0)
 
@@ -84,15 +90,18 @@ def test_a_bag_cannot_know_the_length():
 
 
 @pytest.mark.slow
-def test_the_quick_study_runs_and_goes_on(tmp_path, capsys):
-    ocrm_lm.main(["--quick", "--out", str(tmp_path)])
-    document = json.loads((tmp_path / "results-bag.json").read_text())
-    assert set(document["lines"]) == set(ocrm_lm.Settings().arms)
-    assert (tmp_path / "ocrm-lm-bag.png").stat().st_size > 10_000
+@pytest.mark.parametrize("reward", ocrm_lm.STEPS)
+def test_the_quick_study_runs_and_goes_on(tmp_path, capsys, reward):
+    words = ["--quick", "--reward", reward, "--out", str(tmp_path)]
+    ocrm_lm.main(words)
+    results = tmp_path / f"results-{reward}.json"
+    document = json.loads(results.read_text())
+    assert set(document["lines"]) == set(ocrm_lm.Settings(reward).arms)
+    assert (tmp_path / f"ocrm-lm-{reward}.png").stat().st_size > 10_000
     first = capsys.readouterr().out
-    ocrm_lm.main(["--quick", "--out", str(tmp_path)])
+    ocrm_lm.main(words)
     again = capsys.readouterr().out
     # Everything was there: the same lines of results, and no step is made.
     assert "== " in first
     assert "== " not in again
-    assert json.loads((tmp_path / "results-bag.json").read_text()) == document
+    assert json.loads(results.read_text()) == document

@@ -3,6 +3,9 @@ right."""
 
 from __future__ import annotations
 
+import collections
+from pathlib import Path
+
 import pytest
 import torch
 from fasttr_kernels import logits_triton, rows_triton, sass
@@ -149,6 +152,18 @@ def test_rows_that_start_anywhere_and_another_alpha_need_no_compilation_of_their
         "Z Bias DZ V stride_z stride_dz",
         "Table",
     ], done.stderr
+
+
+def test_every_launch_compiles_as_its_own_code_makes_it() -> None:
+    """On CPU tensors, for a chip that is not here: see the script."""
+    done = bare(str(Path(__file__).with_name("compiled_launches.py")))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = collections.Counter(line.split()[0] for line in done.stdout.splitlines())
+    assert set(found) == {
+        *("logp_kernel", "logit_grad_kernel", "scale_kernel"),
+        *("clock_kernel", "adamw_kernel", "squares_kernel"),
+        *("lerp_kernel", "gather_kernel", "sum_kernel"),
+    }
 
 
 CLOCK = """

@@ -61,6 +61,13 @@ def test_torch_and_triton_agree_bit_for_bit(dtype):
     assert torch.equal(ours[1], theirs[1])
 
 
+def test_columns_that_lie_apart_are_gathered_too(ops):
+    k, v = torch.randn(2, ROWS, 2, 6)[..., ::2].unbind()
+    got = ops[0](k, v, SOURCES)
+    assert torch.equal(got[0], k[SOURCES.long()])
+    assert torch.equal(got[1], v[SOURCES.long()])
+
+
 def test_a_row_of_no_width_is_summed(ops):
     """How one tensor alone goes through the pair."""
     grad = torch.ones(len(SOURCES), 1, 5)

@@ -13,7 +13,7 @@ from fasttr.losses.advantages import (
     k2,
     k3,
     leave_one_out,
-    standardised,
+    share_without_spread,
     whitened,
 )
 
@@ -47,11 +47,25 @@ def test_group_relative_is_the_loop(scale):
     assert group_relative(REWARD, 3, scale).tolist() == pytest.approx(wanted)
 
 
-def test_standardised_leaves_out_what_has_no_reward():
-    found = standardised(leave_one_out(WITH_NONE, 3), WITH_NONE)
-    kept = [3.0, -3.0, 0.0]
-    by = statistics.stdev(kept) + 1e-4
-    assert found.tolist() == pytest.approx([3 / by, 0, -3 / by, 0, 0, 0])
+def test_normalised_advantages_are_of_those_that_have_others():
+    """TRL's lines, typed again: a lone reward's baseline is 0 / 0 there, which the deviation leaves
+    out."""
+    reward = torch.cat([WITH_NONE, torch.tensor([0.5, 2.0, 2.5], dtype=torch.float64)])
+    grouped = reward.view(-1, 3)
+    known = (~grouped.isnan()).sum(dim=1, keepdim=True)
+    wanted = reward - ((grouped.nansum(dim=1, keepdim=True) - grouped) / (known - 1)).view(-1)
+    own = wanted[~wanted.isnan()]
+    assert len(own) == 5
+    wanted = ((wanted - own.mean()) / (own.std() + 1e-4)).nan_to_num(nan=0.0)
+    torch.testing.assert_close(leave_one_out(reward, 3, normalize=True), wanted)
+    assert wanted[5] == 0 < wanted[0]
+
+
+def test_rows_without_spread_hold_two_equal_rewards():
+    """A lone reward says nothing of a spread."""
+    none = math.nan
+    rows = [[1.0, 1.0, none], [1.0, none, none], [none] * 3, [1.0, 2.0, 1.0], [0.1, 0.1, 0.1]]
+    assert share_without_spread(torch.tensor(rows, dtype=torch.float64)) == 2 / 5
 
 
 def test_generalised_advantages_are_their_definition():

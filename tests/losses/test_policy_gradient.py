@@ -12,6 +12,7 @@ from fasttr.models import attention
 from fasttr.models.policy import policy_loss, token_logps
 from fasttr.packing.layout import pack
 from tests.tiny import gradients, packed, random_trees, tiny_model
+from tests.trl_trainers import trl_online
 
 # Three prompts of four completions each, from one token to twelve.
 SHAPES = [(5, 3, 12, 1, 7), (2, 4, 4, 9, 2), (8, 1, 6, 5, 11)]
@@ -88,34 +89,16 @@ class Rollouts:
 
 
 def trainer(kind, workspace, tmp_path, **options):
-    """TRL's own, around our model; it never generates."""
-    import trl
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    config = getattr(trl, f"{kind}Config")(
-        output_dir=str(tmp_path / "trl"),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to=[],
-        per_device_train_batch_size=12,
-        num_generations=4,
+    """TRL's own, around our model."""
+    tiny_model(implementation="eager").save_pretrained(tmp_path / "model")
+    return trl_online(
+        kind,
+        tmp_path / "model",
+        workspace / "model",
+        tmp_path / "trl",
         max_completion_length=LONGEST,
         **options,
     )
-    folder = tmp_path / "model"
-    tiny_model(implementation="eager").save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").train()
-    made = getattr(trl, f"{kind}Trainer")(
-        model=model,
-        reward_funcs=lambda completions, **_: [0.0] * len(completions),
-        args=config,
-        train_dataset=Dataset.from_list([{"prompt": "alpha"}] * 12),
-        processing_class=AutoTokenizer.from_pretrained(workspace / "model"),
-    )
-    made.current_gradient_accumulation_steps = 1
-    return made
 
 
 def assert_same_gradients(ours, theirs, bound):
@@ -166,6 +149,22 @@ def test_the_grpo_family_is_trls(workspace, tmp_path, case):
         kl = loss.kl(inputs, loss.ratios(inputs, log_ratio).ratio)
         assert float(kl.mean()) == pytest.approx(metrics["kl"], rel=1e-4)
     assert float(out.entropy.mean()) == pytest.approx(metrics["entropy"], rel=1e-4)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo", "luspo", "cispo"])
+def test_steps_of_one_rollout_are_divided_as_trls(workspace, tmp_path, loss_type):
+    """The second step of a rollout whose first one had more tokens."""
+    theirs = trainer("GRPO", workspace, tmp_path, loss_type=loss_type, steps_per_generation=2)
+    rollouts = Rollouts(1.0)
+    inputs = rollouts.trls()
+    own = int(rollouts.lengths.sum())
+    inputs["num_items_in_batch"] = torch.tensor(own + 100)
+    wanted = float(theirs._compute_loss(theirs.model, inputs).detach())
+
+    loss = PolicyLoss(loss_type, max_completion_length=LONGEST)
+    summed = loss(rollouts.ours(rollouts.logp, slice(None), slice(None), 0.0))
+    tokens = (own + 100) / 2 if loss.counts_rollout else own
+    assert float(summed) / loss.normalizer(12, tokens) == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.parametrize("options", [{}, {"epsilon": 0.05, "temperature": 0.7}])

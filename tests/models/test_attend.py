@@ -8,6 +8,7 @@ import torch
 from fasttr.models import segments
 from fasttr.models.attend import attend
 from fasttr.models.backend import Scores
+from fasttr.models.flash import TorchFlash
 from fasttr.packing.layout import pack
 from tests.tiny import random_trees
 
@@ -104,6 +105,43 @@ def test_the_op_keeps_the_rules_of_an_op(case):
     saved = [None if x is None else x.detach() for x in (q, k, v, sinks)]
     backward = (torch.ones_like(out), *saved, out, lse, *arguments[4:])
     torch.library.opcheck(torch.ops.fasttr.attend_backward.default, backward)
+
+
+def lying_as_its_inputs(monkeypatch):
+    """torch's FlashAttention in place of itself: exact results, each in memory as its input."""
+    exact = segments.Segments()
+
+    def forward(self, q, k, v, offsets, scores):
+        out, lse = exact.forward(q, k, v, offsets, scores)
+        return torch.empty_like(q).copy_(out), lse
+
+    def backward(self, grad, q, k, v, *others):
+        found = exact.backward(grad, q, k, v, *others)
+        return [torch.empty_like(x).copy_(d) for x, d in zip((q, k, v), found, strict=True)]
+
+    monkeypatch.setattr(TorchFlash, "forward", forward)
+    monkeypatch.setattr(TorchFlash, "backward", backward)
+
+
+@pytest.mark.parametrize("shapes", [SHAPES, [(4, 6), (3, 5)]], ids=["shared", "nothing shared"])
+def test_results_lie_as_a_compiled_layer_was_promised(shapes, monkeypatch):
+    """Queries and keys heads first in memory, as they are behind partial rotary embeddings."""
+    lying_as_its_inputs(monkeypatch)
+    trees = random_trees(shapes)
+    layout = pack(trees).attention
+    heads_first = (x.transpose(0, 1).contiguous() for x in inputs(trees, WIDTH, False)[:3])
+    q, k, v = (x.transpose(0, 1).detach().requires_grad_() for x in heads_first)
+    arguments = (q, k, v, None, layout.cu_q, layout.cu_k, layout.on_host, *layout.keys)
+    out, lse = torch.ops.fasttr.attend(*arguments, *Scores(0.3), "varlen")
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    promised = torch.autograd.grad(
+        torch.ops.fasttr.attend(*arguments, *Scores(0.3), "segments")[0].sum(), (q, k, v)
+    )
+    assert not q.is_contiguous()
+    assert all(x.is_contiguous() for x in (out, lse))
+    for got, want in zip(grads, promised, strict=True):
+        assert got.stride() == want.stride()
+        assert torch.equal(got, want)
 
 
 def test_bf16_rounds_once():

@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from fasttr import TrainConfig
 from fasttr.errors import FasttrError
-from fasttr.models.compiled import compile_layers
+from fasttr.models.compiled import compile_layers, uncompiled
+from fasttr.optim.adamw import OptimizerConfig
 from fasttr.packing.layout import pack
 from tests.runs import run, steps
 from tests.tiny import gradients, packed_tiny, random_trees
+from tests.training.test_online import online
 
 PACKS = [
     [(7, 5, 9), (3, 1, 4)],
@@ -76,6 +79,19 @@ def test_lengths_make_no_graphs_and_values_are_those_of_eager_layers(arch, kinds
     assert counters["stats"]["unique_graphs"] == made
 
 
+def test_liger_stays_out_of_layers_whose_operations_a_compiler_fuses():
+    def patches(device="cuda", **settings):
+        return TrainConfig(**settings).model(torch.device(device)).use_liger_kernel
+
+    assert patches() is False
+    assert patches("cpu", compile=True) is False
+    where_installed = None
+    assert patches("cpu") is where_installed
+    assert patches(compile=False) is where_installed
+    assert patches(attention_tier="padded") is where_installed
+    assert patches(use_liger_kernel=True) is True
+
+
 def test_where_layers_are_not_compiled(capsys):
     on_a_cpu = packed_tiny()
     assert not compile_layers(on_a_cpu, None)
@@ -101,6 +117,46 @@ def test_a_layer_without_a_whole_graph_is_said_and_stays_eager():
     assert torch.equal(model.logps(batch), packed_tiny().logps(batch))
 
 
+@pytest.mark.parametrize(
+    ("tokens", "positions", "longest"),
+    [(None, 4096, 44), (1024, 4096, 23 * 44), (10**6, 4096, 61 * 44), (10**6, 100, 3 * 44)],
+)
+def test_first_packs_are_about_as_long_as_those_of_a_run(tokens, positions, longest):
+    """A compiler lays out its kernels for the sizes that it meets first."""
+    model = packed_tiny(max_position_embeddings=positions)
+    seen = []
+    model.model.model.embed_tokens.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].numel())
+    )
+    assert compile_layers(model, True, backend="eager", tokens=tokens)
+    assert max(seen) == longest
+    assert min(seen) == longest * 29 // 44, "and one that is shorter"
+
+
+def test_a_graph_made_in_the_middle_of_a_run_is_said_and_finds_the_sums_over_packs(capsys):
+    """fp32 gradients of bf16 weights, which torch would not trace."""
+    compiled, eager = packed_tiny(), packed_tiny()
+    assert compile_layers(compiled, True, backend="eager")
+    batch = pack(random_trees([(3, 2, 4), (2, 6, 1)]))
+    capsys.readouterr()
+    compiled.logps(batch)
+    found = []
+    for model in (compiled, eager):
+        model.bf16 = True
+        with uncompiled(model):
+            model.logps(batch)
+        assert capsys.readouterr().out == "", "nothing was compiled yet"
+        OptimizerConfig().optimizer(model.model, bf16=True).begin_step(packs=2)
+        for _ in range(2):
+            model(batch, lambda logp, ref_logp, groups: logp.sum()).loss.backward()
+        found.append(gradients(model.model))
+        said = capsys.readouterr().out
+        assert ("compile: a layer is compiled once more" in said) == (model is compiled)
+    for name, gradient in found[1].items():
+        assert found[0][name].dtype == torch.float32
+        assert torch.equal(found[0][name], gradient), name
+
+
 @pytest.mark.slow
 def test_a_compiled_run_begins_at_0_and_follows_the_eager_one(workspace, tmp_path):
     run(workspace, tmp_path / "eager", compile=False, ref_update="soft", ref_update_every=2)
@@ -118,5 +174,24 @@ def test_layers_are_compiled_after_their_weights_have_their_dtype(workspace, tmp
         "fasttr.training.setup.compile_layers",
         lambda packed, asked, **_: found.append((asked, {p.dtype for p in packed.parameters()})),
     )
-    run(workspace, tmp_path, bf16=True, max_steps=1)
-    assert found == [(None, {torch.bfloat16, torch.float32})]
+    run(workspace, tmp_path / "pairs", bf16=True, max_steps=1)
+    online(workspace, tmp_path / "online", bf16=True, max_steps=1)
+    assert found == 2 * [(None, {torch.bfloat16, torch.float32})]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", ["pairs", "online"])
+def test_a_compiled_run_in_bf16_of_several_packs_a_step_that_draws_samples(
+    train, workspace, tmp_path, monkeypatch, capsys
+):
+    """All that a GPU has by default. Nothing is compiled again after the first packs."""
+    monkeypatch.setattr(compile_layers, "__defaults__", ("aot_eager", None, None))
+    changes = {"bf16": True, "compile": True, "max_tokens_per_batch": 64, "max_steps": 3}
+    if train == "pairs":
+        run(workspace, tmp_path, log_completions=True, logging_steps=1, **changes)
+    else:
+        online(workspace, tmp_path, **changes)
+    said = capsys.readouterr().out
+    assert "compile: done" in said
+    assert "compiled once more" not in said
+    assert len(steps(tmp_path)) == 3

@@ -13,7 +13,13 @@ from fasttr.errors import FasttrError
 from fasttr.models.load import ModelConfig, load_tokenizer
 from fasttr.models.reward import CALIBRATION
 from fasttr.rollouts.engine import as_rollout
-from fasttr.rollouts.rewards import RewardInputs, check_renders, check_source, reward_source
+from fasttr.rollouts.rewards import (
+    FunctionReward,
+    RewardInputs,
+    check_renders,
+    check_source,
+    reward_source,
+)
 from fasttr.rollouts.sampler import Sample
 from fasttr.training.reward import train_reward
 from tests.runs import settings
@@ -69,6 +75,38 @@ def test_ids_are_scored_as_they_were_drawn_eos_included(folder):
     assert source.name == "model"
 
 
+def test_an_answer_is_read_where_conversations_end(folder):
+    """The template writes more behind the EOS, and the reward model was trained on all of it."""
+    from transformers import AutoModelForSequenceClassification
+
+    tokenizer = load_tokenizer(str(folder))
+    prompt, answers = [{"role": "user", "content": "how many?"}], ["seven", "alpha beta"]
+    ids = np.array(
+        tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"],
+        dtype=np.int32,
+    )
+    drawn = []
+    for text in answers:
+        own = tokenizer(text + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+        drawn.append(Sample(text, len(own), True, np.array(own, dtype=np.int32)))
+    unfinished = drawn[0]._replace(finished=False, ids=drawn[0].ids[:-1])
+    rollout = as_rollout([ids], [[*drawn, unfinished]])
+    source = reward_source(str(folder), ModelConfig(""), tokenizer, 1024)
+    found = source(RewardInputs([prompt], rollout, {}))
+
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    wholes = [
+        tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": text}])
+        for text in answers
+    ]
+    rows = [whole["input_ids"] for whole in wholes] + [[*ids, *unfinished.ids]]
+    assert rows[0][-1] != tokenizer.eos_token_id
+    with torch.no_grad():
+        wanted = [float(model(torch.tensor([row])).logits[0, 0]) for row in rows]
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    assert np.ptp(found) > 1e-3
+
+
 def test_the_calibration_is_taken_off(folder):
     tokenizer = load_tokenizer(str(folder))
     plain = reward_source(str(folder), ModelConfig(""), tokenizer, 1024)(inputs_of(tokenizer))
@@ -98,6 +136,24 @@ def test_with_another_tokenizer_the_text_is_scored(folder, workspace, tmp_path):
     source = reward_source(str(folder), ModelConfig(""), other, 1024)
     found = source(inputs_of(other))
     np.testing.assert_allclose(found, transformers_scores(folder), atol=1e-4)
+
+
+def test_a_function_may_return_a_tensor_and_gets_no_column_of_its_own_names():
+    seen = {}
+
+    def score(prompts, completions, completion_ids, **columns):
+        seen.update(columns)
+        return torch.tensor([0.5, float("nan")])
+
+    ids = np.array([1, 2], dtype=np.int32)
+    samples = [[Sample(text, 2, True, ids) for text in ("a", "b")]]
+    columns = {"completion": ["x"], "completion_ids": [[3]], "answer": ["y"]}
+    found = FunctionReward(score, "score")(
+        RewardInputs(["alpha"], as_rollout([ids], samples), columns)
+    )
+    assert found[0] == 0.5
+    assert np.isnan(found[1])
+    assert seen == {"answer": ["y", "y"]}
 
 
 def test_gold_is_the_generated_tasks_reward(folder):
@@ -173,4 +229,7 @@ def test_messages_need_a_template_of_the_reward_model(folder, tmp_path):
     check_renders([str(folder)], policys, messages)
     check_renders([str(bare)], policys, ["how many?"])
     with pytest.raises(FasttrError, match="has no chat template and the prompts are messages"):
+        check_renders([str(bare)], policys, messages)
+    (bare / "chat_template.jinja").write_text("{{ raise_exception('no users') }}")
+    with pytest.raises(FasttrError, match=r"a chat template refuses an answer to .*: no users"):
         check_renders([str(bare)], policys, messages)

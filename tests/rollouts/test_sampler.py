@@ -80,6 +80,17 @@ def test_a_sample_ends_with_the_token_that_ended_it_and_counts_it(model, tokeniz
         assert (cut.tokens, cut.finished) == (first, True)
 
 
+def test_what_a_folder_says_of_sampling_is_not_read(model, tokenizer, monkeypatch):
+    """A penalty of repetition would draw from another distribution than the model's."""
+    prompts = encode_prompts(tokenizer, ["alpha?", "beta gamma?"])
+    wanted = texts_of(draw(model, tokenizer, prompts, Sampling(12, seed=3)))
+    folders = model.model.generation_config
+    for name, value in {"repetition_penalty": 9.0, "min_p": 0.9, "min_new_tokens": 12}.items():
+        monkeypatch.setattr(folders, name, value)
+    assert texts_of(draw(model, tokenizer, prompts, Sampling(12, seed=3))) == wanted
+    assert model.model.generation_config is folders
+
+
 def test_the_colder_the_likelier(model, tokenizer):
     """Next to temperature 0 the likeliest token is drawn each time."""
     prompts = encode_prompts(tokenizer, ["alpha?", "beta gamma?"])

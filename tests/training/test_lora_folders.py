@@ -20,6 +20,7 @@ from tests.training.adapters import (
     assert_same_adapters,
     logits_of,
 )
+from tests.trl_trainers import trl_arguments, trl_log
 
 
 @pytest.mark.parametrize("kind", ["all-linear", "rslora", "dora", "modules_to_save"])
@@ -131,23 +132,11 @@ def test_loss_and_gradient_norm_are_those_of_trl_with_the_adapter_off_as_referen
     rows = [json.loads(line) for line in (workspace / "train.jsonl").read_text().splitlines()]
     trainer = DPOTrainer(
         model=get_peft_model(model, lora),
-        args=DPOConfig(
-            output_dir=str(tmp_path / "trl"),
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            per_device_train_batch_size=4,
-            **common,
-        ),
+        args=trl_arguments(DPOConfig, tmp_path / "trl", per_device_train_batch_size=4, **common),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(workspace / "model"),
     )
-    trainer.train()
-    theirs = [line for line in trainer.state.log_history if "grad_norm" in line]
+    theirs = trl_log(trainer)
     run(
         workspace,
         tmp_path / "ours",

@@ -15,10 +15,11 @@ from fasttr.evaluation.judge import label_pairs
 from fasttr.losses.ratios import RatioSettings, pair_weights
 from fasttr.rollouts.confident import confident_pair, same_text
 from fasttr.training.ocrm import run_ocrm
-from fasttr.training.ocrm_steps import GOLD, LOGPS, WEIGHTS
+from fasttr.training.ocrm_steps import GOLD, LOGPS, WEIGHTS, Steps
 from fasttr.training.pair_rows import PAIRS, read_pairs
-from fasttr.training.stages import DONE
+from fasttr.training.stages import DONE, Store
 from tests.killed_online import killed_in_stages, vowels
+from tests.runs import read_rows, write_rows
 
 
 def by_first_letter(prompt, texts):
@@ -269,6 +270,46 @@ def test_an_arm_ends_where_its_weights_are_worth_too_little(workspace, tmp_path,
     assert "stops before stage 2" in capsys.readouterr().out
 
 
+class Kept(Steps):
+    """Keeps the rows of its reward model, which is not fitted."""
+
+    def fit_reward(self, folder, rows, seed):
+        self.rows = rows
+        return {}
+
+
+def test_pairs_that_are_given_are_read_as_if_they_had_been_drawn(workspace, tmp_path):
+    """They end with EOS; what the template writes behind it only a reward model reads."""
+    given = read_rows(workspace / "train.jsonl")
+    for row in given:
+        row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+        for side in ("chosen", "rejected"):
+            row[side] = [{"role": "assistant", "content": row[side]}]
+    data = str(write_rows(tmp_path / "chat.jsonl", given))
+    config = config_of(workspace, tmp_path, dataset_name=data, pairs_dataset_name=data)
+    steps = Kept(config, Store(tmp_path))
+    pairs = steps.pairs("pairs", None)
+    decode, eos = steps.tokenizer.decode, steps.tokenizer.eos_token
+    rows = read_pairs(pairs.folder)
+    assert len(rows) == len(given) == pairs.facts["pairs"]
+    for row, wanted in zip(rows, given, strict=True):
+        asked = steps.tokenizer.apply_chat_template(
+            wanted["prompt"], add_generation_prompt=True, tokenize=False
+        )
+        assert decode(row["prompt_ids"]) == asked
+        assert decode(row["chosen_ids"]) == wanted["chosen"][0]["content"] + eos
+        assert decode(row["rejected_ids"]) == wanted["rejected"][0]["content"] + eos
+
+    steps.reward("reward-1", pairs)
+    for row, wanted in zip(steps.rows, given, strict=True):
+        whole = steps.tokenizer.apply_chat_template(
+            [*wanted["prompt"], *wanted["rejected"]], tokenize=False
+        )
+        assert decode(row["prompt_ids"] + row["rejected_ids"]) == whole
+        assert whole.endswith(eos + "\n")
+        assert row["weight"] == 1
+
+
 def test_labels_with_noise_are_bradley_terry():
     rng = np.random.default_rng(0)
     first, second = np.full(20_000, 0.3), np.full(20_000, 0.1)
@@ -290,6 +331,7 @@ def test_labels_with_noise_are_bradley_terry():
         ({"cluster": "json:nothing"}, "cluster: 'json' has no function 'nothing'"),
         ({"dpo": {"loss_type": "ipo"}}, "dpo_loss_type: got 'ipo'; a stage sets it"),
         ({"arms": ["ppo-rlhf"], "ppo": {"lam": 2.0}}, "lam: got 2.0; wanted a number from 0 to 1"),
+        ({"rl": {"max_completion_length": 5000}}, "wanted room for a prompt"),
         ({"pairs": 4000}, "pairs: got 4000, 2 of a prompt, and there are 24 prompts"),
     ],
 )

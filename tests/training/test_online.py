@@ -16,15 +16,11 @@ from fasttr.models.policy import token_logps
 from fasttr.training.callbacks import Callback
 from fasttr.training.online import train_online
 from fasttr.training.stopping import Interrupted
-from tests.runs import lines, same_weights, settings, steps, timeless
+from tests.killed_online import vowels
+from tests.runs import FirstRollout, assert_resumed, lines, settings, steps
 
 GRPO = {"loss_type": "dapo", "num_generations": 4}
 RLOO = {"loss_type": "rloo", "num_generations": 4, "beta": 0.1}
-
-
-def vowels(prompts, completions, **columns):
-    """A reward that a random model can raise at once."""
-    return [sum(text.count(v) for v in "aeiou") / 4 for text in completions]
 
 
 def config_of(workspace, folder, **changes):
@@ -113,16 +109,11 @@ def test_packed_log_probs_are_those_of_the_model_at_the_sampling_temperature(wor
 
 def test_rloo_takes_the_kl_off_the_reward(workspace, tmp_path):
     """The reference is another model; advantages are typed again from the log-probs."""
-    found = {}
-
-    class Keep(Watch):
-        def on_train_begin(self, run):
-            found["experience"] = run.collector.collect(0)
-
+    first = FirstRollout()
     reference = str(workspace / "reference")
     changes = {**RLOO, "ref_model_name_or_path": reference}
-    online(workspace, tmp_path / "run", callbacks=[Keep()], max_steps=1, **changes)
-    experience = found["experience"]
+    online(workspace, tmp_path / "run", callbacks=[first], max_steps=1, **changes)
+    experience = first.experience
     rewards = np.array(vowels(None, experience.rollout.texts))
     kl = []
     trees = experience.rollout.trees
@@ -134,6 +125,19 @@ def test_rloo_takes_the_kl_off_the_reward(workspace, tmp_path):
     np.testing.assert_allclose(experience.advantage.numpy(), wanted.reshape(-1), atol=1e-5)
     assert np.abs(kl).max() > 1e-2
     assert experience.metrics["kl"] == pytest.approx(sum(kl) / experience.rollout.lengths.sum())
+
+
+def test_all_tokens_of_a_rollout_count_alike(workspace, tmp_path):
+    """dapo: a step is divided by the tokens of its rollout over the number of steps, as in TRL."""
+    first = FirstRollout()
+    changes = {"steps_per_generation": 2, "max_completion_length": 100, "learning_rate": 0.0}
+    online(workspace, tmp_path / "run", callbacks=[first], max_steps=2, **changes)
+    experience = first.experience
+    lengths = experience.rollout.lengths
+    assert abs(lengths[:8].sum() - lengths[8:].sum()) > 4
+    losses = -(experience.advantage.numpy() * lengths).reshape(2, 8).sum(axis=1)
+    wanted = losses / (lengths.sum() / 2)
+    assert [line["loss"] for line in steps(tmp_path / "run")] == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.parametrize("method", [GRPO, RLOO])
@@ -164,15 +168,6 @@ def uninterrupted(workspace, tmp_path_factory):
     return folder
 
 
-def assert_same_run(resumed, whole):
-    assert same_weights(resumed, whole)
-    kept = [
-        [timeless(line) for line in lines(folder) if "train_loss" not in line]
-        for folder in (resumed, whole)
-    ]
-    assert kept[0] == kept[1]
-
-
 def test_a_checkpoint_is_written_where_a_rollout_is_used_up(uninterrupted):
     names = {path.name for path in uninterrupted.glob("checkpoint-*")}
     assert names == {"checkpoint-4", "checkpoint-8", "checkpoint-12"}
@@ -195,7 +190,7 @@ def test_dying_while_a_rollout_is_made_costs_nothing_but_it(
     with pytest.raises(MemoryError):
         online(workspace, tmp_path / "run", dies, **RESUMED)
     online(workspace, tmp_path / "run", resume_from_checkpoint=True, **RESUMED)
-    assert_same_run(tmp_path / "run", uninterrupted)
+    assert_resumed(tmp_path / "run", uninterrupted)
 
 
 def test_a_signal_saves_and_the_run_goes_on(workspace, tmp_path, uninterrupted):
@@ -212,7 +207,7 @@ def test_a_signal_saves_and_the_run_goes_on(workspace, tmp_path, uninterrupted):
         online(workspace, tmp_path / "run", signals, **RESUMED)
     assert (tmp_path / "run" / "checkpoint-4").is_dir()
     online(workspace, tmp_path / "run", resume_from_checkpoint=True, **RESUMED)
-    assert_same_run(tmp_path / "run", uninterrupted)
+    assert_resumed(tmp_path / "run", uninterrupted)
 
 
 def test_after_a_hard_update_the_kl_begins_at_zero(workspace, tmp_path):
@@ -227,14 +222,9 @@ def test_after_a_hard_update_the_kl_begins_at_zero(workspace, tmp_path):
 def test_completions_that_did_not_end(workspace, tmp_path):
     changes = {"missing_eos_score": -1.0, "mask_truncated_completions": True, "max_steps": 1}
     changes["max_completion_length"] = 100
-    found = {}
-
-    class Keep(Watch):
-        def on_train_begin(self, run):
-            found["experience"] = run.collector.collect(0)
-
-    online(workspace, tmp_path / "run", callbacks=[Keep()], train_batch_size=32, **changes)
-    experience = found["experience"]
+    first = FirstRollout()
+    online(workspace, tmp_path / "run", callbacks=[first], train_batch_size=32, **changes)
+    experience = first.experience
     unfinished = ~experience.rollout.finished
     assert 0 < unfinished.sum() < len(unfinished)
     assert experience.keep.numpy().tolist() == (~unfinished).astype(float).tolist()
@@ -319,7 +309,7 @@ def test_a_yaml_of_trl_runs(workspace, tmp_path, capsys):
         f"model_name_or_path: {workspace / 'model'}\n"
         f"dataset_name: {workspace / 'train.jsonl'}\n"
         f"output_dir: {tmp_path / 'run'}\n"
-        "reward_funcs: [tests.training.test_online.vowels]\n"
+        "reward_funcs: [tests.killed_online.vowels]\n"
         "per_device_train_batch_size: 4\ngradient_accumulation_steps: 2\n"
         "generation_batch_size: 16\nnum_generations: 4\nmax_completion_length: 5\n"
         "max_steps: 2\nlogging_steps: 1\nuse_cpu: true\nbf16: false\nreport_to: none\n"
@@ -329,7 +319,7 @@ def test_a_yaml_of_trl_runs(workspace, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "a rollout of 16 (4 prompts) feeds 2 steps" in told
     assert "log_completions: ignored" in told
-    assert "rewards/tests.training.test_online.vowels/mean" in steps(tmp_path / "run")[0]
+    assert "rewards/tests.killed_online.vowels/mean" in steps(tmp_path / "run")[0]
     with pytest.raises(SystemExit) as stopped:
         main(["rloo", "--config", str(yaml), "--use_vllm", "true"])
     assert stopped.value.code == 2

@@ -20,7 +20,7 @@ from fasttr.training.callbacks import Callback
 from fasttr.training.online import train_online
 from fasttr.training.reward import train_reward
 from tests.killed_online import killed_while_generating, vowels
-from tests.runs import lines, same_weights, settings, steps, timeless
+from tests.runs import FirstRollout, assert_resumed, same_weights, settings, steps
 
 PPO = {
     "loss_type": "ppo",
@@ -52,14 +52,6 @@ def reward_folder(workspace, tmp_path_factory):
     values = settings(workspace, folder, max_steps=3, max_length=None)
     train_reward(RewardConfig(**values))
     return folder
-
-
-class AtStart(Callback):
-    def __init__(self, look):
-        self.look = look
-
-    def on_train_begin(self, run):
-        self.look(run)
 
 
 def transformers_values(folder, trees):
@@ -95,19 +87,15 @@ CRITIQUES = {
 @pytest.mark.parametrize("changes", CRITIQUES.values(), ids=CRITIQUES)
 def test_advantages_are_the_equations(workspace, tmp_path, reward_folder, changes):
     """From the log-probs that are stored, the critic's values by transformers, and the rewards."""
-    kept = {}
-
-    def look(run):
-        kept["rollout"] = run.collector.collect(0)
-
+    first = FirstRollout()
     changes = {
         "value_model_name_or_path": str(reward_folder),
         "ref_model_name_or_path": str(workspace / "reference"),
         "max_steps": 1,
         **changes,
     }
-    ppo(workspace, tmp_path / "run", callbacks=[AtStart(look)], **changes)
-    experience = kept["rollout"]
+    ppo(workspace, tmp_path / "run", callbacks=[first], **changes)
+    experience = first.experience
     trees = experience.rollout.trees
     gamma, lam = changes.get("gamma", 1.0), changes.get("lam", 0.95)
     values = transformers_values(reward_folder, trees)
@@ -232,12 +220,7 @@ def test_killed_while_generating_then_resumed_is_the_uninterrupted_run(
     assert ended.status == -signal.SIGKILL, ended.text
     assert not (tmp_path / "run" / "model.safetensors").exists()
     ppo(workspace, tmp_path / "run", resume_from_checkpoint=True, **RESUMED)
-    assert same_weights(tmp_path / "run", uninterrupted)
-    kept = [
-        [timeless(line) for line in lines(folder) if "train_loss" not in line]
-        for folder in (tmp_path / "run", uninterrupted)
-    ]
-    assert kept[0] == kept[1]
+    assert_resumed(tmp_path / "run", uninterrupted)
     coefficients = [line["kl_coef"] for line in steps(uninterrupted)]
     # The KL is below its target, so the coefficient falls with every rollout.
     assert coefficients == sorted(coefficients, reverse=True)
@@ -256,15 +239,11 @@ def test_a_critic_starts_where_it_is_told(workspace, tmp_path, reward_folder):
 def test_a_critic_expects_calibrated_rewards(workspace, tmp_path, reward_folder):
     folder = shutil.copytree(reward_folder, tmp_path / "calibrated")
     (folder / CALIBRATION).write_text(json.dumps({"mean": 0.7}))
-    kept = {}
-
-    def look(run):
-        kept["rollout"] = run.collector.collect(0)
-
+    first = FirstRollout()
     changes = {"value_model_name_or_path": str(folder), "max_steps": 1}
-    ppo(workspace, tmp_path / "run", callbacks=[AtStart(look)], **changes)
-    trees = kept["rollout"].rollout.trees
-    found = np.concatenate(by_completion(kept["rollout"].critique.value, trees))
+    ppo(workspace, tmp_path / "run", callbacks=[first], **changes)
+    trees = first.experience.rollout.trees
+    found = np.concatenate(by_completion(first.experience.critique.value, trees))
     wanted = np.concatenate(transformers_values(reward_folder, trees)) - 0.7
     np.testing.assert_allclose(found, wanted, atol=1e-4)
 
@@ -273,13 +252,9 @@ def test_a_completion_without_a_reward_is_left_out(workspace, tmp_path):
     def every_other(completions, **columns):
         return [None if i % 2 else float(len(text)) for i, text in enumerate(completions)]
 
-    kept = {}
-
-    def look(run):
-        kept["rollout"] = run.collector.collect(0)
-
-    ppo(workspace, tmp_path / "run", every_other, [AtStart(look)], max_steps=1)
-    experience = kept["rollout"]
+    first = FirstRollout()
+    ppo(workspace, tmp_path / "run", every_other, [first], max_steps=1)
+    experience = first.experience
     assert experience.keep.tolist() == [1.0, 0.0] * 6
     flat = by_completion(experience.critique.advantage, experience.rollout.trees)
     of_kept = np.concatenate(flat[::2])

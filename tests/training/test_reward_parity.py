@@ -9,6 +9,7 @@ import torch
 from fasttr.config.reward_config import RewardConfig
 from fasttr.training.reward import train_reward
 from tests.runs import settings, steps, weights
+from tests.trl_trainers import trl_arguments, trl_log
 
 METRICS = [
     "loss",
@@ -56,44 +57,24 @@ def with_padding(folder, target, chat=False):
 
 def trl_run(model, tokenizer, rows, tmp_path, after_step=None, **changes):
     from datasets import Dataset
-    from transformers import TrainerCallback
     from trl import RewardConfig as TrlConfig
     from trl import RewardTrainer
 
-    args = TrlConfig(
-        output_dir=str(tmp_path / "trl"),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
+    common = {"max_length": 64, "learning_rate": 0.0, "max_grad_norm": 0.0, "max_steps": 6}
+    args = trl_arguments(
+        TrlConfig,
+        tmp_path / "trl",
         model_init_kwargs={"dtype": "float32"},
-        **{
-            "max_length": 64,
-            "learning_rate": 0.0,
-            "max_grad_norm": 0.0,
-            "per_device_train_batch_size": 4,
-            "max_steps": 6,
-            **changes,
-        },
+        per_device_train_batch_size=4,
+        **{**common, **changes},
     )
-
-    class Watch(TrainerCallback):
-        def on_step_end(self, args, state, control, model=None, **kwargs):
-            if after_step is not None:
-                after_step(state.global_step, model)
-
     trainer = RewardTrainer(
         model=str(model),
         args=args,
         train_dataset=Dataset.from_list(rows),
-        callbacks=[Watch()],
         processing_class=tokenizer,
     )
-    trainer.train()
-    return [line for line in trainer.state.log_history if "grad_norm" in line]
+    return trl_log(trainer, after_step)
 
 
 def our_run(workspace, rows, tmp_path, **changes):

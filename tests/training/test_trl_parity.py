@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.runs import run, steps, weights
+from tests.trl_trainers import trl_arguments, trl_log
 
 SHARED = [
     "loss",
@@ -50,6 +51,8 @@ SHARED_KTO = [
     "entropy",
     "learning_rate",
 ]
+
+UNMOVED = {"learning_rate": 0.0, "max_grad_norm": 0.0, "max_steps": 3}
 
 # forward_kl and alpha_divergence take exp(-u): the fp32 rounding of a long sum of log-probs is a
 # relative error there.
@@ -124,7 +127,7 @@ def trl_run(workspace, tmp_path, after_step=None, **changes):
     """TRL's log, one dict a step, on the workspace's rows: DPOTrainer, or KTOTrainer for its
     losses."""
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
     kto = changes["loss_type"] in ("kto", "apo_zero_unpaired")
@@ -136,40 +139,19 @@ def trl_run(workspace, tmp_path, after_step=None, **changes):
     if kto:
         rows = unpaired_rows(rows)
         changes = {"train_sampling_strategy": "sequential", **changes}
-    args = (KTOConfig if kto else DPOConfig)(
-        output_dir=str(tmp_path / "trl"),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        **{
-            "max_length": 64,
-            "learning_rate": 0.0,
-            "max_grad_norm": 0.0,
-            "per_device_train_batch_size": 4,
-            "max_steps": 3,
-            **changes,
-        },
+    args = trl_arguments(
+        KTOConfig if kto else DPOConfig,
+        tmp_path / "trl",
+        **{"per_device_train_batch_size": 4, "max_length": 64, **UNMOVED, **changes},
     )
-
-    class Watch(TrainerCallback):
-        def on_step_end(self, args, state, control, model=None, **kwargs):
-            if after_step is not None:
-                after_step(state.global_step, model)
-
     trainer = (KTOTrainer if kto else DPOTrainer)(
         model=model,
         ref_model=reference,
         args=args,
         train_dataset=Dataset.from_list(rows),
-        callbacks=[Watch()],
         processing_class=AutoTokenizer.from_pretrained(workspace / "model"),
     )
-    trainer.train()
-    return [line for line in trainer.state.log_history if "grad_norm" in line]
+    return trl_log(trainer, after_step)
 
 
 def unpaired_rows(rows):
@@ -204,15 +186,7 @@ def test_every_shared_metric_is_trls_with_a_perturbed_reference(workspace, tmp_p
     sft = case == "sft"
     reference = {} if sft else {"ref_model_name_or_path": str(workspace / "reference")}
     # An sft term in a list averages over TRL's micro-batch, which is the whole step here.
-    run(
-        workspace,
-        tmp_path / "ours",
-        learning_rate=0.0,
-        max_grad_norm=0.0,
-        max_steps=3,
-        **changes,
-        **reference,
-    )
+    run(workspace, tmp_path / "ours", **UNMOVED, **changes, **reference)
     assert_same_log(steps(tmp_path / "ours"), theirs, SHARED_SFT if sft else SHARED)
 
 
@@ -222,15 +196,7 @@ def test_wpo_weighs_every_loss_as_trl_does(workspace, tmp_path, case):
     changes = {"loss_type": case.split()[0], "use_weighting": True, **WEIGHTED_CASES[case]}
     theirs = trl_run(workspace, tmp_path, **changes)
     reference = {"ref_model_name_or_path": str(workspace / "reference")}
-    run(
-        workspace,
-        tmp_path / "ours",
-        learning_rate=0.0,
-        max_grad_norm=0.0,
-        max_steps=3,
-        **changes,
-        **reference,
-    )
+    run(workspace, tmp_path / "ours", **UNMOVED, **changes, **reference)
     assert_same_log(steps(tmp_path / "ours"), theirs, SHARED)
 
 
@@ -250,9 +216,7 @@ def test_kto_is_trls_with_a_perturbed_reference(workspace, tmp_path, case):
         workspace,
         tmp_path / "ours",
         dataset_name=str(data),
-        max_steps=3,
-        learning_rate=0.0,
-        max_grad_norm=0.0,
+        **UNMOVED,
         train_sampling_strategy="sequential",
         ref_model_name_or_path=str(workspace / "reference"),
         **changes,
