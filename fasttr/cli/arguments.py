@@ -41,8 +41,8 @@ def read_words(args: list[str]) -> Words:
         if one_dash is not None:
             raise FasttrError(f"got {one_dash!r}; wanted a flag with two dashes: -{one_dash}")
         if not _is_flag(word):
-            file = word.endswith((".yaml", ".yml"))
-            wanted = f"--config {word}" if file else "a flag, such as --beta 0.1"
+            is_file = word.endswith((".yaml", ".yml"))
+            wanted = f"--config {word}" if is_file else "a flag, such as --beta 0.1"
             raise FasttrError(f"got {word!r} where a flag was wanted; write {wanted}")
         if key in ANSWERED_AT_ONCE:
             at_once[key] = " ".join(values)
