@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.paper.stats import interval
 from bench.text import markdown, reasons, spread, titled
 from bench.timing import Times
+from fasttr.toy.stats import interval
 
 # The first of a group that ran is what the others are compared with.
 GROUPS = (

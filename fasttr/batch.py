@@ -83,6 +83,24 @@ class AttentionLayout(NamedTuple):
         return queries, keys
 
 
+class Part(NamedTuple):
+    """Tokens of a pack that go through the layers without the others; T is theirs here."""
+
+    input_ids: Tensor  # (T,) int64
+    position_ids: Tensor  # (T,) int64
+    attention: AttentionLayout
+
+    def to(self, device: torch.device) -> Part:
+        attention = self.attention
+        keys = RowGather(*(x.to(device) for x in attention.keys))
+        cu_q, cu_k = attention.cu_q.to(device), attention.cu_k.to(device)
+        return Part(
+            self.input_ids.to(device),
+            self.position_ids.to(device),
+            attention._replace(cu_q=cu_q, cu_k=cu_k, keys=keys),
+        )
+
+
 class PackedBatch(NamedTuple):
     """Trees laid out in one row of T tokens, with everything that their log-probs need."""
 
@@ -102,6 +120,8 @@ class PackedBatch(NamedTuple):
     labels: Tensor  # (B,) bool
     per_completion: dict[str, Tensor]  # name -> (N,) fp32, of the trees
     rows: tuple[int, ...]  # (B,) data-set rows
+    # Of a pack over the budget: its T tokens in order, then perhaps some that nobody reads.
+    parts: tuple[Part, ...] = ()
 
     def to(self, device: torch.device) -> PackedBatch:
         """Move what the model and the loss read; the offsets stay on the host. To a GPU it is one
@@ -129,6 +149,7 @@ class PackedBatch(NamedTuple):
             ),
             predicting=RowGather(*itertools.islice(moved, 3)),
             per_completion={name: next(moved) for name in self.per_completion},
+            parts=tuple(part.to(device) for part in self.parts),
         )
 
 

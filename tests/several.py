@@ -58,7 +58,11 @@ class Ended(NamedTuple):
 
 
 def launched(
-    world: int, runs: Sequence[Mapping[str, Any]], output: Path, fault: Fault | None = None
+    world: int,
+    runs: Sequence[Mapping[str, Any]],
+    output: Path,
+    fault: Fault | None = None,
+    patience: int = PATIENCE,
 ) -> list[Ended]:
     """Start `world` ranks that train with each of the settings in turn."""
     context = multiprocessing.get_context("forkserver")
@@ -69,10 +73,11 @@ def launched(
     output.mkdir(parents=True, exist_ok=True)
     processes = []
     for rank in range(world):
-        args = (rank, world, port, [dict(one) for one in runs], output / f"{rank}.txt", fault)
+        at = (rank, world, port, patience)
+        args = (at, [dict(one) for one in runs], output / f"{rank}.txt", fault)
         processes.append(context.Process(target=_rank, args=args))
         processes[-1].start()
-    ends_at = time.monotonic() + (PATIENCE if fault is not None else 10 * PATIENCE)
+    ends_at = time.monotonic() + (patience if fault is not None else 10 * patience)
     for process in processes:
         process.join(timeout=max(ends_at - time.monotonic(), 0))
     is_hanging = [process.is_alive() for process in processes]
@@ -85,8 +90,9 @@ def launched(
 
 
 def _rank(
-    rank: int, world: int, port: int, runs: list[dict], output: Path, fault: Fault | None
+    at: tuple[int, int, int, int], runs: list[dict], output: Path, fault: Fault | None
 ) -> None:
+    rank, world, port, patience = at
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -100,7 +106,7 @@ def _rank(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=PATIENCE))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=patience))
     if fault is not None and fault.rank in (rank, ALL):
         _prepare(fault)
     try:

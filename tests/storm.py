@@ -20,7 +20,7 @@ import torch
 from tests.conftest import make_workspace
 from tests.distributed.cases import trained
 from tests.runs import lines, settings, timeless
-from tests.several import ALL, Fault, launched
+from tests.several import ALL, PATIENCE, Fault, launched
 
 WORLD = 2
 RUN = {
@@ -45,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--patience", type=int, default=PATIENCE, help="seconds; a busy machine's")
     options = parser.parse_args()
     rng = random.Random(options.seed)
     folder = Path(tempfile.mkdtemp(prefix="storm-"))
@@ -56,11 +57,11 @@ def main() -> None:
         kind = rng.choice(kinds)
         if kind not in uninterrupted:
             uninterrupted[kind] = folder / f"whole-{'-'.join(kind)}"
-            run_of_ranks(workspace, uninterrupted[kind], kind)
+            run_of_ranks(workspace, uninterrupted[kind], kind, patience=options.patience)
         fault = random_fault(rng, kind[1])
         began = time.perf_counter()
         output = folder / f"run-{number}"
-        statuses = run_of_ranks(workspace, output, kind, fault)
+        statuses = run_of_ranks(workspace, output, kind, fault, patience=options.patience)
         seconds = time.perf_counter() - began
         missed += statuses == [0] * WORLD
         # A run that had come to its end has nothing to do here.
@@ -83,7 +84,12 @@ def assert_same(output: Path, whole: Path, fault: Fault) -> None:
 
 
 def run_of_ranks(
-    workspace: Path, output: Path, kind: tuple[str, str], fault: Fault | None = None, **more: Any
+    workspace: Path,
+    output: Path,
+    kind: tuple[str, str],
+    fault: Fault | None = None,
+    patience: int = PATIENCE,
+    **more: Any,
 ) -> list[int | None]:
     """The exit statuses of a launch."""
     evaluated = {
@@ -92,7 +98,7 @@ def run_of_ranks(
         "shard_size": SHARD_SIZE[kind[1]],
     }
     changes = settings(workspace, output, **{**RUN, **evaluated, **more})
-    ended = launched(WORLD, [changes], output.with_suffix(".output"), fault)
+    ended = launched(WORLD, [changes], output.with_suffix(".output"), fault, patience)
     return [rank.status for rank in ended]
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.paper.stats import Interval, interval, words
+from fasttr.toy.stats import Interval, interval, words
 
 ARMS = ("fixed", "soft", "hard")
 NAMES = {

@@ -210,9 +210,7 @@ def config_of(settings: Settings, sft: Path, out: Path, seed: int) -> OcrmConfig
 
 def study(settings: Settings, out: Path) -> Found:
     """Every seed; what is there of an earlier call is kept."""
-    sft = out / "sft"
-    if not (sft / "model.safetensors").is_file():
-        supervised(PoolSettings(sft_steps=settings.sft_steps), out)
+    sft = supervised(PoolSettings(sft_steps=settings.sft_steps), out)
     found: Found = {}
     for seed in range(settings.seeds):
         folder = out / f"{settings.reward}-seed-{seed}"

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.paper.stats import Interval, interval, words
 from fasttr.metrics.plots import BLUE, DPI, FAINT, GREEN, INK, ORANGE, PURPLE
+from fasttr.toy.stats import Interval, interval, words
 
 Line = dict[str, Any]
 Found = dict[str, dict[int, list[Line]]]  # arm -> seed -> stages, as `run_ocrm` returns them

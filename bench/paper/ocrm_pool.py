@@ -24,20 +24,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from bench.paper.stats import Interval, interval, words
 from fasttr.batch import Tree
-from fasttr.config.train_config import TrainConfig
 from fasttr.data.in_memory import ListTrees
 from fasttr.losses.ratios import RatioSettings, pair_weights
 from fasttr.models.load import ModelConfig, load_model, load_tokenizer
 from fasttr.models.packed import PackedModel
-from fasttr.models.scratch import init_model
 from fasttr.packing.plan import sweep
 from fasttr.rollouts.engine import TransformersEngine
 from fasttr.rollouts.sampler import encode_prompts
 from fasttr.toy.exact import ARMS, fit_linear
-from fasttr.toy.task import NOISE, gold_reward, parse_prompt, prompts, sft_rows, write_jsonl
-from fasttr.training.loop import train
+from fasttr.toy.start import supervised_start
+from fasttr.toy.stats import Interval, interval, words
+from fasttr.toy.task import NOISE, gold_reward, parse_prompt, prompts, sft_rows
 
 REWARDS = ("bag", "probe")
 POOL = "pool.npz"
@@ -164,38 +162,8 @@ def last_hidden(model: PackedModel, trees: ListTrees) -> np.ndarray:
 
 
 def supervised(settings: Settings, out: Path) -> Path:
-    write_jsonl(sft_rows(4000, 0, tail=settings.tail), out / "sft.jsonl")
-    init_model(
-        "llama",
-        hidden_size=96,
-        num_layers=2,
-        num_heads=4,
-        vocab_size=260,
-        tokenizer_data=str(out / "sft.jsonl"),
-        output_dir=str(out / "untrained"),
-        seed=0,
-    )
-    train(
-        TrainConfig(
-            model_name_or_path=str(out / "untrained"),
-            dataset_name=str(out / "sft.jsonl"),
-            output_dir=str(out / "sft"),
-            overwrite_output_dir=True,
-            loss_type="sft",
-            max_steps=settings.sft_steps,
-            train_batch_size=64,
-            learning_rate=3e-3,
-            lr_scheduler_type="cosine",
-            warmup_steps=20,
-            save_strategy="no",
-            seed=0,
-            logging_steps=100,
-            gradient_checkpointing=False,
-            max_length=128,
-            use_cpu=True,
-        )
-    )
-    return out / "sft"
+    rows = sft_rows(4000, 0, tail=settings.tail)
+    return supervised_start(out / "sft", rows, settings.sft_steps)
 
 
 Found = dict[str, dict[str, list[Run]]]  # reward -> arm -> seeds

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bench.paper.stats import Interval, interval, words
 from fasttr.losses.ratios import RELEASE, RatioSettings, pair_weights
 from fasttr.toy.exact import (
     ARMS,
@@ -31,6 +30,7 @@ from fasttr.toy.exact import (
     run,
 )
 from fasttr.toy.exact_plot import plot_stages
+from fasttr.toy.stats import Interval, interval, words
 
 MIDDLE = 8  # the stage whose policy the reward models are compared on
 CONTROLS = {

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from bench.paper.curves import ARMS, GRID, NAMES, Run, curve, reach, seeds_of, select
-from bench.paper.stats import interval
 from bench.paper.toy_plots import ARM_COLOURS, finish_axes, new_figure, save_figure
 from fasttr.metrics.plots import INK
+from fasttr.toy.stats import interval
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
 ROWS = {

@@ -36,8 +36,8 @@ from fasttr.errors import FasttrError
 from fasttr.files import write_json
 from fasttr.metrics.plots import read_metrics
 from fasttr.models.load import ModelConfig, load_model, load_tokenizer
-from fasttr.models.scratch import init_model
 from fasttr.toy.judge import judge, sample
+from fasttr.toy.start import COMMON, supervised_start
 from fasttr.toy.task import NOISE, label_pair, prompts, sft_rows, write_jsonl
 from fasttr.training.loop import train
 
@@ -98,13 +98,6 @@ class Settings:
 QUICK = Settings(
     beta=(0.3,), seeds=2, steps=60, pairs=800, test_pairs=64, samples=128, sft_steps=250
 )
-COMMON: dict[str, Any] = {
-    "gradient_checkpointing": False,
-    "max_length": 128,
-    "use_cpu": True,
-    "bf16": False,
-    "disable_tqdm": True,
-}
 
 
 def study(settings: Settings, out: Path, progress: bool = True) -> list[Run]:
@@ -146,42 +139,10 @@ def _bind(settings: Settings, out: Path) -> None:
 
 def _sft(settings: Settings, out: Path) -> Path:
     """The initial policy's folder; made once."""
-    folder = out / "sft"
-    if folder.exists():
-        return folder
-    making = out / "sft-making"
-    shutil.rmtree(making, ignore_errors=True)
-    write_jsonl(sft_rows(settings.sft_pairs, seed=0), making / "sft.jsonl")
+    rows = sft_rows(settings.sft_pairs, seed=0)
+    steps, width = settings.sft_steps, settings.width
     with _quiet(out / "sft.log"):
-        init_model(
-            "llama",
-            hidden_size=settings.width,
-            num_layers=2,
-            num_heads=4,
-            vocab_size=260,
-            tokenizer_data=making / "sft.jsonl",
-            output_dir=making / "untrained",
-            seed=0,
-        )
-        train(
-            TrainConfig(
-                model_name_or_path=str(making / "untrained"),
-                dataset_name=str(making / "sft.jsonl"),
-                loss_type="sft",
-                output_dir=str(making / "trained"),
-                max_steps=settings.sft_steps,
-                train_batch_size=64,
-                learning_rate=3e-3,
-                lr_scheduler_type="cosine",
-                warmup_steps=20,
-                save_strategy="no",
-                seed=0,
-                **COMMON,
-            )
-        )
-    (making / "trained").rename(folder)
-    shutil.rmtree(making)
-    return folder
+        return supervised_start(out / "sft", rows, steps, width=width, disable_tqdm=True)
 
 
 def _data(settings: Settings, out: Path, sft: Path, seed: int) -> tuple[Path, Path]:
@@ -243,6 +204,7 @@ def _align(
                 save_steps=every,
                 logging_steps=every,
                 seed=seed,
+                disable_tqdm=True,
                 **settings.reference(arm),
                 **COMMON,
             )

@@ -23,10 +23,10 @@ import torch
 from tqdm import tqdm
 
 from bench.paper.mdp import NETWORKS, History, Tree, align, draw_pairs, fit
-from bench.paper.stats import Interval, interval, words
 from bench.paper.toy_plots import plot_figure, plot_finals
 from fasttr.losses import LOSSES, make_loss
 from fasttr.reference.schedule import Fixed, Hard, Schedule, Soft
+from fasttr.toy.stats import Interval, interval, words
 
 ARMS = ("fixed", "soft", "hard")
 NAMES = {

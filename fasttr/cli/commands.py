@@ -119,6 +119,9 @@ def main(argv: list[str] | None = None) -> None:
         # Nor may Python complain when it empties its own buffer at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+    except KeyboardInterrupt:  # outside of training, which saves first
+        print("fasttr: stopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def _answer(args: list[str]) -> None:

@@ -88,14 +88,14 @@ def config_of(name: str) -> Any:
 
 
 def setup_of(settings: PlanSettings, sizes: ModelSizes, mode: Mode) -> Setup:
-    """A run of these settings on the cards of a mode, in bf16; divided weights are not compiled."""
+    """A run of these settings on the cards of a mode, in bf16."""
     growth = 6.0 if mode.is_adapter else 1.0
     return Setup(
         sizes=sizes,
         bf16=True,
         chunk_rows=head_rows(sizes.vocabulary, CARDS[settings.card].memory),
         keeps_masters=settings.dtype == "float32",
-        compiled=mode.shard == 1,
+        compiled=True,
         reference=Reference(is_soft=settings.ref_update == "soft", rank_growth=growth),
         world=mode.cards,
         shard=mode.shard,

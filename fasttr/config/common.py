@@ -105,6 +105,13 @@ class ModelSettings:
         "it: down to 0.8 no product is made again; none means as the memory plan says",
         may_change=True,
     )
+    activation_offloading: bool = setting(
+        False,
+        None,
+        "keep what gradient_checkpointing leaves of a layer, its input, in host memory until the "
+        "backward pass: for sequences so long that nothing else helps; same values",
+        may_change=True,
+    )
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,14 @@ def _check_optimizer(config: Any) -> None:
             f"activation_memory_budget: got {config.activation_memory_budget:g} with "
             "gradient_checkpointing true, which keeps nothing of a layer; leave one of them out"
         )
+    if config.activation_offloading and (
+        config.gradient_checkpointing is False or config.activation_memory_budget is not None
+    ):
+        raise FasttrError(
+            "activation_offloading: got true with gradient_checkpointing false or an "
+            "activation_memory_budget; wanted gradient_checkpointing, which leaves little "
+            "enough to move: leave them out"
+        )
     if config.dtype == "bfloat16" and config.bf16 is False:
         raise FasttrError(
             "dtype: got bfloat16 with bf16 false; bfloat16 weights compute in bfloat16: leave bf16 "

@@ -203,6 +203,7 @@ class TrainConfig(
             bf16=self.computes_in_bf16(device),
             attn_implementation=self.attn_implementation,
             gradient_checkpointing=self.gradient_checkpointing is not False and name is None,
+            offloads=self.activation_offloading,
             use_liger_kernel=self._patches_layers(device),
             max_length=self.max_length,
             ld_alpha=self.ld_alpha,
@@ -292,6 +293,8 @@ class TrainConfig(
             multiple_of=self._full_batch if self.dataloader_drop_last else 1,
             separate_groups=bool(self.router_aux_loss_coef),
             tier=SHARED if self.attention_tier == AUTO else self.attention_tier,
+            # The router's loss is of all tokens of a micro-batch.
+            cuts=self.max_tokens_per_batch is not None and not self.router_aux_loss_coef,
         )
         if plan.rows_per_epoch == 0:
             raise FasttrError(

@@ -105,12 +105,7 @@ METHOD = [
     _i("padding_free", False, "bool", "always packed without padding, same values"),
     _i("pad_to_multiple_of", "auto", "any", "there is no padding"),
     _h("disable_dropout", True, "bool", "false: only for a model without dropout"),
-    _i(
-        "activation_offloading",
-        False,
-        "bool",
-        "it saves memory only; lower max_tokens_per_batch for that",
-    ),
+    _h("activation_offloading", False, "bool", "with gradient_checkpointing alone"),
     _h("router_aux_loss_coef", None, "float?"),
     _n(
         "model_init_kwargs",

@@ -41,6 +41,7 @@ class EvaluationSplit:
     max_tokens_per_batch: int
     group_rows: int = 1
     tier: str = SHARED
+    cuts: bool = False  # as those of a plan
     ref_logps: LogpTable | None = None  # of the window's reference
     anchor_logps: LogpTable | None = None  # of the initial policy
     objective: AnyObjective | None = None  # None: what the run trains on
@@ -54,8 +55,8 @@ class EvaluationSplit:
         group_rows = plan.group_rows
         if loss.coupled and group_size is not None:
             group_rows = group_size
-        objective = Objective(loss, average_over=group_size)
-        split = cls(trees, plan.max_tokens_per_batch, group_rows, plan.tier, objective=objective)
+        budget, objective = plan.max_tokens_per_batch, Objective(loss, average_over=group_size)
+        split = cls(trees, budget, group_rows, plan.tier, cuts=plan.cuts, objective=objective)
         return split.with_tables(loss) if loss.needs_reference else split
 
     def with_tables(self, loss: Loss) -> EvaluationSplit:
@@ -78,6 +79,7 @@ class EvaluationSplit:
                 self.group_rows,
                 tier=self.tier,
                 ranks=ranks,
+                cuts=self.cuts,
             )
 
 

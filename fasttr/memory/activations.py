@@ -20,10 +20,12 @@ class Recompute(NamedTuple):
     compiled: bool  # layers are compiled: a partitioner decides within `budget`
     whole_layers: bool = False  # gradient checkpointing
     budget: float = 1.0  # torch's activation_memory_budget
+    offloads: bool = False  # inputs of layers that are made again wait in the host's memory
 
     def __str__(self) -> str:
         if self.whole_layers:
-            return "layers made again in the backward"
+            place = ", from inputs in the host's memory" if self.offloads else ""
+            return f"layers made again in the backward{place}"
         if not self.compiled:
             return "all kept"
         return f"activation_memory_budget {self.budget:g}"
@@ -36,7 +38,7 @@ def kept_of_layer(kept: Kept, recompute: Recompute) -> float:
     `activation_memory_budget`); operations that are no products go first.
     """
     if recompute.whole_layers:
-        return kept.input
+        return 0.0 if recompute.offloads else kept.input
     if not recompute.compiled:
         return kept.eager
     if recompute.budget >= 1:
@@ -49,6 +51,13 @@ def kept_bytes(sizes: ModelSizes, recompute: Recompute) -> float:
     """Bytes a token that a whole forward pass leaves."""
     of_layers = sum(kind.layers * kept_of_layer(kind.kept, recompute) for kind in sizes.kinds)
     return of_layers + sizes.kept_outside
+
+
+def offloaded_bytes(sizes: ModelSizes, recompute: Recompute) -> float:
+    """Bytes a token that a forward pass leaves in the host's memory."""
+    if not recompute.offloads:
+        return 0.0
+    return sum(kind.layers * kind.kept.input for kind in sizes.kinds)
 
 
 def layer_working_bytes(sizes: ModelSizes, recompute: Recompute) -> float:
@@ -72,19 +81,14 @@ class Head(NamedTuple):
     """Buffers of the fused head that do not grow with a pack."""
 
     logits: float  # of a chunk of rows, and their gradient in bf16
-    weight: float  # a bf16 copy of an fp32 weight, and dW where it is made anew
+    weight: float  # a bf16 copy of an fp32 weight
 
 
-def head_bytes(
-    sizes: ModelSizes, chunk_rows: int, bf16: bool, *, splits: bool, adds_packs: bool
-) -> Head:
-    """Of `fasttr_kernels.linear_preference_loss`: fp32 logits of a chunk of `chunk_rows` rows; dW
-    in fp32, into the gradient that is there where packs are added up."""
+def head_bytes(sizes: ModelSizes, chunk_rows: int, bf16: bool, *, splits: bool) -> Head:
+    """Of `fasttr_kernels.linear_preference_loss`: fp32 logits of a chunk of `chunk_rows` rows."""
     logits = (FP32 + (BF16 if bf16 else 0)) * chunk_rows * sizes.vocabulary
     is_half = splits and not sizes.is_tied
-    cast = BF16 * sizes.head_weights if bf16 and not is_half else 0
-    made_anew = is_half and not adds_packs
-    return Head(logits, cast + (FP32 * sizes.head_weights if made_anew else 0))
+    return Head(logits, BF16 * sizes.head_weights if bf16 and not is_half else 0)
 
 
 def embedding_gradient_bytes(sizes: ModelSizes, *, adds_packs: bool) -> float:

@@ -2,7 +2,8 @@
 
 In this order: nothing rests on the host, exact moments, cheap operations alone made again, packs of
 16k tokens; then a soft reference on the host; then bf16 moments; then packs down to 8k; then
-products made again, more and more; then 8-bit moments; then packs as small as the longest row.
+products made again, more and more; then 8-bit moments; then packs as small as the longest row, or
+the longest completion with its prompt where rows are cut.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Wishes(NamedTuple):
     budget: float | None = None  # activation_memory_budget
     tokens: int | None = None  # max_tokens_per_batch
     rests_on_host: bool | None = None  # a soft reference
-    longest: int = 1  # tokens of the longest row, which a pack must hold
+    offloads: bool = False  # the inputs of layers that are made again
+    longest: int = 1  # tokens that no pack has less of: the longest row, or completion
     step_tokens: int = MOST_TOKENS  # that no step has more of
 
 
@@ -107,7 +109,7 @@ def _largest(setup: Setup, wishes: Wishes, stage: _Stage, room: float) -> Plan:
         return planned(setup, Choices(moments, recompute, tokens, rests, adds), room)
 
     if wishes.tokens is not None:
-        return of(wishes.tokens)
+        return of(max(wishes.tokens, wishes.longest))
     most = max(_whole(min(wishes.step_tokens, MOST_TOKENS)), stage.tokens)
     whole_step = of(most)
     if whole_step.fits:
@@ -132,7 +134,8 @@ def _recompute(setup: Setup, wishes: Wishes, budget: float) -> Recompute:
     if not setup.compiled:
         checkpoints = budget < 1 if checkpoints is None else checkpoints
         budget = 1.0
-    return Recompute(setup.compiled, bool(checkpoints), 1.0 if checkpoints else budget)
+    budget = 1.0 if checkpoints else budget
+    return Recompute(setup.compiled, bool(checkpoints), budget, wishes.offloads)
 
 
 def _whole(tokens: int) -> int:

@@ -47,6 +47,7 @@ class Setup(NamedTuple):
     reference: Reference = NO_REFERENCE
     world: int = 1
     shard: int = 1  # ranks among which everything that lies still is divided
+    widest: int = 1  # tokens of the longest pack, whose parts meet at the head where it is cut
 
 
 class Choices(NamedTuple):
@@ -78,6 +79,7 @@ class Bytes(NamedTuple):
     activations: float  # kept by a pack's forward
     phases: Mapping[str, float]  # everything that is held at once, in each phase
     on_host: float  # a reference that rests there, pinned
+    offloaded: float = 0.0  # inputs of layers on the host, pinned
 
     @property
     def peak(self) -> float:
@@ -106,23 +108,22 @@ def bytes_of(setup: Setup, choices: Choices) -> Bytes:
         "critic": _critic(held) if setup.reference.has_critic else 0.0,
     }
     lying = sum(still.values())
+    of_head = _head_gradient(sizes, storage)
     gradients = states.gradient_bytes(held, storage)
+    if storage.splits and not storage.adds_packs and not sizes.is_tied:
+        gradients += of_head / 2  # in fp32, where all others are bf16
     kept = tokens * activations.kept_bytes(sizes, recompute)
     kept += states.cast_bytes(sizes, storage, recomputes)
     head = activations.head_bytes(
-        sizes,
-        min(setup.chunk_rows, tokens),
-        setup.bf16,
-        splits=storage.splits,
-        adds_packs=storage.adds_packs,
+        sizes, min(setup.chunk_rows, tokens), setup.bf16, splits=storage.splits
     )
     at_head = head.logits + head.weight
-    at_head += tokens * activations.head_working_bytes(sizes, setup.bf16)
+    at_head += max(tokens, setup.widest) * activations.head_working_bytes(sizes, setup.bf16)
     at_layer = tokens * activations.layer_working_bytes(sizes, recompute)
     at_layer += _gradients_of_a_layer(sizes, storage)
     at_end = activations.embedding_gradient_bytes(sizes, adds_packs=storage.adds_packs)
-    # Of one pack a step, gradients come while activations go.
-    before = gradients if storage.adds_packs else 0.0
+    # Of one pack a step, gradients come while activations go: the head's is made first.
+    before = gradients if storage.adds_packs else of_head
     gathered = _gathered_bytes(sizes, storage)
     messages = FP32 * BUCKET if setup.world > setup.shard else 0.0
     phases = {
@@ -133,7 +134,13 @@ def bytes_of(setup: Setup, choices: Choices) -> Bytes:
         "scoring": lying + _visitor(setup, choices, storage) + at_head + at_layer / 2 + gathered,
         "loading": _while_loading(setup, storage, still),
     }
-    return Bytes(still, gradients, kept, phases, on_host)
+    offloaded = tokens * activations.offloaded_bytes(sizes, recompute)
+    return Bytes(still, gradients, kept, phases, on_host, offloaded)
+
+
+def _head_gradient(sizes: ModelSizes, storage: Storage) -> float:
+    """Of the head's weight, where it is trained: in fp32, whatever the weight is."""
+    return FP32 * sizes.head_weights / storage.shard if sizes.outside.trained else 0.0
 
 
 def _critic(held: Parameters) -> float:

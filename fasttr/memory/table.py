@@ -30,7 +30,7 @@ def table(plan: Plan, device: str, total: float | None) -> list[str]:
         (
             "activations",
             found.activations,
-            f"packs of {choices.tokens:,} tokens, {choices.recompute}",
+            f"packs of {choices.tokens:,} tokens, {choices.recompute}{_offloaded(found)}",
         ),
         ("buffers", buffers(found), f"of {_PHASES[found.peak_phase]}"),
         ("at once", found.peak, "" if plan.fits else "which does not fit"),
@@ -63,6 +63,10 @@ def buffers(found: Bytes) -> float:
     activations go: then only one of them is there."""
     others = sum(found.still.values()) + found.activations + found.gradients
     return max(0.0, found.peak - others)
+
+
+def _offloaded(found: Bytes) -> str:
+    return f" ({_gib(found.offloaded)})" if found.offloaded else ""
 
 
 def _weights(plan: Plan) -> str:

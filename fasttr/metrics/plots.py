@@ -252,7 +252,7 @@ def _draw_compared(
     _mark_moves(ax, all_moves)
     title = panel.title
     if panel.restarts and all_moves:
-        title += " (restarts with updates)"
+        title += " (restarts)"
     _finish(ax, title, panel.unit, panel.over_unit)
 
 

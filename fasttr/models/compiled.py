@@ -6,8 +6,9 @@ compared on two random packs before the first row is read.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,8 @@ def compile_layers(
     None goes on without, and says so, where a layer has no whole graph; true is refused there with
     a FasttrError. `budget`: torch's activation_memory_budget, the share of a layer's activations
     that is kept for the backward; None keeps what is fastest. `tokens`: of a pack of the run; the
-    first packs are about as long, for which the compiler lays out its kernels. None: short ones.
+    first packs are about as long, for which the compiler lays out its kernels. None: long ones on a
+    GPU, short ones on a CPU.
     """
     if asked is False or (asked is None and packed.device.type != "cuda"):
         return False
@@ -138,6 +140,39 @@ def _compile(layer: Any, backend: Backend, is_divided: bool) -> None:
         layer.forward = torch.compile(layer.forward, **options)
     else:
         layer.compile(**options)
+        weights = tuple(layer.parameters())
+        layer._compiled_call_impl = _without_sums(layer._compiled_call_impl, weights)
+
+
+def _without_sums(call: Callable[..., Any], weights: Sequence[nn.Parameter]) -> Callable[..., Any]:
+    """A layer's call, which may be traced anew at any time: torch traces no weight whose gradient
+    has another dtype, as the sums over the packs of a step have."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        sums = [(p, p.grad) for p in weights if p.grad is not None and p.grad.dtype != p.dtype]
+        for p, _ in sums:
+            p.grad = None
+        try:
+            return call(*args, **kwargs)
+        finally:
+            for p, gradient in sums:
+                p.grad = gradient
+
+    return called
+
+
+@contextlib.contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Within, layers run as they are written: with a growing cache of keys, say, every call has a
+    form of its own."""
+    compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl}
+    try:
+        for module in compiled:
+            module._compiled_call_impl = None
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
 
 
 def _undo(layer: Any) -> None:
@@ -159,12 +194,15 @@ def _same_scores(packed: PackedModel, batch: PackedBatch) -> bool:
 
 # Two packs of other lengths, numbers of trees and completions: prompt, completions.
 TRIALS = (((7, 5, 9), (3, 1, 4)), ((11, 2, 6), (6, 8, 3), (5, 1, 2)))
+TOKENS_OF_A_GPU = 8192
 MOST_TIMES = 61  # odd: no length has a factor that a graph could count on
 
 
 def _trial_packs(packed: PackedModel, tokens: int | None) -> list[PackedBatch]:
     generator = np.random.default_rng(0)
     config = packed.model.config.get_text_config()
+    if tokens is None and packed.device.type == "cuda":
+        tokens = TOKENS_OF_A_GPU
     times = _times(tokens, getattr(config, "max_position_embeddings", None))
     packs = []
     for shapes in TRIALS:

@@ -41,6 +41,7 @@ class ModelConfig:
     is_trained: bool = True  # else its matrices are bf16 alone under bf16: half the memory
     attn_implementation: str | None = None  # None: what the device has
     gradient_checkpointing: bool = False
+    offloads: bool = False  # what the layers leave for the backward goes to host memory
     use_liger_kernel: bool | None = False  # None: where CUDA and liger-kernel are
     max_length: int | None = None
     ld_alpha: float | None = None
@@ -175,6 +176,7 @@ def finish_packed(
         else None,
         adapter=adapter,
     )
+    packed.offloads = config.offloads
     if source is not None:
         finite = FiniteOnly(source, config.key, config.name)
         packed.shards = divide(packed, finite, config.ranks, config.layout, config.device)

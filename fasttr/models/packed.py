@@ -19,7 +19,7 @@ from fasttr_kernels import PreferenceLoss
 from fasttr_kernels.chunks import default_rows, rows_of_memory
 from torch import Tensor, nn
 
-from fasttr.batch import PackedBatch
+from fasttr.batch import PackedBatch, Part
 from fasttr.errors import FasttrError
 from fasttr.losses import LossFn
 from fasttr.models.gather import gather_rows
@@ -92,6 +92,7 @@ class PackedModel(nn.Module):
     Attributes:
         scores_as_it_trains: score through the graph of the training forward. Compiled without
             gradients a layer may round otherwise, and log-ratios would not begin at 0.
+        offloads: what the layers leave for the backward is in host memory until then.
         router_loss: () what the router's loss was in the last forward with `router_share`, detached
             and before its coefficient.
     """
@@ -117,6 +118,7 @@ class PackedModel(nn.Module):
         self.router = router
         self.router_loss: Tensor | None = None
         self.scores_as_it_trains = False
+        self.offloads = False
         self.bf16 = bf16
         self.ld_alpha = ld_alpha
         self._cast_head: Tensor | None = None
@@ -124,7 +126,10 @@ class PackedModel(nn.Module):
         self.shards: Shards | None = None  # what lies here of a model that is divided among ranks
 
     def __call__(self, batch: PackedBatch, *args: Any, **kwargs: Any) -> Any:
-        return super().__call__(batch if self.shards is None else Opaque(batch), *args, **kwargs)
+        return super().__call__(self._wrapped(batch), *args, **kwargs)
+
+    def _wrapped(self, tokens: PackedBatch | Part) -> Any:
+        return tokens if self.shards is None else Opaque(tokens)
 
     def local_parameters(self) -> dict[str, nn.Parameter]:
         """Every parameter by name: of a divided model this process's rows, in plain tensors."""
@@ -176,16 +181,31 @@ class PackedModel(nn.Module):
         output = self.model.get_output_embeddings()
         return HeadWeight(output.weight, output.bias)
 
-    def hidden_states(self, batch: PackedBatch) -> Tensor:
-        """Final hidden states of a pack, (T, D)."""
-        return self._decoded(batch)[0]
+    def hidden_states(self, tokens: PackedBatch | Part) -> Tensor:
+        """Final hidden states of a pack or of a part of one, (T, D), through the layers at once."""
+        return self.rows.flat(self.through_layers(self._wrapped(tokens)), tokens)
 
-    def _decoded(self, batch: PackedBatch, reads_router: bool = False) -> tuple[Tensor, Any]:
-        """Hidden states (T, D), and the router's logits where they are asked for."""
-        asked = {"output_router_logits": True} if reads_router else {}
-        output = decoder_of(self.model)(**self.rows.inputs(batch), **asked)
-        hidden_TD = self.rows.flat(output.last_hidden_state, batch)
-        return hidden_TD, output.router_logits if reads_router else None
+    def through_layers(self, tokens: PackedBatch | Part | Opaque) -> Tensor:
+        """The same in the rows of the tier. Ranks that hold a model together meet in this call."""
+        tokens = tokens.content if isinstance(tokens, Opaque) else tokens
+        found: Tensor = self._decoded(tokens).last_hidden_state
+        return found
+
+    def _part_by_part(self, batch: PackedBatch) -> Tensor:
+        """(T, D), of the parts of a pack one after the other."""
+        parts = batch.parts or (batch,)
+        found = [self.rows.flat(self._decoded(part).last_hidden_state, part) for part in parts]
+        return torch.cat(found)[: len(batch.input_ids)] if batch.parts else found[0]
+
+    def _decoded(self, tokens: PackedBatch | Part, **asked: bool) -> Any:
+        """The output of the decoder."""
+        with self._where_inputs_are_kept():
+            return decoder_of(self.model)(**self.rows.inputs(tokens), **asked)
+
+    def _where_inputs_are_kept(self) -> contextlib.AbstractContextManager[Any]:
+        if not self.offloads:
+            return contextlib.nullcontext()
+        return torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
 
     @torch.no_grad()
     def own_logits(self, batch: PackedBatch | Opaque) -> Tensor:
@@ -205,13 +225,15 @@ class PackedModel(nn.Module):
         router_share: float = 0.0,
         head_grad: Tensor | None = None,  # (V, D) fp32
         head_means: Sequence[str] = (),
+        hidden_TD: Tensor | None = None,
     ) -> PreferenceLoss:
         """Log-probs of a pack on this module's device; with `loss_fn` its share of the loss too.
 
         `router_share` of the router's loss is added to it, where the model has one. The head's
         gradient is added to `head_grad` where that is given, and the loss must then be
         differentiated once, as it is. `head_means`: statistics whose means over completions
-        `loss_fn` gets as fourth argument.
+        `loss_fn` gets as fourth argument. `hidden_TD`: what the layers made of the pack, which are
+        then not called.
         """
         batch = batch.content if isinstance(batch, Opaque) else batch
         cu_completions, cu_groups = batch.cu_completions, batch.cu_groups
@@ -223,7 +245,13 @@ class PackedModel(nn.Module):
             ref_logp = None
         with self.autocast():
             reads_router = self.router is not None and router_share > 0
-            hidden_TD, router_logits = self._decoded(batch, reads_router)
+            router_logits: Any = None
+            if reads_router:
+                output = self._decoded(batch, output_router_logits=True)
+                hidden_TD = self.rows.flat(output.last_hidden_state, batch)
+                router_logits = output.router_logits
+            elif hidden_TD is None:
+                hidden_TD = self._part_by_part(batch)
             hidden_RD = gather_rows(hidden_TD, batch.predicting)
             out = score_through(
                 self.model.get_output_embeddings(),

@@ -157,6 +157,7 @@ def load_reward_model(config: ModelConfig, seed: int | None = None) -> RewardMod
     backend = attention.backend_for(config.attn_implementation, config.device, config.bf16)
     attention.announce_slow(model.config, backend)
     packed = RewardModel(model, attention_backend=backend, bf16=config.bf16)
+    packed.offloads = config.offloads
     _check_score(packed, config)
     return packed
 

@@ -296,7 +296,8 @@ def _fully_shard(packed: Any, ranks: Ranks, layout: Layout) -> None:
             # Of one group each: these do not reach the groups inside.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    register_fsdp_forward_method(packed, "own_logits")
+    for method in ("own_logits", "through_layers"):
+        register_fsdp_forward_method(packed, method)
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

@@ -10,16 +10,16 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fasttr.batch import PackedBatch
+from fasttr.batch import PackedBatch, Part
 from fasttr.packing.tiers import PACKED, SHARED
 
 
 class Rows(Protocol):
     """What a model is called with for a pack, and its output in the order of the pack."""
 
-    def inputs(self, batch: PackedBatch) -> dict[str, Any]: ...
+    def inputs(self, batch: PackedBatch | Part) -> dict[str, Any]: ...
 
-    def flat(self, output: Tensor, batch: PackedBatch) -> Tensor:
+    def flat(self, output: Tensor, batch: PackedBatch | Part) -> Tensor:
         """(T, D) of what the model made of `inputs`."""
         ...
 
@@ -39,7 +39,7 @@ class SharedRows:
     def __init__(self, attention_backend: str):
         self.attention_backend = attention_backend
 
-    def inputs(self, batch: PackedBatch) -> dict[str, Any]:
+    def inputs(self, batch: PackedBatch | Part) -> dict[str, Any]:
         return {
             "input_ids": batch.input_ids[None],
             "position_ids": batch.position_ids[None],
@@ -48,7 +48,7 @@ class SharedRows:
             "fasttr_backend": self.attention_backend,
         }
 
-    def flat(self, output: Tensor, batch: PackedBatch) -> Tensor:
+    def flat(self, output: Tensor, batch: PackedBatch | Part) -> Tensor:
         return output[0]
 
     def token_weights(self, batch: PackedBatch) -> Tensor:
@@ -62,14 +62,14 @@ class PackedRows:
     """The model's own attention: without a mask, transformers parts one row where its position ids
     start anew."""
 
-    def inputs(self, batch: PackedBatch) -> dict[str, Any]:
+    def inputs(self, batch: PackedBatch | Part) -> dict[str, Any]:
         return {
             "input_ids": batch.input_ids[None],
             "position_ids": batch.position_ids[None],
             "use_cache": False,
         }
 
-    def flat(self, output: Tensor, batch: PackedBatch) -> Tensor:
+    def flat(self, output: Tensor, batch: PackedBatch | Part) -> Tensor:
         return output[0]
 
     def token_weights(self, batch: PackedBatch) -> Tensor:
@@ -83,13 +83,13 @@ class PaddedRows:
     """The model's own attention, for models that carry state from token to token too. Padded on the
     right, where no token of a causal model sees the padding: without a mask."""
 
-    def inputs(self, batch: PackedBatch) -> dict[str, Any]:
+    def inputs(self, batch: PackedBatch | Part) -> dict[str, Any]:
         place = _place(batch)
         blank = batch.input_ids.new_zeros(place.rows * place.length)
         ids = blank.index_copy(0, place.of_token, batch.input_ids)
         return {"input_ids": ids.view(place.rows, place.length), "use_cache": False}
 
-    def flat(self, output: Tensor, batch: PackedBatch) -> Tensor:
+    def flat(self, output: Tensor, batch: PackedBatch | Part) -> Tensor:
         return output.flatten(0, 1).index_select(0, _place(batch).of_token)
 
     def token_weights(self, batch: PackedBatch) -> Tensor:
@@ -116,7 +116,7 @@ class _Place(NamedTuple):
     of_token: Tensor  # (T,) int64, where a token lies among the N L places
 
 
-def _place(batch: PackedBatch) -> _Place:
+def _place(batch: PackedBatch | Part) -> _Place:
     lengths, _ = batch.attention.lengths()
     longest = max(lengths)
     begin = batch.attention.cu_q[:-1].long()

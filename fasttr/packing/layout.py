@@ -12,6 +12,7 @@ groups, P parts (every prompt and every completion).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -89,11 +90,16 @@ def balanced_bins(sizes: Sequence[int], budget: int) -> list[list[int]]:
     return sorted(evenly_filled(sizes, len(fullest), budget) or fullest)
 
 
-def pack(trees: Sequence[Tree], group_sizes: Sequence[int] | None = None) -> PackedBatch:
+def pack(
+    trees: Sequence[Tree],
+    group_sizes: Sequence[int] | None = None,
+    budget: int | None = None,
+) -> PackedBatch:
     """Lay `trees` out in one packed row; completions keep their order.
 
     `group_sizes`: how many consecutive trees are a group, which a loss must see whole; by default
-    each tree is its own.
+    each tree is its own. `budget`: tokens that a prompt and the completions that share it take at
+    most; beyond, the prompt is there again (`completion_runs`).
     """
     if not trees:
         raise ValueError("pack: got no trees; wanted at least one")
@@ -102,7 +108,7 @@ def pack(trees: Sequence[Tree], group_sizes: Sequence[int] | None = None) -> Pac
         raise ValueError(
             f"pack: got groups of {int(sizes.sum())} trees in all; wanted {len(trees)}"
         )
-    parts = _parts_of(trees)
+    parts = _parts_of(trees, budget)
     predicting, target_T, lengths_N = _predicting_rows(parts)
     cu_rows = _offsets(sizes)
     return PackedBatch(
@@ -165,8 +171,8 @@ def _shares(a: Tree, b: Tree) -> bool:
     return not is_taken_apart and np.array_equal(a.prompt_ids, b.prompt_ids)
 
 
-def _parts_of(trees: Sequence[Tree]) -> _Parts:
-    stems = [stem for tree in _of_one_prompt(trees) for stem in _stems(tree)]
+def _parts_of(trees: Sequence[Tree], budget: int | None) -> _Parts:
+    stems = [stem for tree in _of_one_prompt(trees) for stem in _stems(tree, budget)]
     pieces = [ids for stem in stems for ids in (stem.prompt_ids, *stem.completions)]
     length_P = np.array([len(ids) for ids in pieces], dtype=np.int64)
     start_P = np.cumsum(length_P) - length_P
@@ -192,14 +198,27 @@ class _Stem(NamedTuple):
     completions: tuple[np.ndarray, ...]
 
 
-def _stems(tree: Tree) -> list[_Stem]:
-    """A tree whose prompt is shared is one; else each completion has its own."""
+def _stems(tree: Tree, budget: int | None) -> list[_Stem]:
+    """A tree whose prompt is shared is one, or as many as `budget` asks for; else each completion
+    has its own."""
     if tree.prompt_skips is None:
-        return [_Stem(tree.prompt_ids, tree.completions)]
+        runs = completion_runs(len(tree.prompt_ids), [len(c) for c in tree.completions], budget)
+        return [_Stem(tree.prompt_ids, tree.completions[run]) for run in runs]
     return [
         _Stem(tree.prompt_ids[skip:], (completion,))
         for skip, completion in zip(tree.prompt_skips, tree.completions, strict=True)
     ]
+
+
+def completion_runs(prompt: int, completions: Sequence[int], budget: int | None) -> list[slice]:
+    """Neighbouring completions that share a prompt within `budget` tokens; lengths, not tokens."""
+    starts, held = [0], prompt
+    for place, length in enumerate(completions):
+        if budget is not None and held + length > budget and place > starts[-1]:
+            starts.append(place)
+            held = prompt
+        held += length
+    return [slice(a, b) for a, b in itertools.pairwise([*starts, len(completions)])]
 
 
 def _positions(parts: _Parts) -> np.ndarray:
@@ -223,7 +242,7 @@ def _attention_layout(parts: _Parts) -> AttentionLayout:
         cu_q=on_host[0],
         cu_k=on_host[1],
         on_host=on_host,
-        keys=_gather(np.where(in_prompt_S, from_prompt_S, from_own_S), len(parts.ids_T)),
+        keys=gather_of(np.where(in_prompt_S, from_prompt_S, from_own_S), len(parts.ids_T)),
     )
 
 
@@ -240,7 +259,7 @@ def _predicting_rows(parts: _Parts) -> tuple[RowGather, np.ndarray, np.ndarray]:
     is_first_R = place_R == 0
     end_of_prompt_R = np.repeat(parts.prompt_start_N + parts.prompt_length_N - 1, lengths_N)
     source_R = np.where(is_first_R, end_of_prompt_R, target_R - 1)
-    return _gather(source_R, len(parts.ids_T)), target_R, lengths_N
+    return gather_of(source_R, len(parts.ids_T)), target_R, lengths_N
 
 
 def _ld_parts(parts: _Parts, lengths_N: np.ndarray) -> np.ndarray:
@@ -271,7 +290,8 @@ def _offsets(lengths: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int64))
 
 
-def _gather(sources: np.ndarray, source_rows: int) -> RowGather:
+def gather_of(sources: np.ndarray, source_rows: int) -> RowGather:
+    """The gather of rows `sources` (S,) among so many, with its inverse."""
     counts = np.bincount(sources, minlength=source_rows)
     vectors = sources, np.concatenate(([0], np.cumsum(counts))), np.argsort(sources, kind="stable")
     return RowGather(*(torch.from_numpy(x.astype(np.int32)) for x in vectors))

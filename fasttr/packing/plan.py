@@ -17,6 +17,7 @@ import torch
 from fasttr.batch import PackedBatch, Tree, TreeSource, own_prompt_lengths
 from fasttr.distributed.ranks import ALONE, Ranks
 from fasttr.packing.layout import balanced_bins, idle_pack, pack
+from fasttr.packing.parts import cut, number_of_parts, with_parts
 from fasttr.packing.shares import even_shares, in_micro_steps, micro_steps
 from fasttr.packing.tiers import SHARED, bins_of_groups, tree_sizes, unshared
 
@@ -48,6 +49,9 @@ class Plan:
     prompts: np.ndarray | None = field(default=None, repr=False)
     separate_groups: bool = False  # no two groups share a pack
     tier: str = SHARED  # one of packing.tiers.TIERS: how rows share a call of the model
+    cuts: bool = (
+        False  # what must share a pack and is over the budget goes in parts: `packing.parts`
+    )
 
     @property
     def rows_per_epoch(self) -> int:
@@ -100,8 +104,9 @@ class Plan:
             0 if self.separate_groups else self.max_tokens_per_batch,
             self.group_rows if ranks.world == 1 or self.separate_groups else 1,
             weights,
-            self.tier,
-            ranks,
+            tier=self.tier,
+            ranks=ranks,
+            cuts=self.cuts,
         )
 
     def one_pack(self, step: int) -> PackedBatch:
@@ -158,44 +163,58 @@ def pack_rows(
     budget: int,
     group_rows: int = 1,
     weights: np.ndarray | None = None,
+    *,
     tier: str = SHARED,
     ranks: Ranks = ALONE,
+    cuts: bool = False,
 ) -> list[PackedBatch]:
     """Pack some rows under `budget` tokens of the model; among several ranks, this one's even
     share of them: as many packs as every other rank where the weights are divided, some of them
     idle.
 
-    Each run of `group_rows` rows stays together. `weights` (len(rows),) multiply those of the rows.
+    Each run of `group_rows` rows stays together; one that is over the budget has a pack of its own,
+    and with `cuts` that is in parts. `weights` (len(rows),) multiply those of the rows.
     """
     rows = np.asarray(rows)
     starts = np.arange(0, len(rows), group_rows)
     ends = np.minimum(starts + group_rows, len(rows))
+    # Ranks that meet in every layer would have to know of all tokens of a group how it is cut.
+    cuts = cuts and not (ranks.is_sharded and group_rows > 1)
     packs = []
-    for members in _own_bins(tier, trees, rows, starts, budget, ranks):
+    for turn in _turns(tier, trees, rows, starts, budget, ranks):
+        members = turn[ranks.rank] if ranks.is_sharded else turn[0]
         places = [place for group in members for place in range(starts[group], ends[group])]
         chosen = [_weighted(trees[int(rows[place])], weights, place) for place in places]
         of_bin = chosen or [trees[int(rows[0])]]
         if tier != SHARED:
             of_bin = [unshared(tree) for tree in of_bin]
         if chosen:
-            packs.append(pack(of_bin, (ends - starts)[members].tolist()))
+            found = pack(of_bin, (ends - starts)[members].tolist(), budget if cuts else None)
         else:
-            packs.append(idle_pack(of_bin[0]))
+            found = idle_pack(of_bin[0])
+        if cuts:
+            found = cut(found, budget, tier)
+        if cuts and ranks.is_sharded:
+            # More than one only in bins of a single row.
+            alone = [int(rows[members[0]]) for members in turn if len(members) == 1]
+            numbers = [number_of_parts(trees, row, budget, tier) for row in alone]
+            found = with_parts(found, max(numbers, default=1), of_bin[0])
+        packs.append(found)
     return packs
 
 
-def _own_bins(
+def _turns(
     tier: str,
     trees: TreeSource,
     rows: np.ndarray,
     starts: np.ndarray,
     budget: int,
     ranks: Ranks,
-) -> list[list[int]]:
-    """The bins of this rank: numbers of groups of rows, which begin at `starts`. Where the weights
-    are divided there are as many as every other rank has, and one without groups is idle."""
+) -> list[list[list[int]]]:
+    """Bins of groups of rows, which begin at `starts`: where the weights are divided one for every
+    rank at a time, of which those without groups are idle; else this rank's, one by one."""
     if ranks.world == 1:
-        return bins_of_groups(tier, trees, rows, starts, budget)
+        return [[found] for found in bins_of_groups(tier, trees, rows, starts, budget)]
     sizes = np.add.reduceat(tree_sizes(trees, rows), starts).tolist()
     if not ranks.is_sharded:
         own = even_shares(sizes, ranks.world)[ranks.rank]
@@ -205,13 +224,11 @@ def _own_bins(
         own_rows = [rows[starts[group] : ends[group]] for group in own]
         own_starts = np.cumsum([0, *map(len, own_rows[:-1])])
         bins = bins_of_groups(tier, trees, np.concatenate(own_rows), own_starts, budget)
-        return [[own[number] for number in members] for members in bins]
+        return [[[own[number] for number in members]] for members in bins]
     if tier == SHARED:
-        steps = micro_steps(sizes, ranks.world, budget)
-    else:
-        found = bins_of_groups(tier, trees, rows, starts, budget)
-        steps = in_micro_steps(found, sizes, ranks.world)
-    return [step[ranks.rank] for step in steps]
+        return micro_steps(sizes, ranks.world, budget)
+    found = bins_of_groups(tier, trees, rows, starts, budget)
+    return in_micro_steps(found, sizes, ranks.world)
 
 
 def pack_by_prompt(

@@ -36,6 +36,7 @@ td { font-variant-numeric: tabular-nums; overflow-wrap: break-word; min-width: 4
 code, pre { font: .86rem/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre { background: var(--tint); border-radius: 6px; padding: .6rem .8rem; white-space: pre-wrap;
   overflow-wrap: anywhere; }
+pre.drawn { white-space: pre; overflow-x: auto; }
 details { margin: .6rem 0; } summary { cursor: pointer; font-weight: 600; }
 section.run { border-top: 2px solid var(--line); margin-top: 2.5rem; }
 """
@@ -106,8 +107,10 @@ def figures(drawn: dict[str, Any]) -> str:
     return f'<div class="figures">{"".join(images)}</div>'
 
 
-def preformatted(lines: Iterable[str]) -> str:
-    return f"<pre>{text(chr(10).join(lines))}</pre>"
+def preformatted(lines: Iterable[str], css_class: str = "") -> str:
+    """Lines as they are; of class `drawn` they are never broken, and scroll where the page is
+    narrow."""
+    return f'<pre class="{css_class}">{text(chr(10).join(lines))}</pre>'
 
 
 def folded(summary: str, inside: str) -> str:

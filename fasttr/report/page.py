@@ -26,17 +26,20 @@ INTERVALS = (
 )
 
 
-def write_report(folders: Sequence[str | Path], target: str | Path) -> Path:
-    """Write the report of runs to `target`. FasttrError where a folder holds no run."""
+def write_report(folders: Sequence[str | Path], target: str | Path, preface: str = "") -> Path:
+    """Write the report of runs to `target`, a text above it. FasttrError where a folder holds no
+    run."""
     records = read_records(folders)
-    write_text(Path(target), report_page(records))
+    write_text(Path(target), report_page(records, preface))
     return Path(target)
 
 
-def report_page(records: Sequence[Record]) -> str:
+def report_page(records: Sequence[Record], preface: str = "") -> str:
     """The whole page; nothing in it is fetched from elsewhere."""
     names = ", ".join(record.name for record in records)
     body = [html.heading(1, names if len(records) == 1 else f"{len(records)} runs: {names}")]
+    if preface:
+        body.append(html.preformatted(preface.splitlines(), css_class="drawn"))
     if len(records) > 1:
         body += _comparison(records)
     for record in records:

@@ -16,6 +16,7 @@ from torch import Tensor
 from fasttr.data.tokens import Messages, encode_texts
 from fasttr.errors import FasttrError, one_line
 from fasttr.models.attention import own_attention
+from fasttr.models.compiled import uncompiled
 from fasttr.models.packed import PackedModel
 
 
@@ -172,7 +173,8 @@ def _generating(causal_lm: Any) -> Iterator[None]:
     causal_lm.eval()
     causal_lm.generation_config = GenerationConfig()
     try:
-        yield
+        with uncompiled(causal_lm):
+            yield
     finally:
         causal_lm.generation_config = folders
         causal_lm.set_attn_implementation(packed)

@@ -1,6 +1,11 @@
 """The main job on a default that is part of the package: SFT, then DPO beside TR-DPO, on generated
 preferences whose gold reward is known. No download, no GPU.
 
+It repeats a setting of the study by factors (bench/paper/when) at that study's scale. The cell is
+the one in which the study's code finds that arms are told apart best, by their KL: the SFT policy
+wrote the pairs, and their two sides differ in their first letter. Of the three settings of DPO in
+that cell it is the middle one, in label noise and in beta.
+
 Stopped by Ctrl-C, the same command goes on with it.
 """
 
@@ -15,39 +20,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fasttr.checkpoint.folder import holds_final, list_checkpoints, step_of
+from fasttr.checkpoint.folder import list_checkpoints, step_of
 from fasttr.config.train_config import TrainConfig
-from fasttr.console import duration, say
+from fasttr.console import counted, duration, say
 from fasttr.errors import FasttrError
 from fasttr.files import write_json, write_text
-from fasttr.metrics.log import last_line
 from fasttr.metrics.plots import plot_comparison, plot_run
 from fasttr.metrics.results import Results, write_results
-from fasttr.models.scratch import init_model
+from fasttr.models.load import ModelConfig, load_model, load_tokenizer
 from fasttr.report.page import FILE as REPORT
 from fasttr.report.page import write_report
 from fasttr.settings import setting, whole
 from fasttr.toy.demo_table import Arm, Reading, table, verdict
 from fasttr.toy.judge import Judged, judge
-from fasttr.toy.task import (
-    NOISE,
-    gold_reward,
-    preference_rows,
-    prompts,
-    sft_rows,
-    write_jsonl,
-)
+from fasttr.toy.start import COMMON, going_on, supervised_start
+from fasttr.toy.task import NOISE, gold_reward, prompts, sft_rows, write_jsonl
+from fasttr.toy.writers import labelled_pairs, share_outside, writer_of
 from fasttr.training.loop import train
 from fasttr.training.stopping import Interrupted
 
-# The two references trail the policy by about 14 and 9 steps on average: they are not one method.
+# Of the study's references that move the youngest and the oldest: they trail the policy by 2.5 and
+# 13.5 steps on average.
 ARMS: dict[str, dict[str, Any]] = {
     "DPO": {"ref_update": "none"},
-    "TR-DPO hard": {"ref_update": "hard", "ref_update_every": 30},
-    "TR-DPO soft": {"ref_update": "soft", "ref_update_alpha": 0.6, "ref_update_every": 8},
+    "TR-DPO hard": {"ref_update": "hard", "ref_update_every": 6},
+    "TR-DPO soft": {"ref_update": "soft", "ref_update_alpha": 0.6, "ref_update_every": 12},
 }
-SFT_ROWS, PAIRS, HELD_OUT_PAIRS, PROMPTS = 4000, 2000, 400, 256
+WRITER, PART, BETA = "sft", "early", 0.3
+WIDTH, SFT_ROWS, PAIRS, HELD_OUT_PAIRS, PROMPTS = 64, 4000, 600, 128, 256
 EVALUATIONS = 4  # of each arm
+JUDGED = "judged.json"  # of a run: what its checkpoints are worth
 MARK = "demo.json"  # says that a folder is a demo's, and with which settings
 
 
@@ -61,30 +63,28 @@ class DemoSettings:
         "folder for data, models, metrics and pictures; the same settings go on with a demo in it, "
         "others replace it",
     )
-    steps: int = setting(120, whole(1), "optimizer steps of each preference run")
-    sft_steps: int = setting(300, whole(1), "optimizer steps of the supervised start")
-    seeds: int = setting(3, whole(1), "runs of each arm, which differ in their order of rows")
-    seed: int = setting(0, None, "first seed of data, weights, order and samples")
+    steps: int = setting(48, whole(1), "optimizer steps of each preference run")
+    sft_steps: int = setting(250, whole(1), "optimizer steps of the supervised start")
+    seeds: int = setting(
+        5, whole(1), "runs of each arm, which differ in pairs, labels, order and samples"
+    )
+    seed: int = setting(0, None, "first of these seeds, and that of the SFT policy")
 
     @property
     def folder(self) -> Path:
         return Path(self.output_dir)
 
-    def common(self) -> dict[str, Any]:
-        """Settings that all runs share."""
-        return {
-            "logging_steps": 10,
-            "gradient_checkpointing": False,
-            "max_length": 128,
-            "use_cpu": True,
-        }
+    @property
+    def every(self) -> int:
+        """Steps between evaluations."""
+        return max(self.steps // EVALUATIONS, 1)
 
 
 def demo(settings: DemoSettings) -> None:
     """Run it all and end in a table, a verdict, pictures and a report."""
     try:
         _demo(settings)
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt):
         say("the same command goes on with the demo")
         raise
 
@@ -92,27 +92,31 @@ def demo(settings: DemoSettings) -> None:
 def _demo(settings: DemoSettings) -> None:
     began = time.perf_counter()
     out = _folder(settings)
-    held_out = _write_data(settings)
-    _supervised_start(settings)
-    asked = prompts(PROMPTS, settings.seed + 3, held_out=True)
-    start = judge(out / "sft", out / "sft", asked, settings.seed)
+    if not (out / "sft").exists():
+        say(f"\n== SFT: {settings.sft_steps} steps on {SFT_ROWS:,} rows of the task")
+    rows = sft_rows(SFT_ROWS, settings.seed)
+    sft = supervised_start(out / "sft", rows, settings.sft_steps, width=WIDTH, seed=settings.seed)
     arms = [Arm(name, []) for name in ARMS]
     folders: dict[str, Path] = {}
     for seed in range(settings.seed, settings.seed + settings.seeds):
+        data = _pairs(out, sft, seed)
+        asked = prompts(PROMPTS, seed, held_out=True)
+        start = judge(sft, sft, asked, seed)
         for arm in arms:
             folder = out / f"{arm.name.lower().replace(' ', '-')}-seed-{seed}"
-            _train_arm(settings, arm.name, folder, seed)
-            arm.readings.append(_judge_run(folder, out / "sft", asked, start, seed))
+            _train_arm(settings, arm.name, folder, data, seed)
+            arm.readings.append(_judge_run(settings, folder, asked, start, seed))
             folders.setdefault(arm.name, folder)
             if seed == settings.seed:
                 seconds = time.perf_counter() - began
                 say(f"pictures: {plot_run(folder)[0].parent}, after {duration(seconds)}")
     pictures = plot_comparison(folders, out / "plots")
-    report = write_report(list(folders.values()), out / REPORT)
-    text = "\n\n".join([table(start, arms), *verdict(arms)])
+    text = "\n\n".join([table(arms), *verdict(arms)])
     write_text(out / "table.md", text + "\n")
+    of_all = f"Over {counted(settings.seeds, 'seed')}:\n\n{text}\n\nBelow: the first seed's runs."
+    report = write_report(list(folders.values()), out / REPORT, preface=of_all)
     say("\n" + text)
-    _explain(held_out, asked, arms)
+    _show_example(prompts(PROMPTS, settings.seed, held_out=True), arms)
     seconds = time.perf_counter() - began
     say(f"\npictures: {pictures[0].parent}; report: {report}; {duration(seconds)} in all")
 
@@ -135,113 +139,94 @@ def _folder(settings: DemoSettings) -> Path:
     return out
 
 
-def _is_done(folder: Path) -> bool:
-    return "train_runtime" in last_line(folder) and holds_final(folder)
-
-
-def _write_data(settings: DemoSettings) -> list[dict[str, Any]]:
-    """Rows for every stage; returns the held-out pairs."""
-    out, seed = settings.folder, settings.seed
-    write_jsonl(sft_rows(SFT_ROWS, seed), out / "sft.jsonl")
-    write_jsonl(preference_rows(PAIRS, seed + 1), out / "train.jsonl")
-    held_out = preference_rows(HELD_OUT_PAIRS, seed + 2, held_out=True)
-    write_jsonl(held_out, out / "test.jsonl")
-    return held_out
-
-
-def _supervised_start(settings: DemoSettings) -> None:
-    out = settings.folder
-    if _is_done(out / "sft"):
-        return
-    if not holds_final(out / "untrained"):
-        init_model(
-            "llama",
-            hidden_size=96,
-            num_layers=2,
-            num_heads=4,
-            vocab_size=260,
-            tokenizer_data=str(out / "sft.jsonl"),
-            output_dir=str(out / "untrained"),
-            seed=settings.seed,
-        )
-    say(f"\n== SFT: {settings.sft_steps} steps on completions of the base distribution")
-    train(
-        TrainConfig(
-            model_name_or_path=str(out / "untrained"),
-            dataset_name=str(out / "sft.jsonl"),
-            output_dir=str(out / "sft"),
-            loss_type="sft",
-            max_steps=settings.sft_steps,
-            train_batch_size=64,
-            learning_rate=3e-3,
-            lr_scheduler_type="cosine",
-            warmup_steps=20,
-            save_strategy="no",
-            resume_from_checkpoint=True,
-            seed=settings.seed,
-            **settings.common(),
-        )
+def _pairs(out: Path, sft: Path, seed: int) -> dict[str, Path]:
+    """Files of pairs to train on and of held-out ones: both sides are the SFT policy's."""
+    found = {split: out / f"{split}-seed-{seed}.jsonl" for split in ("train", "test")}
+    if all(path.exists() for path in found.values()):
+        return found
+    say(
+        f"\n== pairs of seed {seed}: {PAIRS} and {HELD_OUT_PAIRS} held-out ones from the SFT policy"
     )
+    writer = writer_of(WRITER, load_model(ModelConfig(str(sft))), load_tokenizer(str(sft)))
+    own = 1000 * seed
+    rows = labelled_pairs(writer, PART, NOISE, PAIRS, own, held_out=False)
+    write_jsonl(rows, found["train"])
+    rows = labelled_pairs(writer, PART, NOISE, HELD_OUT_PAIRS, own + 50, held_out=True)
+    write_jsonl(rows, found["test"])
+    return found
 
 
-def _train_arm(settings: DemoSettings, name: str, folder: Path, seed: int) -> None:
-    if (folder / "judged.json").exists():
+def _train_arm(
+    settings: DemoSettings, name: str, folder: Path, data: dict[str, Path], seed: int
+) -> None:
+    if (folder / JUDGED).exists():
         return
-    out, every = settings.folder, max(settings.steps // EVALUATIONS, 1)
-    say(f"\n== {name}, seed {seed}: {settings.steps} steps on {PAIRS} pairs, label noise {NOISE}")
+    every = settings.every
+    say(f"\n== {name}, seed {seed}: {settings.steps} steps")
     train(
         TrainConfig(
-            model_name_or_path=str(out / "sft"),
-            dataset_name=str(out / "train.jsonl"),
-            eval_dataset_name=str(out / "test.jsonl"),
+            model_name_or_path=str(settings.folder / "sft"),
+            dataset_name=str(data["train"]),
+            eval_dataset_name=str(data["test"]),
             output_dir=str(folder),
             max_steps=settings.steps,
-            train_batch_size=32,
-            learning_rate=1e-4,
-            warmup_steps=10,
-            beta=0.1,
+            train_batch_size=16,
+            learning_rate=2e-4,
+            warmup_steps=5,
+            lr_scheduler_type="constant_with_warmup",
+            loss_type="sigmoid",
+            beta=BETA,
             eval_strategy="steps",
             eval_steps=every,
             eval_on_start=True,
             save_strategy="steps",
             save_steps=every,
-            resume_from_checkpoint=True,
+            logging_steps=max(every // 2, 1),
             seed=seed,
-            **settings.common(),
+            **going_on(folder),
+            **COMMON,
             **ARMS[name],
         )
     )
 
 
-def _judge_run(folder: Path, initial: Path, asked: list[str], start: Judged, seed: int) -> Reading:
-    """Judge every checkpoint, once, and add what is found to the run's metrics."""
-    kept = folder / "judged.json"
+def _judge_run(
+    settings: DemoSettings, folder: Path, asked: list[str], start: Judged, seed: int
+) -> Reading:
+    """Judge every checkpoint, once, and add what is found to the run's metrics. One that Ctrl-C
+    left between two evaluations is none of them: a run that was stopped is judged as any other."""
+    kept = folder / JUDGED
     if not kept.exists():
         judged = {0: start}
         for checkpoint in list_checkpoints(folder):
             step = step_of(checkpoint)
             assert step is not None
-            judged[step] = judge(checkpoint, initial, asked, seed)
-        golds = {step: _golds(asked, one) for step, one in judged.items()}
-        last = max(judged)
+            if step % settings.every == 0 or step == settings.steps:
+                judged[step] = judge(checkpoint, settings.folder / "sft", asked, seed)
+        last = judged[max(judged)]
         rows = f"{len(asked)} held-out prompts, the first {asked[0]}"
+        golds = [gold_reward(*pair) for pair in zip(asked, last.completions, strict=True)]
         _add_to_metrics(folder, judged)
         write_results(
             folder,
-            Results("gold_reward", "gold reward of samples", rows, golds[last], last),
+            Results("gold_reward", "gold reward of samples", rows, golds, max(judged)),
         )
-        facts = {
-            "golds": golds,
-            "kl": {step: one.kl.value for step, one in judged.items()},
-            "length": judged[last].length,
-            "completions": judged[last].completions,
+        found = {
+            "rows": [_row(step, asked, one) for step, one in judged.items()],
+            "completions": last.completions,
         }
-        write_json(kept, facts)
+        write_json(kept, found)
     return Reading.of(folder, json.loads(kept.read_text()))
 
 
-def _golds(asked: list[str], judged: Judged) -> list[float]:
-    return [gold_reward(*pair) for pair in zip(asked, judged.completions, strict=True)]
+def _row(step: int, asked: list[str], judged: Judged) -> dict[str, float]:
+    return {
+        "step": step,
+        "gold": judged.gold.value,
+        "kl": judged.kl.value,
+        "outside": share_outside(WRITER, asked, judged.completions),
+        "length": judged.length,
+    }
 
 
 def _add_to_metrics(folder: Path, judged: dict[int, Judged]) -> None:
@@ -258,19 +243,11 @@ def _add_to_metrics(folder: Path, judged: dict[int, Judged]) -> None:
             file.write(json.dumps(line) + "\n")
 
 
-def _explain(held_out: list[dict[str, Any]], asked: list[str], arms: list[Arm]) -> None:
-    agreeing = sum(row["gold_chosen"] > row["gold_rejected"] for row in held_out)
-    say(
-        f"gold reward: one sample for each of {PROMPTS} held-out prompts; KL: to the SFT policy, "
-        "nats a sample;"
-    )
-    say(
-        f"accuracy: against the initial policy, of {len(held_out)} held-out pairs, whose labels "
-        f"agree with the gold reward in {agreeing / len(held_out):.1%}"
-    )
+def _show_example(asked: list[str], arms: list[Arm]) -> None:
+    """What the arms of the first seed answer to one prompt."""
     shown = {arm.name: arm.readings[0].completions for arm in arms}
     place = _telling(list(shown.values()))
-    say(f"example: {asked[place]}")
+    say(f"\nfor example, in the first seed: {asked[place]}")
     for name, completions in shown.items():
         say(f"  {name:12} {_visible(completions[place])}")
 

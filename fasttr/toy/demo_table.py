@@ -1,4 +1,4 @@
-"""The demo's table, and the sentences that it comes to.
+"""The demo's two tables, and the sentences that they come to.
 
 An arm is compared with DPO seed by seed, on the same prompts: the seeds' differences give the
 interval (Student's t), so that it holds for another seed too.
@@ -6,7 +6,7 @@ interval (Student's t), so that it holds for another seed too.
 
 from __future__ import annotations
 
-import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,51 +15,35 @@ import numpy as np
 
 from fasttr.console import counted
 from fasttr.metrics.plots import read_metrics
-from fasttr.toy.judge import Judged
+from fasttr.toy.outcomes import Rows, at_equal_kl, at_the_end
+from fasttr.toy.stats import Interval, interval
 
-# Student's t at 97.5 %, by degrees of freedom.
-_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-BASELINE = "DPO"
+COLUMNS = 80
+ABOUT = (
+    "gold: reward of one sample for each held-out prompt, at the checkpoint where it is highest "
+    "and at the last one; KL: to the SFT policy, nats a sample; outside: share of samples that the "
+    "task's data could not hold; accuracy: of held-out pairs, against the SFT policy. The last "
+    "four are of the last checkpoint; all are means over seeds."
+)
 ELSEWHERE = (
     "Where a moving reference did win in this repository's own runs: on the exact toy task, with "
-    "pairs that differ early; its study by factors shows no gain in gold reward at equal KL "
-    "(bench/paper/README.md)."
+    "pairs that differ early. The study by factors, of which this demo repeats one setting, shows "
+    "no gain in gold reward at equal KL (bench/paper/README.md)."
 )
 
 
 class Reading(NamedTuple):
     """What the judge found of one run."""
 
-    golds: Mapping[int, list[float]]  # step -> a gold reward a prompt; step 0 is the initial policy
-    kl: Mapping[int, float]  # step -> nats a sample
-    length: float  # of samples at the end
+    rows: Rows  # of the SFT policy, then of every checkpoint: gold, kl, outside, length
     completions: Sequence[str]  # at the end
     accuracy: float  # held out, against the initial policy, at the end
-    updates: int
 
     @classmethod
     def of(cls, folder: Path, judged: Mapping[str, Any]) -> Reading:
-        lines = read_metrics(folder)
         key = "eval_anchor/rewards/accuracies"
-        return cls(
-            golds={int(step): values for step, values in judged["golds"].items()},
-            kl={int(step): value for step, value in judged["kl"].items()},
-            length=judged["length"],
-            completions=judged["completions"],
-            accuracy=[line[key] for line in lines if key in line][-1],
-            updates=max((line.get("ref/updates", 0) for line in lines), default=0),
-        )
-
-    @property
-    def last(self) -> int:
-        return max(self.golds)
-
-    @property
-    def peak(self) -> int:
-        """The trained checkpoint with the highest gold reward."""
-        return max(
-            (step for step in self.golds if step > 0), key=lambda step: np.mean(self.golds[step])
-        )
+        accuracy = [line[key] for line in read_metrics(folder) if key in line][-1]
+        return cls(judged["rows"], judged["completions"], accuracy)
 
 
 class Arm(NamedTuple):
@@ -68,94 +52,123 @@ class Arm(NamedTuple):
     name: str
     readings: list[Reading]
 
-    def over_seeds(self, value: Callable[[Reading], float]) -> str:
-        found = [value(reading) for reading in self.readings]
-        if len(found) == 1:
-            return f"{found[0]:+.3f}"
-        return f"{np.mean(found):+.3f} +- {np.std(found, ddof=1) / math.sqrt(len(found)):.3f}"
+
+class Outcome(NamedTuple):
+    """A number by which two runs of one seed are compared."""
+
+    name: str
+    difference: Callable[[Rows, Rows], float]
 
 
-class Difference(NamedTuple):
-    """Of an arm to DPO."""
-
-    mean: float
-    half_width: float  # of its 95 % interval; infinite with one seed
-
-    @property
-    def words(self) -> str:
-        if math.isinf(self.half_width):
-            return f"{self.mean:+.3f}"
-        interval = f"{self.mean - self.half_width:+.3f} to {self.mean + self.half_width:+.3f}"
-        return f"{self.mean:+.3f} ({interval})"
+def best(rows: Rows) -> float:
+    """Gold reward of the trained checkpoint where it is highest."""
+    return max(row["gold"] for row in rows[1:])
 
 
-def table(start: Judged, arms: Sequence[Arm]) -> str:
-    """A line an arm: means over seeds with their standard errors."""
-    rows = [
-        "| run | gold at its peak | gold at the end | KL | length | accuracy | updates |",
-        "|---|---|---|---|---|---|---|",
-        f"| SFT | | {start.gold.value:+.3f} | 0 | {start.length:.1f} | | |",
+GOLD = (
+    Outcome("gold at equal KL", lambda mine, its: at_equal_kl("gold", mine, its)),
+    Outcome("best gold", lambda mine, its: best(mine) - best(its)),
+    Outcome("last gold", lambda mine, its: at_the_end("gold", mine, its)),
+)
+DRIFT = (
+    Outcome("KL", lambda mine, its: at_the_end("kl", mine, its)),
+    Outcome("outside", lambda mine, its: at_the_end("outside", mine, its)),
+)
+
+
+def table(arms: Sequence[Arm]) -> str:
+    """A line an arm: means over seeds."""
+    start = [reading.rows[0] for reading in arms[0].readings]
+    lines = [
+        ["run", "best gold", "last gold", "KL", "outside", "length", "accuracy"],
+        ["SFT", "", *_cells(start), ""],
     ]
     for arm in arms:
-        first = arm.readings[0]
-        cells = [
-            arm.name,
-            arm.over_seeds(lambda one: _gold(one, one.peak)),
-            arm.over_seeds(lambda one: _gold(one, one.last)),
-            f"{np.mean([one.kl[one.last] for one in arm.readings]):.1f}",
-            f"{np.mean([one.length for one in arm.readings]):.1f}",
-            f"{np.mean([one.accuracy for one in arm.readings]):.3f}",
-            str(first.updates),
-        ]
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+        last = [reading.rows[-1] for reading in arm.readings]
+        highest = np.mean([best(reading.rows) for reading in arm.readings])
+        accuracy = np.mean([reading.accuracy for reading in arm.readings])
+        lines.append([arm.name, f"{highest:.3f}", *_cells(last), f"{accuracy:.3f}"])
+    return f"{_aligned(lines)}\n\n{_filled(ABOUT)}"
+
+
+def _cells(rows: Rows) -> list[str]:
+    """Means over seeds."""
+    digits = {"gold": 3, "kl": 2, "outside": 3, "length": 1}
+    return [f"{np.mean([row[key] for row in rows]):.{n}f}" for key, n in digits.items()]
 
 
 def verdict(arms: Sequence[Arm]) -> list[str]:
-    """A sentence for each moving reference at its peak and at the end, and what they come to."""
+    """What each moving reference differs by from the first arm, and what it comes to in words."""
     baseline, *others = arms
-    lines, wins, losses = [], 0, 0
-    for arm in others:
-        at_peak = difference(arm, baseline, lambda one: one.peak)
-        at_end = difference(arm, baseline, lambda one: one.last)
-        lines.append(
-            f"{arm.name} minus {baseline.name}, gold reward: {at_peak.words} at the peak, "
-            f"{at_end.words} at the end"
-        )
-        wins += sum(one.mean > one.half_width for one in (at_peak, at_end))
-        losses += sum(one.mean < -one.half_width for one in (at_peak, at_end))
+    found = {
+        (arm.name, outcome): difference(arm, baseline, outcome)
+        for arm in others
+        for outcome in (*GOLD, *DRIFT)
+    }
+    lines = [[f"less {baseline.name}", *(arm.name for arm in others)]]
+    for outcome in (*GOLD, *DRIFT):
+        lines.append([outcome.name, *(_starred(found[arm.name, outcome]) for arm in others)])
     seeds = len(baseline.readings)
-    intervals = "95 % intervals over " if seeds > 1 else ""
-    lines.append(f"({intervals}{counted(seeds, 'seed')}, paired by seed and prompt)")
-    return ["\n".join(lines), _sentence(wins, losses, seeds)]
-
-
-def difference(arm: Arm, baseline: Arm, step: Callable[[Reading], int]) -> Difference:
-    """Of gold rewards, each arm at its own `step`, paired by seed and prompt."""
-    of_seeds = [
-        float(np.mean(np.subtract(mine.golds[step(mine)], its.golds[step(its)])))
-        for mine, its in zip(arm.readings, baseline.readings, strict=True)
-    ]
-    if len(of_seeds) == 1:
-        return Difference(of_seeds[0], math.inf)
-    stderr = float(np.std(of_seeds, ddof=1)) / math.sqrt(len(of_seeds))
-    return Difference(float(np.mean(of_seeds)), _T.get(len(of_seeds) - 1, 2.228) * stderr)
-
-
-def _sentence(wins: int, losses: int, seeds: int) -> str:
+    intervals = (
+        f"95 % intervals over {counted(seeds, 'seed')}, paired by seed and prompt, each by itself; "
+        "*: it leaves zero out. At equal KL: over the upper half of the KL that both reach."
+    )
     if seeds == 1:
-        return "Verdict: one seed decides nothing; raise --seeds."
-    if losses and not wins:
-        return (
-            "Verdict: on this task the moving reference loses to DPO. It lets the policy go "
-            "further from its start, and here that costs gold reward. " + ELSEWHERE
-        )
-    if wins and not losses:
-        return "Verdict: on this task the moving reference wins over DPO."
-    if wins:
-        return "Verdict: on this task the moving reference wins in one place and loses in another."
-    return "Verdict: on this task no difference to DPO is shown. " + ELSEWHERE
+        return [_aligned(lines), "Verdict: one seed decides nothing; raise --seeds."]
+    return [_aligned(lines), _filled(intervals), _filled(_sentence(found))]
 
 
-def _gold(reading: Reading, step: int) -> float:
-    return float(np.mean(reading.golds[step]))
+def difference(arm: Arm, baseline: Arm, outcome: Outcome) -> Interval:
+    """Of an arm to another, paired by seed."""
+    return interval(
+        outcome.difference(mine.rows, its.rows)
+        for mine, its in zip(arm.readings, baseline.readings, strict=True)
+    )
+
+
+def _starred(found: Interval) -> str:
+    return found.text() + ("*" if found.sign else "")
+
+
+Found = Mapping[tuple[str, Outcome], Interval]
+
+
+def _sentence(found: Found) -> str:
+    wins, losses, further = _shown(found, GOLD, 1), _shown(found, GOLD, -1), _shown(found, DRIFT, 1)
+    said = {
+        (True, True): f"wins over DPO in {wins} and loses in {losses}",
+        (True, False): f"wins over DPO in {wins}",
+        (False, True): f"loses to DPO in {losses}",
+        (False, False): "is not shown to differ from DPO in gold reward",
+    }[bool(wins), bool(losses)]
+    sentences = [f"Verdict: on this task the moving reference {said}."]
+    if further:
+        sentences.append(f"After as many steps these are higher: {further}.")
+    if not wins:
+        sentences.append(ELSEWHERE)
+    return " ".join(sentences)
+
+
+def _shown(found: Found, outcomes: Sequence[Outcome], sign: int) -> str:
+    """Outcomes with the arms whose intervals lie on one side of zero."""
+    parts = []
+    for outcome in outcomes:
+        arms = [arm for (arm, of), one in found.items() if of is outcome and one.sign == sign]
+        if arms:
+            parts.append(f"{outcome.name} ({', '.join(arms)})")
+    return ", ".join(parts)
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns stand below each other in a terminal too."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    head, *rest = [
+        " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    ]
+    rule = "-|-".join("-" * width for width in widths)
+    return "\n".join(["| " + head + " |", "|-" + rule + "-|", *(f"| {one} |" for one in rest)])
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, COLUMNS - 1)

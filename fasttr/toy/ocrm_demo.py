@@ -11,16 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from fasttr.config.ocrm_config import OcrmConfig
-from fasttr.config.train_config import TrainConfig
 from fasttr.console import say
 from fasttr.errors import FasttrError
 from fasttr.evaluation.stage_table import table
-from fasttr.models.scratch import init_model
 from fasttr.settings import SEED, setting, whole
 from fasttr.toy.exact import ARMS, GOLDS, SFT_LOGP, Settings, run
 from fasttr.toy.exact_plot import plot_stages
+from fasttr.toy.start import supervised_start
 from fasttr.toy.task import NOISE, prompts, sft_rows, write_jsonl
-from fasttr.training.loop import train
 from fasttr.training.ocrm import run_ocrm
 
 MARK = "ocrm-demo"  # says that a folder is a demo's
@@ -96,40 +94,11 @@ def _exact_toy(settings: OcrmDemoSettings) -> Path:
 
 def _supervised_start(settings: OcrmDemoSettings) -> Path:
     out, seed = settings.folder, settings.seed
-    write_jsonl(sft_rows(SFT_ROWS, seed, tail=TAIL), out / "sft.jsonl")
     write_jsonl([{"prompt": one} for one in prompts(PROMPTS, seed + 1)], out / "prompts.jsonl")
     held_out = prompts(HELD_OUT, seed + 2, held_out=True)
     write_jsonl([{"prompt": one} for one in held_out], out / "judge.jsonl")
-    init_model(
-        "llama",
-        hidden_size=96,
-        num_layers=2,
-        num_heads=4,
-        vocab_size=260,
-        tokenizer_data=str(out / "sft.jsonl"),
-        output_dir=str(out / "untrained"),
-        seed=seed,
-    )
-    train(
-        TrainConfig(
-            model_name_or_path=str(out / "untrained"),
-            dataset_name=str(out / "sft.jsonl"),
-            output_dir=str(out / "sft"),
-            loss_type="sft",
-            max_steps=settings.sft_steps,
-            train_batch_size=64,
-            learning_rate=3e-3,
-            lr_scheduler_type="cosine",
-            warmup_steps=20,
-            save_strategy="no",
-            seed=seed,
-            logging_steps=50,
-            gradient_checkpointing=False,
-            max_length=128,
-            use_cpu=True,
-        )
-    )
-    return out / "sft"
+    rows = sft_rows(SFT_ROWS, seed, tail=TAIL)
+    return supervised_start(out / "sft", rows, settings.sft_steps, seed=seed)
 
 
 def _config(settings: OcrmDemoSettings, sft: Path) -> OcrmConfig:

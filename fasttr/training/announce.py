@@ -6,6 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from fasttr.batch import TreeSource
 from fasttr.config.train_config import TrainConfig
@@ -24,6 +25,7 @@ from fasttr.packing.tiers import (
     SHARED,
     bins_of_groups,
     model_tokens,
+    row_tokens,
     sequence_lengths,
     tree_sizes,
 )
@@ -83,6 +85,8 @@ def announce_plan(config: TrainConfig, loss: Loss, plan: Plan, ranks: Ranks = AL
         f"tokens per step: {shared / plan.steps_per_epoch:,.0f} packed"
         f"{repeated if unshared > shared else ''}"
     )
+    if plan.cuts:
+        _announce_parts(loss, plan, ranks)
     if ranks.world > 1:
         _announce_ranks(config, plan, ranks)
     if loss.needs_reference:
@@ -94,6 +98,29 @@ def announce_plan(config: TrainConfig, loss: Loss, plan: Plan, ranks: Ranks = AL
             f"WARNING: warmup_steps {config.warmup_steps:g} covers all {steps} steps: the full "
             "rate is never reached"
         )
+
+
+def _announce_parts(loss: Loss, plan: Plan, ranks: Ranks) -> None:
+    """How much of the data is longer than a pack, which costs a forward pass more."""
+    what, sizes = "row", row_tokens(plan.tier, plan.trees)
+    if loss.coupled and ranks.world == 1:
+        what, sizes = "group", _sizes_of_first_groups(plan, sizes)
+    over = int((sizes > plan.max_tokens_per_batch).sum())
+    if over:
+        say(
+            f"{over:,} of {counted(len(sizes), what)} are over max_tokens_per_batch "
+            f"{plan.max_tokens_per_batch}: they go through the layers in parts, which costs one "
+            "forward pass more"
+        )
+
+
+def _sizes_of_first_groups(plan: Plan, sizes: np.ndarray) -> np.ndarray:
+    """Tokens of every group of the first steps, from those of rows."""
+    found = []
+    for step in range(min(plan.total_steps, 8)):
+        of_step = sizes[plan.rows(step)]
+        found.append(np.add.reduceat(of_step, np.arange(0, len(of_step), plan.group_rows)))
+    return np.concatenate(found)
 
 
 def _announce_ranks(config: TrainConfig, plan: Plan, ranks: Ranks) -> None:
@@ -128,7 +155,7 @@ def _cost(tier: str, trees: TreeSource, config: TrainConfig) -> str:
     if tier == SHARED:
         return ""
     rows = np.arange(min(len(trees), 8 * config.train_batch_size))
-    budget = config.max_tokens_per_batch or 0
+    budget = config.token_budget(torch.device("cpu"))  # chosen before, but on a CPU
     lengths = sequence_lengths(trees, rows)
     bins = bins_of_groups(tier, trees, rows, np.arange(len(rows)), budget)
     given = sum(model_tokens(tier, lengths[members].ravel().tolist()) for members in bins)

@@ -28,7 +28,7 @@ from fasttr.memory.table import sentence, table
 from fasttr.models.packed import head_rows
 from fasttr.models.small import Build
 from fasttr.optim.named import OPTIMIZERS, parse_arguments
-from fasttr.packing.tiers import AUTO, SHARED, row_tokens
+from fasttr.packing.tiers import AUTO, SHARED, longest_sequence, row_tokens
 from fasttr.reference.schedule import Soft
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -56,14 +56,30 @@ class Rows(NamedTuple):
 
     longest: int = 1  # tokens of what must share a pack
     step_tokens: int | None = None  # that no step has more of; None: nobody knows
+    uncut: int | None = None  # of what goes through the layers at once; None: all that `longest` is
 
     @classmethod
-    def of(cls, config: TrainConfig, splits: Sequence[TreeSource], group_rows: int) -> Rows:
-        """Of rows to train on, and others after them."""
+    def of(
+        cls,
+        config: TrainConfig,
+        splits: Sequence[TreeSource],
+        group_rows: int,
+        *,
+        are_cut: bool = False,
+    ) -> Rows:
+        """Of rows to train on, and others after them; `are_cut`: a pack over the budget goes in
+        parts."""
         tier = SHARED if config.attention_tier == AUTO else config.attention_tier
         sizes = [row_tokens(tier, trees) for trees in splits]
         longest = max(_sum_of_largest(found, group_rows) for found in sizes)
-        return cls(longest, _sum_of_largest(sizes[0], config.train_batch_size))
+        step_tokens = _sum_of_largest(sizes[0], config.train_batch_size)
+        uncut = max(longest_sequence(trees) for trees in splits) if are_cut else None
+        return cls(longest, step_tokens, uncut)
+
+    @property
+    def least(self) -> int:
+        """Tokens that no pack can have less of."""
+        return self.longest if self.uncut is None else self.uncut
 
 
 def plan_memory(
@@ -84,7 +100,9 @@ def plan_memory(
     the device has. None in place of a plan: the architecture cannot be counted, which is said.
     """
     room = room or Room.of(config, device)
-    compiles = _compiles(config, device, ranks)
+    if config.activation_offloading:
+        config = dataclasses.replace(config, gradient_checkpointing=True)
+    compiles = config.compiles(device)
     if config.activation_memory_budget is not None and not compiles:
         raise FasttrError(
             f"activation_memory_budget: got {config.activation_memory_budget:g}, and layers are "
@@ -96,7 +114,7 @@ def plan_memory(
     except Exception as error:  # any code of transformers or of a repository runs here
         say(f"memory: not planned, {first_line(error)}")
         return _unplanned(config, device), None
-    setup = _setup(config, device, sizes, room, ranks, reference)
+    setup = _setup(config, device, sizes, room, ranks, reference)._replace(widest=rows.longest)
     wishes = _wishes(config, rows)
     if room.usable is None:
         plan = planned(setup, _usual(config, setup, rows), None)
@@ -153,7 +171,7 @@ def _setup(
         is_adamw=is_adamw,
         keeps_masters=config.dtype != "bfloat16",
         state_bytes=own_states,
-        compiled=_compiles(config, device, ranks),
+        compiled=config.compiles(device),
         reference=_reference(config) if reference is None else reference,
         world=ranks.world,
         shard=ranks.shard_size,
@@ -174,10 +192,6 @@ def _reference(config: TrainConfig) -> Reference:
     )
 
 
-def _compiles(config: TrainConfig, device: torch.device, ranks: Ranks) -> bool:
-    return not ranks.is_sharded and config.compiles(device)
-
-
 def _wishes(config: TrainConfig, rows: Rows) -> Wishes:
     wishes = Wishes(
         moments=config.adam_moments,
@@ -185,7 +199,8 @@ def _wishes(config: TrainConfig, rows: Rows) -> Wishes:
         budget=config.activation_memory_budget,
         tokens=config.max_tokens_per_batch,
         rests_on_host=config.ref_on_host,
-        longest=rows.longest,
+        offloads=config.activation_offloading,
+        longest=rows.least,
     )
     return wishes if rows.step_tokens is None else wishes._replace(step_tokens=rows.step_tokens)
 
@@ -199,9 +214,17 @@ def _usual(config: TrainConfig, setup: Setup, rows: Rows) -> Choices:
         checkpoints = budget is None
     return Choices(
         moments=config.adam_moments or "fp32",
-        recompute=Recompute(setup.compiled, checkpoints, 1.0 if budget is None else budget),
-        # A group that must share a pack has it, however long; a pack is no longer than its step.
-        tokens=max(min(tokens, rows.step_tokens or tokens), rows.longest),
+        recompute=Recompute(
+            setup.compiled,
+            checkpoints,
+            1.0 if budget is None else budget,
+            offloads=config.activation_offloading,
+        ),
+        # A pack is no longer than its step. Packs are cut where somebody said how long they are.
+        tokens=max(
+            min(tokens, rows.step_tokens or tokens),
+            rows.longest if config.max_tokens_per_batch is None else rows.least,
+        ),
         rests_on_host=bool(config.ref_on_host),
         adds_packs=rows.step_tokens is None or tokens < rows.step_tokens,
     )
@@ -223,7 +246,7 @@ def _with_choices(config: Config, plan: Plan) -> Config:
     """The configuration with what it left open."""
     choices = plan.choices
     recompute = choices.recompute
-    tokens = choices.tokens if plan.room is not None else config.token_budget(torch.device("cpu"))
+    tokens = None if plan.room is None else choices.tokens
     has_budget = recompute.compiled and not recompute.whole_layers and plan.room is not None
     has_choice = plan.room is not None and plan.setup.reference.is_soft
     return dataclasses.replace(

@@ -42,7 +42,7 @@ from fasttr.training.critic import Critic, read_critic
 from fasttr.training.experience import Collector
 from fasttr.training.memory import Rows, plan_memory
 from fasttr.training.run import Run
-from fasttr.training.setup import Given, checked_tokenizer, prepare_torch
+from fasttr.training.setup import Given, checked_tokenizer, compile_policy, prepare_torch
 
 
 @dataclass
@@ -66,7 +66,7 @@ def set_up(config: OnlineConfig, functions: Sequence[Any], rows: Any) -> OnlineR
     if resume is not None:
         config = config.as_planned_in(resume.state.facts["config"])
     config = dataclasses.replace(config, attention_tier=SHARED)
-    config, _ = plan_memory(
+    config, memory = plan_memory(
         config,
         device,
         dataclasses.replace(config.model(device), name=str(source)).read(),
@@ -83,7 +83,9 @@ def set_up(config: OnlineConfig, functions: Sequence[Any], rows: Any) -> OnlineR
     if resume is not None:
         trained_on: Any = plan
         check_resume(resume, config, loss, trained_on)
-    of_policy = dataclasses.replace(config.model(device), embedding_rows=embedding_rows)
+    of_policy = dataclasses.replace(
+        config.model(device), compile=False, embedding_rows=embedding_rows
+    )
     policy = _policy(of_policy, resume, plan.trees)
     sources = _sources(config, tokenizer, device, functions)
     reference = ResidentReference(config.schedule, _reference(config, device, embedding_rows))
@@ -92,6 +94,7 @@ def set_up(config: OnlineConfig, functions: Sequence[Any], rows: Any) -> OnlineR
         saved = None if resume is None else resume.state.critic
         critic = read_critic(config, device, tokenizer, plan.total_steps, saved)
     optimizer = config.optimizer().optimizer(policy.model, policy.bf16)
+    compile_policy(config, policy, memory)
     ledger = OnlineLedger([one.name for one in sources])
     budget = config.token_budget(device)
     engine = TransformersEngine(

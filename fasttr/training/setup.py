@@ -22,6 +22,7 @@ from fasttr.environment import device_for
 from fasttr.errors import FasttrError
 from fasttr.evaluation.split import EvaluationSplit
 from fasttr.losses import Loss, as_loss
+from fasttr.memory.choose import Plan as MemoryPlan
 from fasttr.memory.plan import NO_REFERENCE
 from fasttr.metrics.ledger import PreferenceLedger
 from fasttr.metrics.sums import Averages
@@ -111,7 +112,8 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     splits = [trees, *eval_trees.values()]
     choice = _tier(config, candidates, splits)
     config = dataclasses.replace(config, attention_tier=choice.tier)
-    rows_of_packs = Rows.of(config, splits, config.group_rows(loss))
+    are_cut = not config.router_aux_loss_coef
+    rows_of_packs = Rows.of(config, splits, config.group_rows(loss), are_cut=are_cut)
     config, memory = plan_memory(
         config,
         device,
@@ -145,15 +147,7 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
         policy.model, bf16=splits_weights, rows=local_rows_of(policy)
     )
     # Not before: the optimizer decides which weights are bf16, and graphs are made for dtypes.
-    compiled = compile_layers(
-        policy,
-        config.compile,
-        budget=config.activation_memory_budget,
-        tokens=config.token_budget(device),
-    )
-    if unless_compiled(config, memory, compiled):
-        say("memory: whole layers are made again in the backward, since they are not compiled")
-        checkpoint_activations(policy.model, True)
+    compile_policy(config, policy, memory)
     run = Run(
         config=config,
         device=device,
@@ -189,6 +183,19 @@ def setup(config: TrainConfig, given: Given, ranks: Ranks = ALONE) -> Run:
     if resume is not None:
         take_up(run, resume)
     return run
+
+
+def compile_policy(config: TrainConfig, policy: PackedModel, memory: MemoryPlan | None) -> None:
+    """Compile its layers as the memory plan counts on it."""
+    compiled = compile_layers(
+        policy,
+        config.compile,
+        budget=config.activation_memory_budget,
+        tokens=config.token_budget(policy.device),
+    )
+    if unless_compiled(config, memory, compiled):
+        say("memory: whole layers are made again in the backward, since they are not compiled")
+        checkpoint_activations(policy.model, True)
 
 
 def _require_divisible(config: TrainConfig) -> None:

@@ -12,6 +12,7 @@ from fasttr.losses import StepObjective
 from fasttr.metrics.ledger import Ledger
 from fasttr.metrics.sums import MicroBatches, by_name, over_micro_batches
 from fasttr.metrics.throughput import Throughput
+from fasttr.models.passes import forward_and_backward
 from fasttr.optim.adamw import after_step
 from fasttr.optim.update import begin_step, update
 from fasttr.packing.plan import unshared_tokens
@@ -76,8 +77,9 @@ def finish_step(run: Run, micro_means: Tensor, moves: bool = False) -> StepMetri
 def _backward(run: Run, step: int, throughput: Throughput) -> Tensor:
     """Gradients of all packs; returns the sums of their metrics, by micro-batch."""
     packs = run.packs(step)
+    passes = sum(max(len(batch.parts), 1) for batch in packs)
     # Among several ranks what is added up has one dtype, however many packs each has.
-    begin_step(run.optimizer, len(packs) if run.ranks.world == 1 else max(len(packs), 2))
+    begin_step(run.optimizer, passes if run.ranks.world == 1 else max(passes, 2))
     with run.policy.weights_still():
         return _sums_of(run, step, packs, throughput)
 
@@ -94,14 +96,11 @@ def _sums_of(run: Run, step: int, packs: list[PackedBatch], throughput: Throughp
         of_step = MicroBatches(torch.from_numpy(micro_batches), number)
         coupled = coupled_step(run, step, packs, objective, of_step)
     sums = run.ledger.zeros(run.device, number)
-    shards = run.policy.shards
     head = run.policy.head_weight().weight
     for host_batch in packs:
         batch = host_batch.to(run.device)
         if not batch.rows:
-            assert shards is not None
-            run.policy(batch, _nothing).loss.backward()
-            shards.collect_gradients()
+            forward_and_backward(run.policy, batch, _nothing)
             continue
         ref_logp = None
         if run.loss.needs_reference:
@@ -111,7 +110,8 @@ def _sums_of(run: Run, step: int, packs: list[PackedBatch], throughput: Throughp
         if coupled is not None:
             loss_fn = coupled.loss_fn(batch)
             normalizer = 1.0
-        out = run.policy(
+        out = forward_and_backward(
+            run.policy,
             batch,
             loss_fn,
             ref_logp,
@@ -119,12 +119,9 @@ def _sums_of(run: Run, step: int, packs: list[PackedBatch], throughput: Throughp
             stats=True,
             router_share=len(batch.rows) / len(rows),
             # What earlier packs began; fp32 compute keeps the order of sums of other trainers.
-            head_grad=head.grad if run.policy.bf16 and shards is None else None,
+            head_grad=head.grad if run.policy.bf16 and run.policy.shards is None else None,
             head_means=objective.head_means,
         )
-        out.loss.backward()
-        if shards is not None:
-            shards.collect_gradients()
         places = torch.tensor([micro_batch_of[row] for row in batch.rows])
         of_pack = MicroBatches(places.to(run.device, non_blocking=True), number)
         found = run.ledger.of_pack(out, ref_logp, batch, of_pack, run.policy.router_loss)

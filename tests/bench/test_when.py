@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,11 @@ from bench.paper.when import effects, report, study
 from bench.paper.when.design import FACTORS, SEEDS, Setting, design_matrix, settings_of
 from bench.paper.when.runs import ARMS, CONTROLS, MOVING, LinearMargin, Scale
 from bench.paper.when.study import Record
-from bench.paper.when.writers import (
+from fasttr.losses import LossInputs, Sigmoid
+from fasttr.models.load import ModelConfig, load_model, load_tokenizer
+from fasttr.models.scratch import init_model
+from fasttr.toy import demo, judge
+from fasttr.toy.writers import (
     FormulaWriter,
     habitual_completion,
     in_grammar,
@@ -23,10 +28,6 @@ from bench.paper.when.writers import (
     pairs,
     tailed_completion,
 )
-from fasttr.losses import LossInputs, Sigmoid
-from fasttr.models.load import ModelConfig, load_model, load_tokenizer
-from fasttr.models.scratch import init_model
-from fasttr.toy import judge
 
 REFERENCES = ("fixed", *MOVING)
 BY = (*FACTORS, "writer part")
@@ -243,10 +244,12 @@ def test_the_report_names_what_it_found(tmp_path):
     paper = tmp_path / "paper"
     (paper / "when").mkdir(parents=True)
     (paper / "README.md").write_text("before\n<!-- when -->\nstale\n<!-- /when -->\nafter\n")
-    report.publish(records, tmp_path, paper)
+    report.publish(tmp_path, paper)
     page = (paper / "README.md").read_text()
     assert page.startswith("before\n<!-- when -->\n**18 of the 18 planned seeds")
     assert page.endswith("<!-- /when -->\nafter\n")
+    assert "| gold reward at equal KL | helps (in 20) | helps (in 21) |" in page
+    assert "| mass out of distribution at equal KL | not shown to differ |" in page
     assert "stale" not in page
     assert "| writer cold | **+0." in page
     for name in ("when-paths.png", "when-effects.png", "when/verdict.md"):
@@ -308,3 +311,28 @@ def test_settings_are_named_apart():
     assert len({setting.name for setting in ALL}) == len(ALL)
     assert Setting("sft", "late", 0.0, "sigmoid", 1.0).name == "sft-late-noise0-sigmoid-beta1"
     assert set(ARMS) == {"fixed", *MOVING, *CONTROLS}
+
+
+def test_the_demo_repeats_a_setting_of_the_cell_that_the_rule_names():
+    """The middle one in noise and beta of those with DPO, at the study's scale."""
+    verdict = (Path(command.__file__).parent / "verdict.md").read_text()
+    assert f"by their KL after the same steps: {demo.WRITER} x {demo.PART}\n" in verdict
+    of_dpo = [
+        setting
+        for setting in ALL
+        if setting[:2] == (demo.WRITER, demo.PART) and setting.loss == "sigmoid"
+    ]
+    middle = [sorted(getattr(one, key) for one in of_dpo)[1] for key in ("noise", "beta")]
+    assert len(of_dpo) == 3
+    assert middle == [demo.NOISE, demo.BETA]
+    assert any([one.noise, one.beta] == middle for one in of_dpo)
+
+    scale, settings = Scale(), demo.DemoSettings()
+    assert (scale.steps, scale.sft_steps) == (settings.steps, settings.sft_steps)
+    assert (scale.width, scale.sft_rows, scale.pairs) == (demo.WIDTH, demo.SFT_ROWS, demo.PAIRS)
+    assert (scale.held_pairs, scale.samples) == (demo.HELD_OUT_PAIRS, demo.PROMPTS)
+    assert scale.every == scale.steps // demo.EVALUATIONS
+    hard, soft = (demo.ARMS[f"TR-DPO {kind}"] for kind in ("hard", "soft"))
+    assert hard["ref_update_every"] == ARMS["hard 6"].every
+    assert soft["ref_update_every"] == ARMS["soft 12"].every
+    assert soft["ref_update_alpha"] == scale.alpha

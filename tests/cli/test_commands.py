@@ -12,12 +12,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from fasttr import TrainConfig
 from fasttr.cli import main
 from fasttr.cli.train import parse_train
 from fasttr.errors import FasttrError
-from tests.runs import settings, steps
+from tests.runs import read_rows, settings, steps
 
 NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d"]
 
@@ -249,13 +250,15 @@ def test_a_loss_that_is_no_longer_finite_stops_the_run(workspace, tmp_path, caps
             learning_rate=1e30,
             save_strategy="steps",
             save_steps=1,
+            logging_steps=9,
             max_grad_norm=0,
         )
     )
     message = one_line(capsys, ["train", *args])
-    assert re.search(r"step [23]: the loss or its gradient is not finite \(rows \d+", message)
+    broken = re.match(r"step ([23]): the loss or its gradient is not finite \(rows \d+", message)
+    assert broken
     assert "checkpoint-1" in message
-    assert not (tmp_path / "checkpoint-3").exists()
+    assert not (tmp_path / f"checkpoint-{broken[1]}").exists()
     assert not (tmp_path / "model.safetensors").exists()
 
 
@@ -265,11 +268,23 @@ def test_it_says_what_it_will_do_and_warns_when_the_reference_never_moves(
     main(["train", *flags(settings(workspace, tmp_path, max_steps=2, ref_update="hard"))])
     said = capsys.readouterr().out
     assert "read 24 rows" in said
-    assert "tokens per step" in said
+    assert f" packed, {repeated_tokens(workspace) / 6:,.0f} with prompts repeated\n" in said
     assert "reference: hard, 0 updates planned\n" in said
     assert (
         "WARNING: the reference will never move: ref_update_every is 512 and the run has 2 steps"
         in said
+    )
+
+
+def repeated_tokens(workspace) -> int:
+    """Of all pairs, each side with its prompt and EOS, as the tokenizer counts them."""
+    tokenizer = AutoTokenizer.from_pretrained(workspace / "model")
+    return sum(
+        len(tokenizer(row["prompt"])["input_ids"])
+        + len(tokenizer(row[side], add_special_tokens=False)["input_ids"])
+        + 1
+        for row in read_rows(workspace / "train.jsonl")
+        for side in ("chosen", "rejected")
     )
 
 

@@ -19,14 +19,35 @@ from tests.runs import run, steps
 ROOT = Path(__file__).parents[2]
 
 
+CHANGES = {"max_steps": 3, "train_batch_size": 8, "max_tokens_per_batch": 100}
+
+
 def test_the_command_starts_its_processes_and_they_give_the_run_of_one(workspace, tmp_path):
     """`num_processes` becomes torchrun, so that this is its path too."""
-    changes = {"max_steps": 3, "train_batch_size": 8, "max_tokens_per_batch": 100}
-    run(workspace, tmp_path / "one", **changes)
-    flags = {
+    run(workspace, tmp_path / "one", **CHANGES)
+    words = flags(workspace, tmp_path / "two")
+    done = started(tmp_path, "fasttr", "train", *words, "--num_processes", "2")
+    assert done.stdout.count("precompute_ref_log_probs: ignored") == 1
+    assert done.stdout.count("done: 3 steps") == 1
+    assert_same_steps(tmp_path)
+
+
+@pytest.mark.slow
+def test_accelerate_itself_starts_processes_with_the_file_that_trl_ships(workspace, tmp_path):
+    run(workspace, tmp_path / "one", **CHANGES)
+    file = Path(trl.__file__).parent / "accelerate_configs" / "fsdp2.yaml"
+    launcher = ["--config_file", str(file), "--num_processes", "2", "--main_process_port", "0"]
+    words = ["-m", "fasttr", "dpo", *flags(workspace, tmp_path / "two")]
+    done = started(tmp_path, "accelerate.commands.launch", *launcher, *words)
+    assert done.stdout.count("weights: divided among 2 processes, 1 copy in all") == 1
+    assert_same_steps(tmp_path)
+
+
+def flags(workspace, output_dir):
+    values = {
         "model_name_or_path": workspace / "model",
         "dataset_name": workspace / "train.jsonl",
-        "output_dir": tmp_path / "two",
+        "output_dir": output_dir,
         "learning_rate": 3e-3,
         "max_length": 64,
         "logging_steps": 1,
@@ -34,24 +55,28 @@ def test_the_command_starts_its_processes_and_they_give_the_run_of_one(workspace
         "disable_tqdm": "true",
         "use_cpu": "true",
         "bf16": "false",
-        "num_processes": 2,
         "precompute_ref_log_probs": "true",
-        **changes,
+        **CHANGES,
     }
-    words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+    return [word for key, value in values.items() for word in (f"--{key}", str(value))]
+
+
+def started(home, *module_and_words):
     done = subprocess.run(
-        [sys.executable, "-m", "fasttr", "train", *words],
+        [sys.executable, "-m", *module_and_words],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
         cwd=ROOT,
-        env={"PYTHONPATH": ".:kernels", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        env={"PYTHONPATH": ".:kernels", "PATH": "/usr/bin:/bin", "HOME": str(home)},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("precompute_ref_log_probs: ignored") == 1
-    assert done.stdout.count("done: 3 steps") == 1
-    for expected, got in zip(steps(tmp_path / "one"), steps(tmp_path / "two"), strict=True):
+    return done
+
+
+def assert_same_steps(folder):
+    for expected, got in zip(steps(folder / "one"), steps(folder / "two"), strict=True):
         assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
 

@@ -34,11 +34,21 @@ CASES = {
     "experts": {**EXPERTS, **MOVING},
     "experts adapter": {**EXPERTS, **MOVING, **ADAPTER, "lora_target_modules": "q_proj"},
     "kept end": {"max_length": 24, "truncation_mode": "keep_end", "max_steps": 3},
+    # Rows go through the layers in parts, of which another rank may have more.
+    "long rows": {"max_tokens_per_batch": 30, **MOVING, "eval_strategy": "steps", "eval_steps": 2},
+    "long rows of kto": {
+        "model_name_or_path": "tied",
+        "loss_type": "kto",
+        "max_tokens_per_batch": 20,
+        "gradient_checkpointing": True,
+        "activation_offloading": True,
+        "max_steps": 3,
+    },
     # Every weight moves by its gradient.
     "gradient": {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "max_steps": 1},
 }
 # Products of other packs round otherwise in bf16, on one process too.
-ROUNDED = {name: 2e-2 if name.startswith("bf16") else 1e-5 for name in CASES}
+ROUNDED = {"bf16": 2e-2, "bf16 adapter": 2e-2}
 ROUNDED["gradient"] = 2e-6
 
 
@@ -64,7 +74,7 @@ def trained(folder: Path) -> dict[str, torch.Tensor]:
 
 def assert_same_numbers(expected_folder: Path, folder: Path, name: str) -> None:
     """Lines of metrics, evaluations and final weights of a case, as far as sums may differ."""
-    rounded = ROUNDED[name]
+    rounded = ROUNDED.get(name, 1e-5)
     for expected, got in zip(steps(expected_folder), steps(folder), strict=True):
         for key in ("loss", "grad_norm", "ref/distance", "kl", "rewards/margins"):
             if key in expected:

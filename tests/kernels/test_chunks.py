@@ -96,6 +96,15 @@ def test_calls_of_many_sizes_ask_for_few_sizes_of_buffers() -> None:
     assert all(r >= n for r, n in zip(rows, range(1, 4001, 37), strict=True))
 
 
+def test_rows_of_buffers_start_on_whole_words_at_any_vocabulary() -> None:
+    head = Head(torch.zeros(4001, 4, dtype=torch.bfloat16, device=DEVICE), None, 1.0, None)
+    work = rows_triton.Workspace(7, 4001, head, True, True)
+    assert (work.logits.dtype, work.dz.dtype) == (torch.float32, torch.bfloat16)
+    for buffer in (work.logits, work.dz):
+        assert buffer.shape[1] == 4001
+        assert buffer.stride(0) * buffer.element_size() % 128 == 0
+
+
 def test_weights_by_row_give_the_gradient_of_a_weighted_sum_of_tokens(rows: str) -> None:
     problem = Problem([5, 1, 0, 3], dtype=torch.float64, bias=True)
     by_row = torch.linspace(-1, 2, 9, dtype=torch.float64, device=DEVICE)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fasttr.memory.activations import Recompute, kept_bytes
+from fasttr.memory.activations import Recompute, kept_bytes, offloaded_bytes
 from fasttr.memory.sizes import sizes_of
 from fasttr.models.compiled import budgeted, layers_of
 from fasttr.models.halves import round_matrices
@@ -89,6 +89,39 @@ def test_with_checkpointing_a_layer_keeps_its_input(arch, rotary):
     counted = kept_bytes(sizes, Recompute(compiled=False, whole_layers=True))
     # Cosines and sines are arguments of a layer, which autograd's hooks do not see then.
     assert counted == pytest.approx(kept + 2 * 4 * rotary, rel=0.01)
+
+
+def test_offloading_takes_the_inputs_of_all_layers_and_changes_no_gradient(monkeypatch):
+    moved: list[int] = []
+
+    def on_cpu(pin_memory: bool) -> Any:
+        def note(x: torch.Tensor) -> torch.Tensor:
+            moved.append(x.data_ptr())
+            return x.clone()
+
+        assert not pin_memory
+        return torch.autograd.graph.saved_tensors_hooks(note, lambda x: x)
+
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", on_cpu)
+    batch = pack(random_trees(SHAPES))
+    inputs: list[torch.Tensor] = []
+    found = []
+    for offloads in (False, True):
+        model = packed_tiny("llama")
+        checkpoint_activations(model.model, True)
+        for layer in layers_of(model):
+            layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        model.offloads = offloads
+        model.hidden_states(batch).square().sum().backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    of_layers = inputs[-2:]
+    assert {x.data_ptr() for x in of_layers} <= set(moved)
+    counted = offloaded_bytes(
+        sizes_of(tiny_config("llama"), bf16=False),
+        Recompute(compiled=False, whole_layers=True, offloads=True),
+    )
+    assert counted * len(batch.input_ids) == sum(x.nbytes for x in of_layers)
 
 
 @pytest.mark.parametrize(

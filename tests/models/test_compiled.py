@@ -9,10 +9,12 @@ from torch._dynamo.utils import counters
 
 from fasttr import TrainConfig
 from fasttr.errors import FasttrError
-from fasttr.models.compiled import compile_layers
+from fasttr.models.compiled import compile_layers, uncompiled
+from fasttr.optim.adamw import OptimizerConfig
 from fasttr.packing.layout import pack
 from tests.runs import run, steps
 from tests.tiny import gradients, packed_tiny, random_trees
+from tests.training.test_online import online
 
 PACKS = [
     [(7, 5, 9), (3, 1, 4)],
@@ -131,16 +133,28 @@ def test_first_packs_are_about_as_long_as_those_of_a_run(tokens, positions, long
     assert min(seen) == longest * 29 // 44, "and one that is shorter"
 
 
-def test_a_graph_that_is_made_in_the_middle_of_a_run_is_said(capsys):
-    model = packed_tiny()
-    assert compile_layers(model, True, backend="eager")
+def test_a_graph_made_in_the_middle_of_a_run_is_said_and_finds_the_sums_over_packs(capsys):
+    """fp32 gradients of bf16 weights, which torch would not trace."""
+    compiled, eager = packed_tiny(), packed_tiny()
+    assert compile_layers(compiled, True, backend="eager")
     batch = pack(random_trees([(3, 2, 4), (2, 6, 1)]))
     capsys.readouterr()
-    model.logps(batch)
-    assert capsys.readouterr().out == ""
-    model.bf16 = True
-    model.logps(batch)
-    assert "compile: a layer is compiled once more" in capsys.readouterr().out
+    compiled.logps(batch)
+    found = []
+    for model in (compiled, eager):
+        model.bf16 = True
+        with uncompiled(model):
+            model.logps(batch)
+        assert capsys.readouterr().out == "", "nothing was compiled yet"
+        OptimizerConfig().optimizer(model.model, bf16=True).begin_step(packs=2)
+        for _ in range(2):
+            model(batch, lambda logp, ref_logp, groups: logp.sum()).loss.backward()
+        found.append(gradients(model.model))
+        said = capsys.readouterr().out
+        assert ("compile: a layer is compiled once more" in said) == (model is compiled)
+    for name, gradient in found[1].items():
+        assert found[0][name].dtype == torch.float32
+        assert torch.equal(found[0][name], gradient), name
 
 
 @pytest.mark.slow
@@ -160,5 +174,24 @@ def test_layers_are_compiled_after_their_weights_have_their_dtype(workspace, tmp
         "fasttr.training.setup.compile_layers",
         lambda packed, asked, **_: found.append((asked, {p.dtype for p in packed.parameters()})),
     )
-    run(workspace, tmp_path, bf16=True, max_steps=1)
-    assert found == [(None, {torch.bfloat16, torch.float32})]
+    run(workspace, tmp_path / "pairs", bf16=True, max_steps=1)
+    online(workspace, tmp_path / "online", bf16=True, max_steps=1)
+    assert found == 2 * [(None, {torch.bfloat16, torch.float32})]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", ["pairs", "online"])
+def test_a_compiled_run_in_bf16_of_several_packs_a_step_that_draws_samples(
+    train, workspace, tmp_path, monkeypatch, capsys
+):
+    """All that a GPU has by default. Nothing is compiled again after the first packs."""
+    monkeypatch.setattr(compile_layers, "__defaults__", ("aot_eager", None, None))
+    changes = {"bf16": True, "compile": True, "max_tokens_per_batch": 64, "max_steps": 3}
+    if train == "pairs":
+        run(workspace, tmp_path, log_completions=True, logging_steps=1, **changes)
+    else:
+        online(workspace, tmp_path, **changes)
+    said = capsys.readouterr().out
+    assert "compile: done" in said
+    assert "compiled once more" not in said
+    assert len(steps(tmp_path)) == 3

@@ -11,6 +11,7 @@ from fasttr.errors import FasttrError
 from fasttr.models import attention
 from fasttr.models.attention import own_attention
 from fasttr.models.checks import check_head
+from fasttr.models.policy import token_logps
 from fasttr.models.probe import probe
 from fasttr.packing.layout import pack
 from fasttr.packing.tiers import unshared
@@ -157,3 +158,6 @@ def test_a_head_with_a_bias_keeps_it():
     out.loss.backward()
     assert "lm_head.bias" in gradients(shared)
     assert_same(out.logp, gradients(shared), want, gradients(plain))
+    batch = pack(trees)
+    of_tokens = token_logps(packed(shared), batch).split(batch.cu_completions.diff().tolist())
+    torch.testing.assert_close(torch.stack([x.sum() for x in of_tokens]), out.logp.detach())

@@ -20,7 +20,8 @@ from fasttr.losses import LOSSES, group_loss
 from fasttr.models.load import ModelConfig, load_model, load_tokenizer
 from fasttr.optim.adamw import OptimizerConfig, parameter_groups
 from fasttr.packing.plan import Plan
-from tests.runs import lines, run, same_weights, settings, timeless, weights
+from tests.runs import lines, run, same_weights, settings, steps, timeless, weights
+from tests.several import launched
 
 BF16 = {"bf16": True, "save_strategy": "steps", "save_steps": 2}
 SOFT = {"ref_update": "soft", "ref_update_every": 2, "ref_update_alpha": 0.3}
@@ -228,6 +229,25 @@ def test_format_1_is_still_read(workspace, tmp_path, whole):
     assert same_weights(folder, whole["split"])
     mine, theirs = (masters(f / "checkpoint-6") for f in (folder, whole["split"]))
     assert all(np.array_equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_two_ranks_read_format_1(workspace, tmp_path, whole):
+    """Divided, each takes its rows of the fp32 weights, and splits them itself."""
+    shutil.copytree(whole["split"] / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+    as_format_1(tmp_path / "run" / "checkpoint-2")
+    common = {**BF16, **SOFT, "max_tokens_per_batch": 100, "save_strategy": "no"}
+    resumed = {**common, "resume_from_checkpoint": str(tmp_path / "run" / "checkpoint-2")}
+    runs = [
+        settings(workspace, tmp_path / str(size), **resumed, shard_size=size) for size in (0, 1)
+    ]
+    ended = launched(2, runs, tmp_path / "output")
+    assert [rank.status for rank in ended] == [0, 0], ended
+    expected = steps(whole["split"])[2:]
+    for size in ("0", "1"):
+        got = steps(tmp_path / size)
+        for mine, theirs in zip(got, expected, strict=True):
+            for key in ("loss", "ref/distance", "learning_rate"):
+                assert mine[key] == pytest.approx(theirs[key], rel=2e-2, abs=2e-2), key
 
 
 def test_a_checkpoint_of_another_format_is_refused(workspace, tmp_path, whole):

@@ -17,6 +17,7 @@ from tests.tiny import tiny_model
 from tests.training.adapters import (
     ADAPTER,
     KINDS,
+    adapter_of,
     assert_same_adapters,
     logits_of,
 )
@@ -49,6 +50,33 @@ def test_the_saved_adapter_loads_in_peft_in_transformers_and_here(workspace, tmp
         difference = float((logits_of(model) - expected).abs().max())
         assert difference < 2e-5 * float(expected.abs().max()), reader
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
+
+
+def test_an_adapter_on_experts_is_trained_and_loads_in_peft(workspace, tmp_path):
+    """Experts are one tensor of a layer, which peft adapts as a parameter."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tiny_model("qwen3_moe", vocab_size=300).save_pretrained(tmp_path / "experts")
+    AutoTokenizer.from_pretrained(workspace / "model").save_pretrained(tmp_path / "experts")
+    changes = {
+        **ADAPTER,
+        "lora_target_modules": ["q_proj"],
+        "lora_target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        "model_name_or_path": str(tmp_path / "experts"),
+        "learning_rate": 2e-2,
+    }
+    result = run(workspace, tmp_path / "adapter", **changes)
+    saved = adapter_of(tmp_path / "adapter")
+    of_experts = {name: x for name, x in saved.items() if "experts" in name and "lora_B" in name}
+    assert len(of_experts) == 4  # two of each layer
+    assert all(x.abs().max() > 1e-3 for x in of_experts.values())
+    expected = logits_of(result.model)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "experts")
+    assert (logits_of(base) - expected).abs().max() > 1e-2
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    difference = float((logits_of(loaded) - expected).abs().max())
+    assert difference < 2e-5 * float(expected.abs().max())
 
 
 def test_an_adapter_folder_is_measured_like_a_model(workspace, tmp_path):

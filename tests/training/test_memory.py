@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fasttr import TrainConfig
+from fasttr.distributed.ranks import ALONE, Ranks
 from fasttr.errors import FasttrError
-from fasttr.memory.plan import GIB
+from fasttr.memory.plan import GIB, bytes_of
 from fasttr.memory.shapes import SHAPES
 from fasttr.training.memory import Room, Rows, plan_memory
 from tests.runs import run, same_weights, settings, steps, stopped_run
@@ -19,10 +20,10 @@ CPU = torch.device("cpu")
 CARD = Room("a card", 80 * GIB, 76 * GIB)
 
 
-def plan_of(shape, room=CARD, rows=None, **changes):
+def plan_of(shape, room=CARD, rows=None, ranks=ALONE, **changes):
     config = TrainConfig(**{"bf16": True, "compile": True, **changes})
     rows = rows or Rows(longest=2048, step_tokens=64 * 2048)
-    return plan_memory(config, CPU, SHAPES[shape].config(), rows, room=room)
+    return plan_memory(config, CPU, SHAPES[shape].config(), rows, room=room, ranks=ranks)
 
 
 def test_what_is_left_open_is_chosen_and_the_table_says_it(capsys):
@@ -103,12 +104,53 @@ def test_on_a_cpu_nothing_is_chosen_and_a_line_says_what_is_held(capsys):
     rows = Rows(longest=100, step_tokens=5000)
     model = tiny_config("llama", vocab_size=200_000)
     config, plan = plan_memory(config, CPU, model, rows)
-    assert (config.adam_moments, config.max_tokens_per_batch) == ("fp32", 1024)
+    # A row over the usual 1024 stays whole, where nobody has said what there is room for.
+    assert (config.adam_moments, config.max_tokens_per_batch) == ("fp32", None)
     assert config.gradient_checkpointing is True
     assert plan.room is None
     said = capsys.readouterr().out
     assert said.startswith("memory, planned: 0.")
     assert "\n  of it weights 0.05, gradients 0.05, moments 0.10\n" in said
+
+
+def test_rows_that_can_be_cut_need_no_pack_of_their_length():
+    """Pairs of up to 150k tokens, whose longest side with its prompt has 80k."""
+    card = Room("a card", 48 * GIB, 45 * GIB)
+    long = Rows(longest=150_000, step_tokens=600_000)
+    with pytest.raises(FasttrError, match="wanted use_peft true, a smaller model"):
+        plan_of("llama-3.2-1b", room=card, rows=long)
+    config, plan = plan_of("llama-3.2-1b", room=card, rows=long._replace(uncut=80_000))
+    assert plan.fits
+    assert 80_000 <= config.max_tokens_per_batch < 150_000
+    # Hidden states of the whole pair meet at the head.
+    narrow = plan.setup._replace(widest=1)
+    assert bytes_of(narrow, plan.choices).phases["head"] < plan.bytes.phases["head"]
+
+
+def test_divided_weights_are_planned_as_compiled():
+    """As they are on CUDA: a layer then keeps less, and has a budget."""
+    eight = Ranks(world=8, shard_size=8)
+    config, plan = plan_of("llama-3-8b", ranks=eight)
+    assert plan.fits
+    assert plan.setup.compiled
+    assert config.activation_memory_budget == plan.choices.recompute.budget
+    eager, slower = plan_of("llama-3-8b", ranks=eight, compile=False)
+    assert eager.activation_memory_budget is None
+    assert slower.choices.tokens < plan.choices.tokens or eager.gradient_checkpointing
+
+
+def test_offloaded_inputs_of_layers_leave_the_card(capsys):
+    common = {"max_tokens_per_batch": 8192, "memory_budget_gib": 76}
+    kept, plan = plan_of("llama-3-8b", use_peft=True, gradient_checkpointing=True, **common)
+    capsys.readouterr()
+    moved, offloaded = plan_of("llama-3-8b", use_peft=True, activation_offloading=True, **common)
+    assert kept.gradient_checkpointing is moved.gradient_checkpointing is True
+    of_inputs = 8192 * 32 * 4096 * 4
+    assert offloaded.bytes.offloaded == of_inputs
+    assert plan.bytes.activations - offloaded.bytes.activations == of_inputs
+    assert "from inputs in the host's memory (4.00 GiB)" in capsys.readouterr().out
+    with pytest.raises(FasttrError, match="activation_offloading: got true with"):
+        TrainConfig(activation_offloading=True, gradient_checkpointing=False)
 
 
 def test_an_architecture_that_cannot_be_counted_is_said_and_trained(capsys):

@@ -6,11 +6,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fasttr import TrainConfig, train
+from fasttr.batch import Tree
+from fasttr.data.in_memory import ListTrees
 from fasttr.errors import FasttrError
 from fasttr.evaluation.standalone import measure
 from fasttr.models.load import load_tokenizer
@@ -47,6 +50,22 @@ def extra_rows(workspace, tmp_path) -> Path:
     rows = read_rows(workspace / "train.jsonl")
     rows[7]["chosen"] += EXTRA
     return write_rows(tmp_path / "extra.jsonl", rows)
+
+
+def test_an_id_beyond_the_embedding_in_any_split_stops_a_run(workspace, tmp_path):
+    """Trees that Python hands over may hold ids that no tokenizer made; the model has 300 rows."""
+    known, beyond = (
+        ListTrees([Tree(row, ids(1, 2), (ids(3, last), ids(4))) for row in range(4)])
+        for last in (299, 300)
+    )
+    evaluates = {"eval_strategy": "steps", "eval_steps": 3}
+    config = TrainConfig(**settings(workspace, tmp_path, dataset_name=None, **evaluates))
+    with pytest.raises(FasttrError, match=r"the rows hold token 300, .* has 300 rows"):
+        train(config, train_dataset=known, eval_dataset=beyond)
+
+
+def ids(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int32)
 
 
 WANTED = "the tokenizer knows ids up to 300, and the embedding of .* has 300 rows; .*resize_embed"

@@ -76,6 +76,24 @@ def test_an_architecture_is_trls_with_a_perturbed_reference(workspace_of, tmp_pa
     assert_same_log(ours, theirs, [*SHARED, "aux_loss"])
 
 
+def test_a_steps_router_loss_is_the_mean_of_its_micro_batches(workspace_of, tmp_path):
+    folder = workspace_of("mixtral")
+    changes = {"router_aux_loss_coef": 0.5, "max_steps": 2, "max_length": 40}
+    in_two = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    theirs = trl_run(folder, tmp_path, loss_type="sigmoid", **in_two, **changes)
+    run(
+        folder,
+        tmp_path / "ours",
+        micro_batch_size=2,
+        learning_rate=0.0,
+        max_grad_norm=0.0,
+        ref_model_name_or_path=str(folder / "reference"),
+        **changes,
+    )
+    assert theirs[0]["aux_loss"] > 0.1
+    assert_same_log(steps(tmp_path / "ours"), theirs, [*SHARED, "aux_loss"])
+
+
 def test_mismatched_completions_of_kto_teach_no_router(workspace_of, tmp_path):
     folder = workspace_of("mixtral")
     changes = {"loss_type": "kto", "router_aux_loss_coef": 0.5, "max_steps": 2, "max_length": 40}

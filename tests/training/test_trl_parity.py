@@ -142,8 +142,7 @@ def trl_run(workspace, tmp_path, after_step=None, **changes):
     args = trl_arguments(
         KTOConfig if kto else DPOConfig,
         tmp_path / "trl",
-        per_device_train_batch_size=4,
-        **{"max_length": 64, **UNMOVED, **changes},
+        **{"per_device_train_batch_size": 4, "max_length": 64, **UNMOVED, **changes},
     )
     trainer = (KTOTrainer if kto else DPOTrainer)(
         model=model,

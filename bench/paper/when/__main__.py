@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     if asked.most is None:
         print(write(records, scale, asked.out))
     if asked.publish and records:
-        publish(records, asked.out, Path(__file__).parents[1])
+        publish(asked.out, Path(__file__).parents[1])
     left = sum(bool(task.missing) for task in tasks)
     print(f"{len(tasks) - left} of {len(tasks)} settings are complete in {asked.out}")
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bench.paper.when.writers import PARTS, WRITERS
+from fasttr.toy.writers import PARTS, WRITERS
 
 NOISES = (0.0, 0.1, 0.3)
 LOSSES = ("sigmoid", "ipo_sum", "kto_paired")

@@ -24,31 +24,13 @@ import numpy as np
 from bench.paper.when.design import FACTORS, Setting
 from bench.paper.when.runs import CONTROLS, MOVING
 from bench.paper.when.study import Record
+from fasttr.toy.outcomes import Rows, at_equal_kl, at_the_end
 
 MISS = 0.05  # of all intervals of one outcome together
-GRID = 50  # points of KL
 EXACT_UP_TO = 14  # seeds whose sign patterns are all looked at
 PATTERNS = 20_000  # drawn for more seeds
 
-Rows = Sequence[dict[str, float]]
 Level = Callable[[Setting], bool]
-
-
-def at_equal_kl(key: str, moving: Rows, fixed: Rows) -> float:
-    """`key` of one run less that of another, mean over the upper half of the KL that both reach;
-    runs are read between their measurements by straight lines, in the order of their KL."""
-    reach = min(max(row["kl"] for row in rows) for rows in (moving, fixed))
-    kl = np.linspace(reach / 2, reach, GRID)
-    return float(np.mean(_read(key, moving, kl) - _read(key, fixed, kl)))
-
-
-def _read(key: str, rows: Rows, kl: np.ndarray) -> np.ndarray:
-    ordered = sorted(rows, key=lambda row: row["kl"])
-    return np.interp(kl, [row["kl"] for row in ordered], [row[key] for row in ordered])
-
-
-def at_the_end(key: str, moving: Rows, fixed: Rows) -> float:
-    return moving[-1][key] - fixed[-1][key]
 
 
 def when_stopped(key: str, moving: Rows, fixed: Rows) -> float:

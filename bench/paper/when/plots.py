@@ -13,9 +13,9 @@ from bench.paper.toy_plots import finish_axes, new_figure, save_figure
 from bench.paper.when.effects import OUTCOMES, Effect, Outcome, cells, levels
 from bench.paper.when.runs import ARMS, MOVING
 from bench.paper.when.study import Record
-from bench.paper.when.writers import PARTS, WRITERS
 from fasttr.metrics.panels import BLUE, GREEN, ORANGE, PURPLE, VERMILION
 from fasttr.metrics.plots import FAINT, INK
+from fasttr.toy.writers import PARTS, WRITERS
 
 LIGHT_GREEN = "#7CCBB1"
 STYLES: dict[str, dict[str, Any]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ ENDS = {
 }  # column -> digits
 
 NOT_SHOWN = "not shown to differ"
+SECTION = "section.md"  # what stands in the studies' page
 
 
 def write(records: Sequence[Record], scale: Scale, out: Path) -> str:
@@ -53,6 +55,7 @@ def write(records: Sequence[Record], scale: Scale, out: Path) -> str:
     (out / "verdict.md").write_text(said)
     tables = [effect_table(found[PRIMARY]), control_table(controls), end_table(records)]
     (out / "table.md").write_text("\n\n".join(tables) + "\n")
+    (out / SECTION).write_text(section(records, found, controls) + "\n")
     write_json(
         out / "results.json",
         {
@@ -69,9 +72,9 @@ def write(records: Sequence[Record], scale: Scale, out: Path) -> str:
     return said
 
 
-def publish(records: Sequence[Record], out: Path, paper: Path) -> None:
+def publish(out: Path, paper: Path) -> None:
     """Put what `write` left in `out` into the folder of the studies' page, and the seeds and the
-    two tables into the page."""
+    tables into the page."""
     for name in ("table.md", "verdict.md", "results.json"):
         shutil.copy(out / name, paper / "when" / name)
     for name in ("paths.png", "effects.png"):
@@ -79,26 +82,49 @@ def publish(records: Sequence[Record], out: Path, paper: Path) -> None:
     page = paper / "README.md"
     before, rest = page.read_text().split("<!-- when -->\n")
     _, after = rest.split("<!-- /when -->\n")
-    block = f"<!-- when -->\n{section(records)}\n<!-- /when -->\n"
+    block = f"<!-- when -->\n{(out / SECTION).read_text()}<!-- /when -->\n"
     write_text(page, before + block + after)
 
 
-def section(records: Sequence[Record]) -> str:
-    """How far the study is, and its two tables."""
+def section(records: Sequence[Record], found: Mapping[Outcome, Found], controls: Found) -> str:
+    """How far the study is, what it says, and two tables."""
     seeds = len({record.seed for record in records})
     planned = SEEDS * len(settings_of(0)) * len(ARMS)
+    places = len(levels()) - 1 + len(cells())
     return "\n\n".join(
         [
             f"**{seeds} of the {SEEDS} planned seeds are complete, {len(records)} of {planned} "
-            f"runs.** The {PRIMARY.name}, a moving reference less the fixed one in the same "
-            "setting; bold: the interval leaves zero out. The intervals hold together at "
-            f"{1 - MISS:.0%} (largest |t| of a family under changes of sign by seed; the writer x "
-            "part cells are a family of their own).",
-            effect_table(effects(records, PRIMARY)),
+            "runs.** Where a moving reference helps, hurts, or is not shown to differ from the "
+            "fixed one in the same setting: over all settings, and in brackets in how many of the "
+            f"{places} levels and cells of the picture.",
+            word_table(found),
+            f"The {PRIMARY.name}, a moving reference less the fixed one; bold: the interval leaves "
+            f"zero out. The intervals hold together at {1 - MISS:.0%} (largest |t| of a family "
+            "under changes of sign by seed; the writer x part cells are a family of their own).",
+            effect_table(found[PRIMARY]),
             "The same outcome, over all settings, less each control:",
-            control_table(against_controls(records)),
+            control_table(controls),
         ]
     )
+
+
+def word_table(found: Mapping[Outcome, Found]) -> str:
+    """A line an outcome that has a good sign, a column a moving reference."""
+    lines = ["| | " + " | ".join(MOVING) + " |", "|---|" + "---|" * len(MOVING)]
+    for outcome, of in found.items():
+        if outcome.good:
+            shown = [_counted(arm, of, outcome) for arm in MOVING]
+            lines.append(f"| {outcome.name} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def _counted(arm: str, of: Found, outcome: Outcome) -> str:
+    """The word over all settings, and at how many levels and in how many cells there is one."""
+    places = [name for name in (*levels(), *cells()) if name != "all"]
+    said = Counter(word(of[arm, name], outcome) for name in places)
+    everywhere = word(of[arm, "all"], outcome)
+    counts = ", ".join(f"{one} in {said[one]}" for one in ("helps", "hurts") if said[one])
+    return f"{everywhere} ({counts.removeprefix(everywhere).strip()})" if counts else everywhere
 
 
 def _listed(found: Found) -> dict[str, list[float | None]]:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 import fasttr
 from bench.paper.when.design import Setting
-from bench.paper.when.writers import WRITERS, in_grammar, labelled, pairs, writer_of
 from fasttr.batch import Tree
 from fasttr.config.train_config import TrainConfig
 from fasttr.data.tokens import encode_texts
@@ -22,10 +21,11 @@ from fasttr.losses import LossInputs
 from fasttr.losses.base import BaseLoss
 from fasttr.models.load import ModelConfig, load_model, load_tokenizer
 from fasttr.models.packed import PackedModel
-from fasttr.models.scratch import init_model
 from fasttr.rollouts.sampler import encode_prompts
 from fasttr.toy.judge import Mean, judge_model, logps
+from fasttr.toy.start import COMMON, supervised_start
 from fasttr.toy.task import prompts, sft_rows
+from fasttr.toy.writers import WRITERS, labelled_pairs, share_outside, writer_of
 from fasttr.training.callbacks import Callback
 from fasttr.training.run import Run
 from fasttr.training.step import StepMetrics
@@ -66,15 +66,6 @@ MOVING = ("soft 3", "soft 12", "hard 6", "hard 24")
 CONTROLS = ("smaller beta", "faster", "linear")
 
 
-COMMON: dict[str, Any] = {
-    "gradient_checkpointing": False,
-    "max_length": 128,
-    "use_cpu": True,
-    "bf16": False,
-    "disable_tqdm": True,
-}
-
-
 class Scale(NamedTuple):
     """How large everything is."""
 
@@ -111,28 +102,22 @@ class Context:
         self.prompts = prompts(scale.samples, seed=seed, held_out=True)
         writer = writer_of(setting.writer, self.initial, self.tokenizer)
         own = 1000 * seed + 100 * WRITERS.index(setting.writer)
-        drawn = pairs(writer, setting.part, scale.pairs, own, held_out=False)
-        self.rows = labelled(drawn, setting.noise, own + 30)
-        drawn = pairs(writer, setting.part, scale.held_pairs, own + 50, held_out=True)
-        self.held = held_pairs(
-            self.initial, self.tokenizer, labelled(drawn, setting.noise, own + 80)
-        )
+        part, noise = setting.part, setting.noise
+        self.rows = labelled_pairs(writer, part, noise, scale.pairs, own, held_out=False)
+        held = labelled_pairs(writer, part, noise, scale.held_pairs, own + 50, held_out=True)
+        self.held = held_pairs(self.initial, self.tokenizer, held)
         self.start = self.measure(self.initial, step=0)
 
     def measure(self, policy: PackedModel, step: int) -> dict[str, float]:
         """A row of results: fresh samples, one a prompt, and the held-out pairs."""
         found = judge_model(policy, self.initial, self.tokenizer, self.prompts, self.seed)
-        outside = [
-            not in_grammar(self.setting.writer, prompt, text)
-            for prompt, text in zip(self.prompts, found.completions, strict=True)
-        ]
         row = {
             "step": step,
             "gold": found.gold.value,
             "gold_stderr": found.gold.stderr,
             "kl": found.kl.value,
             "kl_stderr": found.kl.stderr,
-            "outside": float(np.mean(outside)),
+            "outside": share_outside(self.setting.writer, self.prompts, found.completions),
             "length": found.length,
         }
         return row | of_held_pairs(logps(policy, self.held.trees), self.held)
@@ -195,6 +180,7 @@ def train_arm(context: Context, arm: Arm, folder: Path) -> list[dict[str, float]
         save_strategy="no",
         logging_steps=scale.steps,
         seed=context.seed,
+        disable_tqdm=True,
         **COMMON,
     )
     measure = Measure(context)
@@ -206,30 +192,6 @@ def train_arm(context: Context, arm: Arm, folder: Path) -> list[dict[str, float]
 
 def train_sft(folder: Path, seed: int, scale: Scale) -> None:
     """The initial policy of a seed, complete in `folder` or not there."""
-    making = folder.with_name(f"{folder.name}-making")
-    shutil.rmtree(making, ignore_errors=True)
-    init_model(
-        "llama",
-        hidden_size=scale.width,
-        num_layers=2,
-        num_heads=4,
-        output_dir=making / "untrained",
-        seed=seed,
-    )
-    config = TrainConfig(
-        model_name_or_path=str(making / "untrained"),
-        loss_type="sft",
-        output_dir=str(making / "trained"),
-        max_steps=scale.sft_steps,
-        train_batch_size=64,
-        learning_rate=3e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=20,
-        save_strategy="no",
-        logging_steps=scale.sft_steps,
-        seed=seed,
-        **COMMON,
-    )
-    fasttr.train(config, train_dataset=sft_rows(scale.sft_rows, seed))
-    (making / "trained").rename(folder)
-    shutil.rmtree(making)
+    rows = sft_rows(scale.sft_rows, seed)
+    width = scale.width
+    supervised_start(folder, rows, scale.sft_steps, width=width, seed=seed, disable_tqdm=True)

@@ -133,11 +133,18 @@ def _parts(first: str, second: str, part: str) -> bool:
     return part == "late" or letters[0] != letters[1]
 
 
-def labelled(
-    drawn: Sequence[tuple[str, str, str]], noise: float, seed: int
+def labelled_pairs(
+    writer: Writer, part: str, noise: float, n: int, seed: int, held_out: bool
 ) -> list[dict[str, Any]]:
-    rng = np.random.default_rng(seed)
-    return [label_pair(prompt, first, second, rng, noise) for prompt, first, second in drawn]
+    """n rows as `label_pair` makes them, of pairs that part where `pairs` is asked to."""
+    rng = np.random.default_rng(seed + 30)
+    return [label_pair(*pair, rng, noise) for pair in pairs(writer, part, n, seed, held_out)]
+
+
+def share_outside(writer: str, prompts: Sequence[str], completions: Sequence[str]) -> float:
+    """Of samples that neither the SFT policy's data nor this writer could hold."""
+    samples = zip(prompts, completions, strict=True)
+    return float(np.mean([not in_grammar(writer, *sample) for sample in samples]))
 
 
 def in_grammar(writer: str, prompt: str, completion: str) -> bool:
