@@ -42,7 +42,7 @@ def parse_ocrm(args: list[str]) -> OcrmConfig:
     from fasttr.config.online_config import OnlineConfig
     from fasttr.config.reward_config import RewardConfig
     from fasttr.config.train_config import TrainConfig
-    from fasttr.config.trl_values import is_none
+    from fasttr.config.trl_values import read_as
 
     own = settings_of(OcrmSettings)
     online = settings_of(OnlineConfig)
@@ -68,10 +68,10 @@ def parse_ocrm(args: list[str]) -> OcrmConfig:
     values = {**words.file, **flags}
     if isinstance(values.get("arms"), str):
         values["arms"] = [values["arms"]]
-    values = {name: None if is_none(value) else value for name, value in values.items()}
     for name in values:
         if name not in known:
             raise FasttrError(f"unknown key {name!r}{did_you_mean(name, known)}")
+    values = {name: read_as(known[name], value) for name, value in values.items()}
     missing = [one.name for one in own.values() if one.is_required and one.name not in values]
     if missing:
         raise FasttrError(f"{missing[0]}: missing; {own[missing[0]].sentence}")

@@ -53,7 +53,7 @@ def parse_online(command: str, args: list[str]) -> OnlineConfig:
         RewardSourceSettings,
         RolloutSettings,
     )
-    from fasttr.config.trl_values import is_none
+    from fasttr.config.trl_values import is_none, read_as
 
     defaults = DEFAULTS[command]
     settings = settings_of(OnlineConfig)
@@ -94,7 +94,7 @@ def parse_online(command: str, args: list[str]) -> OnlineConfig:
         )
     ours, more = trl.translate(values)
     read = {name: x for name, x in ours.items() if name not in FOREIGN}
-    read |= {name: None if is_none(value) else value for name, value in of_own.items()}
+    read |= {name: read_as(settings[name], value) for name, value in of_own.items()}
     _check_loss(command, read.get("loss_type", defaults["loss_type"]))
     config = OnlineConfig(**arguments.typed(parser, {**defaults, **read}))
     for notice in [*notices, *more]:

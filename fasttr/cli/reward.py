@@ -33,7 +33,7 @@ def parse_reward(args: list[str]) -> RewardConfig:
     from fasttr.config import trl
     from fasttr.config.reward_config import FOREIGN, RewardConfig, RewardSettings
     from fasttr.config.train_config import TrainConfig
-    from fasttr.config.trl_values import is_none
+    from fasttr.config.trl_values import read_as
 
     settings = settings_of(RewardConfig)
     own = settings_of(RewardSettings).keys() - settings_of(TrainConfig).keys()
@@ -58,7 +58,7 @@ def parse_reward(args: list[str]) -> RewardConfig:
         )
     ours, notices = trl.translate(values)
     read: dict[str, Any] = {name: x for name, x in ours.items() if name not in FOREIGN}
-    read |= {name: None if is_none(value) else value for name, value in of_reward.items()}
+    read |= {name: read_as(settings[name], value) for name, value in of_reward.items()}
     config = RewardConfig(**arguments.typed(parser, read))
     for notice in notices:
         print(notice)

@@ -28,6 +28,8 @@ from fasttr.settings import (
     whole,
 )
 
+# TRL's truth values of scale_rewards, and their words.
+SCALES = {True: "group", False: "none", "true": "group", "false": "none"}
 TWO_NUMBERS = Range(
     "two numbers, low and high",
     lambda x: isinstance(x, list) and len(x) == 2 and x[0] < x[1],
@@ -153,6 +155,8 @@ class OnlineConfig(  # type: ignore[misc]
                     f"{name}: got {getattr(self, name)!r}; runs on rollouts do not read it: leave "
                     "it out"
                 )
+        scale = SCALES.get(self.scale_rewards, self.scale_rewards)
+        object.__setattr__(self, "scale_rewards", scale)
         if isinstance(self.reward_funcs, str):
             object.__setattr__(self, "reward_funcs", [self.reward_funcs])
         self._check_batches()

@@ -8,6 +8,7 @@ from typing import Any
 
 from fasttr.config.trl_table import ACCELERATOR, Key
 from fasttr.errors import FasttrError
+from fasttr.settings import Setting
 
 TRUE = ("yes", "true", "t", "y", "1")
 FALSE = ("no", "false", "f", "n", "0")
@@ -16,6 +17,12 @@ _WANTED = {"names": "a list", "floats": "a list of float", "dict": "a mapping"}
 
 def is_none(value: Any) -> bool:
     return isinstance(value, str) and value.lower() in ("none", "null")
+
+
+def read_as(one: Setting, value: Any) -> Any:
+    """A value of a setting, None for the word where the setting may be left out: to others, as
+    scale_rewards, it is a word."""
+    return None if one.is_optional and is_none(value) else value
 
 
 def is_default(key: Key, value: Any) -> bool:

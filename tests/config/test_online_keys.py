@@ -1,10 +1,13 @@
 """Every key of TRL's GRPOConfig and RLOOConfig runs or is named, and our defaults are TRL's."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
+from fasttr.cli.ocrm import parse_ocrm
 from fasttr.cli.online import parse_online
+from fasttr.config.ocrm_config import PolicyRun
 from fasttr.config.online_config import DEFAULTS, OnlineConfig
 from fasttr.config.online_keys import KEYS, OWN_DEFAULTS, generation_steps, take_out
 from fasttr.config.trl_table import TABLE
@@ -95,3 +98,20 @@ def test_a_command_keeps_its_own_losses(tmp_path):
         parse_online("grpo", [*words, "rloo"])
     with pytest.raises(FasttrError, match="loss_type: got 'sapo'; wanted one of"):
         parse_online("grpo", [*words, "sapo"])
+
+
+@pytest.mark.parametrize(
+    ("word", "scale"),
+    [("none", "none"), ("false", "none"), ("true", "group"), ("batch", "batch")],
+)
+def test_rewards_may_be_left_as_they_are(word, scale):
+    """The word none is a value here, and TRL's truth values are read."""
+    words = ["--scale_rewards", word]
+    assert parse_online("grpo", ["--reward_funcs", "gold", *words]).scale_rewards == scale
+    data = ["--model_name_or_path=m", "--dataset_name=d", "--judge_dataset_name=j", "--arms=fixed"]
+    run = PolicyRun(1)
+    config = parse_ocrm([*data, "--algorithm", "grpo", "--train_batch_size", "8", *words])
+    assert config.policy(Path("p"), "m", None, "gold", 0, run).scale_rewards == scale
+    assert OnlineConfig(reward_funcs=["gold"], scale_rewards=False).scale_rewards == "none"
+    with pytest.raises(FasttrError, match="scale_rewards: got 'some'; wanted one of group"):
+        parse_online("grpo", ["--reward_funcs", "gold", "--scale_rewards", "some"])
