@@ -119,11 +119,7 @@ def main(argv: list[str] | None = None) -> None:
         # Nor may Python complain when it empties its own buffer at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
-<<<<<<< HEAD
     except KeyboardInterrupt:  # a run that trains takes the signal itself, and saves
-=======
-    except KeyboardInterrupt:  # outside of training, which saves first
->>>>>>> 39d7b93bd027c621ba0c1f9cf3032d1e797f4384
         print("fasttr: stopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
