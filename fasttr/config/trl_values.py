@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fasttr.config.trl_table import ACCELERATOR, Key
+from fasttr.config.trl_key import Key
+from fasttr.config.trl_table import ACCELERATOR
 from fasttr.errors import FasttrError
 from fasttr.settings import Setting
 

@@ -49,9 +49,7 @@ class Plan:
     prompts: np.ndarray | None = field(default=None, repr=False)
     separate_groups: bool = False  # no two groups share a pack
     tier: str = SHARED  # one of packing.tiers.TIERS: how rows share a call of the model
-    cuts: bool = (
-        False  # what must share a pack and is over the budget goes in parts: `packing.parts`
-    )
+    cuts: bool = False  # what must share a pack and is over the budget: see `packing.parts`
 
     @property
     def rows_per_epoch(self) -> int:

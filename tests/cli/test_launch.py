@@ -1,6 +1,7 @@
 """Several processes of one command: by fasttr itself, by torchrun, and what is refused."""
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.runs import run, steps
 ROOT = Path(__file__).parents[2]
 
 
+ALONE = {"PYTHONPATH": ".:kernels", "PATH": "/usr/bin:/bin"}
 CHANGES = {"max_steps": 3, "train_batch_size": 8, "max_tokens_per_batch": 100}
 
 
@@ -43,7 +45,28 @@ def test_accelerate_itself_starts_processes_with_the_file_that_trl_ships(workspa
     assert_same_steps(tmp_path)
 
 
-def flags(workspace, output_dir):
+@pytest.mark.slow
+def test_a_signal_to_the_launcher_saves_the_run(workspace, tmp_path):
+    out = tmp_path / "out"
+    words = [*flags(workspace, out, max_steps=5000), "--num_processes", "2"]
+    begun = subprocess.Popen(
+        [sys.executable, "-m", "fasttr", "train", *words],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=ALONE | {"HOME": str(tmp_path)},
+    )
+    for line in begun.stdout:
+        if line.startswith("step 3/5000 "):
+            break
+    begun.send_signal(signal.SIGTERM)
+    rest, _ = begun.communicate(timeout=60)
+    assert begun.returncode == 128 + signal.SIGTERM
+    (saved,) = out.glob("checkpoint-*")
+    assert f"saved {saved}" in rest
+
+
+def flags(workspace, output_dir, **changes):
     values = {
         "model_name_or_path": workspace / "model",
         "dataset_name": workspace / "train.jsonl",
@@ -57,11 +80,12 @@ def flags(workspace, output_dir):
         "bf16": "false",
         "precompute_ref_log_probs": "true",
         **CHANGES,
+        **changes,
     }
     return [word for key, value in values.items() for word in (f"--{key}", str(value))]
 
 
-def started(home, *module_and_words):
+def started(home, *module_and_words, status=0):
     done = subprocess.run(
         [sys.executable, "-m", *module_and_words],
         capture_output=True,
@@ -69,9 +93,9 @@ def started(home, *module_and_words):
         timeout=300,
         check=False,
         cwd=ROOT,
-        env={"PYTHONPATH": ".:kernels", "PATH": "/usr/bin:/bin", "HOME": str(home)},
+        env=ALONE | {"HOME": str(home)},
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status, done.stderr
     return done
 
 
@@ -84,16 +108,7 @@ def assert_same_steps(folder):
 def test_a_mistake_of_several_processes_is_one_line_too(tmp_path):
     words = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", str(tmp_path)]
     flags = ["--num_processes", "2", "--shard_size", "3", "--use_cpu"]
-    done = subprocess.run(
-        [sys.executable, "-m", "fasttr", "dpo", *words, *flags],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        cwd=ROOT,
-        env={"PYTHONPATH": ".:kernels", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
-    )
-    assert done.returncode == 2
+    done = started(tmp_path, "fasttr", "dpo", *words, *flags, status=2)
     (line,) = done.stderr.splitlines()
     assert line.startswith("fasttr: error: shard_size: got 3 with 2 processes; wanted")
 
