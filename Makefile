@@ -1,7 +1,5 @@
 # `make train` and `make test` each do all the set-up they need; both rest on `make setup`.
 PYTHON ?= python3
-# Threads of torch sleep while they wait: spinning ones take the cores from whatever else runs.
-export OMP_WAIT_POLICY ?= passive
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed

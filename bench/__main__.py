@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from fasttr import before_torch
 
 
 class Command(NamedTuple):
@@ -42,10 +43,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    # Both are read when torch is first imported, which is below, as the command line of fasttr has
-    # them: spinning threads would take the cores from the processes that a benchmark compares.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    before_torch.prepare()
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="WHAT")
     given = (sys.argv[1:] if argv is None else argv)[:1]

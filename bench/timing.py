@@ -49,6 +49,7 @@ def header(command: str) -> dict[str, Any]:
         "command": command,
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
         "load_average": os.getloadavg()[0],
         "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
     }

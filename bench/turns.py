@@ -114,7 +114,4 @@ def _environment(out: Path) -> dict[str, str]:
         # A cache of its own, thrown away before every run, so that tokenising is timed.
         "HF_DATASETS_CACHE": str(out / "cache"),
         "HF_HUB_OFFLINE": "1",
-        # Threads that spin while another process has the core multiply every time by what the core
-        # is shared.
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
     }

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
-import torch
+from fasttr import before_torch
+
+before_torch.prepare()
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -10,6 +10,7 @@ import sys
 import textwrap
 from typing import NamedTuple
 
+from fasttr import before_torch
 from fasttr.cli.launch import OF_A_MISTAKE, is_of_one_process, speaks
 from fasttr.errors import FasttrError, did_you_mean
 from fasttr.version import __version__
@@ -125,11 +126,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _answer(args: list[str]) -> None:
-    # Both are read when torch is first imported, which is below. OpenMP's threads spin while they
-    # wait, and where another process has their core that makes a step many times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # Packs of other sizes would leave holes in a GPU's memory, which is planned nearly whole.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    before_torch.prepare()
     if not args or args[0] in ("-h", "--help", "help"):
         _print_usage()
         return

@@ -1,5 +1,5 @@
 """What torch reads when it is imported is set before, unless the user has set it: threads that
-sleep while they wait, and a GPU's memory in segments that grow."""
+spin shortly and then sleep while they wait, and a GPU's memory in segments that grow."""
 
 import os
 import subprocess
@@ -15,15 +15,26 @@ import os, sys
 from fasttr.cli import main
 main([])
 assert "torch" not in sys.modules
-print([os.environ[name] for name in ("OMP_WAIT_POLICY", "PYTORCH_ALLOC_CONF")])
+names = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "PYTORCH_ALLOC_CONF"
+print([os.environ.get(name) for name in names])
 """
-OURS = {"OMP_WAIT_POLICY": "passive", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-THEIRS = {"OMP_WAIT_POLICY": "active", "PYTORCH_ALLOC_CONF": "backend:native"}
+NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "PYTORCH_ALLOC_CONF")
+SEGMENTS = "expandable_segments:True"
 
 
-@pytest.mark.parametrize("given", [{}, THEIRS], ids=["not set", "set"])
-def test_the_command_line_decides_it_before_torch_is_there(given):
-    env = {name: value for name, value in os.environ.items() if name not in OURS} | given
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, ["passive", "3000", SEGMENTS]),
+        ({"OMP_WAIT_POLICY": "active"}, ["active", None, SEGMENTS]),
+        ({"OMP_WAIT_POLICY": "passive"}, ["passive", None, SEGMENTS]),
+        ({"GOMP_SPINCOUNT": "7"}, ["passive", "7", SEGMENTS]),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, ["passive", "3000", "backend:native"]),
+    ],
+    ids=["nothing set", "active", "asleep at once", "a count", "segments"],
+)
+def test_the_command_line_decides_it_before_torch_is_there(given, wanted):
+    env = {name: value for name, value in os.environ.items() if name not in NAMES} | given
     done = subprocess.run(
         [sys.executable, "-c", SHOW],
         env=env | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
@@ -31,4 +42,4 @@ def test_the_command_line_decides_it_before_torch_is_there(given):
         text=True,
         check=False,
     )
-    assert done.stdout.splitlines()[-1] == str(list((OURS | given).values())), done.stderr
+    assert done.stdout.splitlines()[-1] == str(wanted), done.stderr
