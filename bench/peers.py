@@ -81,7 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", choices=SIZES, default="10m")
     parser.add_argument("--max_length", type=int, default=1024)
     parser.add_argument(
-        "--max_tokens_per_batch", type=int, help="fasttr's pack; none: 1024 on a CPU, 8192 on a GPU"
+        "--max_tokens_per_batch",
+        type=int,
+        help="fasttr's pack, longer rows in parts; none: its default on a CPU, 8192 on a GPU",
     )
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--adam_epsilon", type=float, default=1e-8)
@@ -237,10 +239,9 @@ def _settings(name: str, args: argparse.Namespace, job: Job) -> dict[str, Any]:
     on_cpu = job.device == "cpu"
     best = args.trl_best_batch or (1 if on_cpu else 8)
     checkpointing = {"gradient_checkpointing": args.gradient_checkpointing}
-    packed = checkpointing | {
-        "max_tokens_per_batch": args.max_tokens_per_batch or (1024 if on_cpu else 8192),
-        "use_liger_kernel": False,  # TRL's default too
-    }
+    packed = checkpointing | {"use_liger_kernel": False}  # TRL's default too
+    if args.max_tokens_per_batch or not on_cpu:
+        packed["max_tokens_per_batch"] = args.max_tokens_per_batch or 8192
     default = checkpointing | {"per_device_train_batch_size": math.gcd(8, job.batch)}
     match name:
         case "fasttr":
