@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # A folder (or a file that lies in fasttr/ itself) imports what stands on a lower floor, and nothing
 # else of fasttr.
 FLOORS = [
-    {"errors", "version"},
+    {"before_torch", "errors", "version"},
     {"batch", "console", "distributed", "environment", "files", "hub", "settings"},
     {"data", "losses", "optim", "packing"},
     {"metrics", "models"},
