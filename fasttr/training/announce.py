@@ -110,7 +110,7 @@ def _announce_parts(loss: Loss, plan: Plan, ranks: Ranks) -> None:
         say(
             f"{over:,} of {counted(len(sizes), what)} are over max_tokens_per_batch "
             f"{plan.max_tokens_per_batch}: they go through the layers in parts, which costs one "
-            "forward pass more"
+            f"forward pass more; the longest has {sizes.max():,} tokens"
         )
 
 
