@@ -1,5 +1,10 @@
 # `make train` and `make test` each do all the set-up they need; both rest on `make setup`.
 PYTHON ?= python3
+# As fasttr/before_torch.py has it, for whatever runs here.
+ifndef OMP_WAIT_POLICY
+export OMP_WAIT_POLICY := passive
+export GOMP_SPINCOUNT ?= 3000
+endif
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed

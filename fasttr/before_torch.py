@@ -6,8 +6,8 @@ import os
 
 # Threads of OpenMP wait for each other at the end of every operation. GNU's spin for long, and
 # where another process has their core that makes a step many times slower; threads that sleep at
-# once lose to waking up what a third of a step takes on a quiet machine. So they spin for about
-# as long as waking takes, then sleep: bench/README.md has the figures.
+# once lose a quarter of a step to waking up on a quiet machine. So they spin for a moment, then
+# sleep: bench/README.md has the figures.
 _WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "3000"}
 
 

@@ -47,6 +47,7 @@ def test_peers_give_equal_losses_and_a_complete_file(tmp_path, lopsided):
     assert len(ours["losses"]) == 3
     assert abs(ours["losses"][0] - math.log(2)) < 1e-5
     assert max(abs(loss - math.log(2)) for loss in ours["losses"]) > 0.05
+    assert "max_tokens_per_batch" not in ours["settings"]  # given, it takes long rows in parts
     assert ours["pairs_per_second"] > 0
     assert ours["peak_bytes"] > 1 << 20
     if importlib.util.find_spec("trl") is None:

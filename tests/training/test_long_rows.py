@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fasttr import Callback, TrainConfig, train
+from fasttr.data.load import DataConfig, load_trees
+from fasttr.models.load import load_tokenizer
 from tests.distributed.cases import assert_same_numbers
 from tests.runs import run, settings, steps
 
@@ -67,6 +69,9 @@ class Calls(Callback):
 
 def test_the_log_says_how_many_rows_go_in_parts(workspace, tmp_path, capsys):
     run(workspace, tmp_path, max_tokens_per_batch=BUDGET, max_steps=1)
-    assert "rows are over max_tokens_per_batch 24: they go through the layers in parts" in (
-        " ".join(capsys.readouterr().out.split())
-    )
+    said = " ".join(capsys.readouterr().out.split())
+    assert "rows are over max_tokens_per_batch 24: they go through the layers in parts" in said
+    data = DataConfig(str(workspace / "train.jsonl"), max_length=64)
+    trees = load_trees(load_tokenizer(str(workspace / "model")), data)
+    longest = max(len(tree.prompt_ids) + sum(map(len, tree.completions)) for tree in trees)
+    assert f"the longest has {longest} tokens" in said
